@@ -1,0 +1,217 @@
+"""What a prefill and a decode worker say to each other during a hand-off.
+
+Every message is one bounded msgpack map in front of an optional raw payload. Decoding accepts only
+the declared fields with their declared types and ranges: these bytes come from a socket.
+"""
+
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import msgpack
+
+MAX_HEADER_BYTES = 16 * 1024
+ID_BYTES = 16  # incarnations, tickets, digests
+
+
+class MessageError(ValueError):
+    """Bytes that are no message of the hand-off protocol."""
+
+
+class RefuseReason(StrEnum):
+    """Why a decode worker does not take a hand-off."""
+
+    UNKNOWN_TICKET = "unknown_ticket"
+    LAYOUT = "layout"
+    PREFIX = "prefix"
+    TOO_LONG = "too_long"
+    ABORTED = "aborted"
+    INTEGRITY = "integrity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffId:
+    """Names one attempt at one request between two processes; on every message."""
+
+    request_id: str
+    attempt: int
+    sender: bytes  # incarnation
+    receiver: bytes  # incarnation
+
+    def reply(self) -> "HandoffId":
+        """The same hand-off, seen from the other end."""
+        return HandoffId(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            sender=self.receiver,
+            receiver=self.sender,
+        )
+
+
+def _uint(limit: int = 2**32) -> Any:
+    return field(metadata={"limit": limit})
+
+
+def _bytes(length: int = ID_BYTES) -> Any:
+    return field(metadata={"length": length})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """P → D: a hand-off begins; asks for a Reservation of `num_tokens` slots in all."""
+
+    code: ClassVar[int] = 1
+    id: HandoffId
+    ticket: bytes = _bytes()
+    num_prompt_tokens: int = _uint()
+    layout_digest: bytes = _bytes()
+    prefix_hash: bytes = _bytes()  # of the prompt's token ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """D → P: credit for one frame, into this slot of this generation."""
+
+    code: ClassVar[int] = 2
+    id: HandoffId
+    slot: int = _uint()
+    slot_generation: int = _uint(2**63)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """P → D: the header in front of one frame's payload."""
+
+    code: ClassVar[int] = 3
+    id: HandoffId
+    seq: int = _uint()
+    slot: int = _uint()
+    slot_generation: int = _uint(2**63)
+    first_page: int = _uint()
+    num_pages: int = _uint()
+    first_layer: int = _uint()
+    num_layers: int = _uint()
+    layout_digest: bytes = _bytes()
+    prefix_hash: bytes = _bytes()
+    checksum: int = _uint()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameAck:
+    """D → P: the frame was verified and lies in pages."""
+
+    code: ClassVar[int] = 4
+    id: HandoffId
+    seq: int = _uint()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """P → D: every frame is out."""
+
+    code: ClassVar[int] = 5
+    id: HandoffId
+    num_frames: int = _uint()
+    digest: int = _uint()  # of the frames' checksums, in order of seq
+    first_token: int = _uint()  # token 0, sampled by P
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """D → P: the hand-off is complete; P may free its pages."""
+
+    code: ClassVar[int] = 6
+    id: HandoffId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """D → P: the hand-off cannot be, or can no longer, be taken."""
+
+    code: ClassVar[int] = 7
+    id: HandoffId
+    reason: RefuseReason = field(metadata={"enum": RefuseReason})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """P → D: no frame of this hand-off will follow. D may reuse the slots that it granted."""
+
+    code: ClassVar[int] = 8
+    id: HandoffId
+
+
+Message = Open | Grant | Frame | FrameAck | Seal | Committed | Refused | Closed
+_TYPES: dict[int, type[Message]] = {
+    kind.code: kind for kind in (Open, Grant, Frame, FrameAck, Seal, Committed, Refused, Closed)
+}
+
+
+def encode(message: Message) -> bytes:
+    """The header bytes of `message`."""
+    body: list[object] = [
+        message.code,
+        message.id.request_id,
+        message.id.attempt,
+        message.id.sender,
+        message.id.receiver,
+    ]
+    body.extend(getattr(message, item.name) for item in fields(message) if item.name != "id")
+    packed: bytes = msgpack.packb(body)
+    return packed
+
+
+def decode(header: bytes | memoryview) -> Message:
+    """The message in `header`. Raises MessageError, which names the field at fault."""
+    if len(header) > MAX_HEADER_BYTES:
+        raise MessageError(f"header of {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
+    try:
+        body = msgpack.unpackb(
+            header,
+            use_list=True,
+            max_str_len=256,
+            max_bin_len=64,
+            max_array_len=32,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise MessageError("header is not bounded msgpack") from error
+    if not isinstance(body, list) or len(body) < 5:
+        raise MessageError("header is not an array of a code, an id and fields")
+    code, request_id, attempt, sender, receiver, *values = body
+    kind = _TYPES.get(code) if type(code) is int else None
+    if kind is None:
+        raise MessageError("code is unknown")
+    if type(request_id) is not str or not 0 < len(request_id) <= 64:
+        raise MessageError("request_id is not a string of 1 to 64 characters")
+    _check_uint("attempt", attempt, 2**32)
+    _check_bytes("sender", sender, ID_BYTES)
+    _check_bytes("receiver", receiver, ID_BYTES)
+    items = [item for item in fields(kind) if item.name != "id"]
+    if len(values) != len(items):
+        raise MessageError(f"{kind.__name__} has {len(values)} fields instead of {len(items)}")
+    arguments: dict[str, Any] = {}
+    for item, value in zip(items, values, strict=True):
+        if "limit" in item.metadata:
+            _check_uint(item.name, value, item.metadata["limit"])
+        elif "length" in item.metadata:
+            _check_bytes(item.name, value, item.metadata["length"])
+        else:
+            try:
+                value = item.metadata["enum"](value)
+            except ValueError as error:
+                raise MessageError(f"{item.name} is unknown") from error
+        arguments[item.name] = value
+    identity = HandoffId(request_id=request_id, attempt=attempt, sender=sender, receiver=receiver)
+    return kind(id=identity, **arguments)
+
+
+def _check_uint(name: str, value: object, limit: int) -> None:
+    if type(value) is not int or not 0 <= value < limit:
+        raise MessageError(f"{name} is not an integer from 0 to {limit - 1}")
+
+
+def _check_bytes(name: str, value: object, length: int) -> None:
+    if type(value) is not bytes or len(value) != length:
+        raise MessageError(f"{name} is not {length} bytes")

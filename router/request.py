@@ -1,0 +1,101 @@
+"""A request inside the router, and the seam between the HTTP endpoints and the dispatcher."""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from pagewire.proto import worker_pb2 as pb
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended, in the words of the OpenAI API."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a client asked, after validation and tokenization; immutable."""
+
+    request_id: str  # made by the router
+    token_ids: tuple[int, ...]
+    sampling: pb.SamplingParams  # stop_token_ids include the end-of-sequence ids unless ignored
+    queue_deadline: float  # seconds on the router's clock; still waiting then: failed
+    deadline: float  # seconds on the router's clock; still running then: failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenUpdate:
+    """New tokens of one stream, contiguous with those before them."""
+
+    position: int  # of the first id, counted in output tokens
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None  # set on the last update
+
+
+class RequestFailed(Exception):
+    """The one error of a request, as its client shall see it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        kind: str,
+        code: str,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        details: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status  # HTTP status, when no byte of the response was sent yet
+        self.kind = kind  # `type` of OpenAI's error object
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.details = dict(details or {})  # further members of the error object
+
+
+class Stream(Protocol):
+    """The tokens of one request."""
+
+    def __aiter__(self) -> AsyncIterator[TokenUpdate]:
+        """Updates until the one with a finish_reason. Raises RequestFailed."""
+
+    def cancel(self, reason: str) -> None:
+        """Free everything that the request holds on every worker. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One registered worker, for /admin/workers and /metrics."""
+
+    name: str
+    role: str  # prefill or decode
+    pid: int
+    incarnation: str  # hexadecimal
+    device: str
+    address: str
+    state: pb.WorkerState
+
+
+class Dispatcher(Protocol):
+    """What the endpoints need of the rest of the router."""
+
+    def submit(self, request: Request) -> Stream:
+        """Admit a request. Raises RequestFailed when it cannot be taken."""
+
+    def check_ready(self) -> None:
+        """Raise RequestFailed that says what is missing, unless a request could start now."""
+
+    async def inspect(self) -> list[WorkerView]:
+        """The workers with their state as of now, sorted by name."""
+
+    def counts(self) -> Mapping[str, int]:
+        """Requests by lifecycle state (queued, prefilling, handoff, decoding)."""
+
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt plus output that the registered workers can hold; 0 without any."""
