@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import msgpack
 
+from pagewire.kv_transfer.layout import FrameRange
+
 MAX_HEADER_BYTES = 16 * 1024
 ID_BYTES = 16  # incarnations, tickets, digests
 
@@ -94,6 +96,16 @@ class Frame:
     layout_digest: bytes = _bytes()
     prefix_hash: bytes = _bytes()
     checksum: int = _uint()
+
+    @property
+    def part(self) -> FrameRange:
+        """The pages and layers of the sequence that the payload holds."""
+        return FrameRange(
+            first_page=self.first_page,
+            num_pages=self.num_pages,
+            first_layer=self.first_layer,
+            num_layers=self.num_layers,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,18 +73,14 @@ class _FailureCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureCo
     FAILURE_CODE_UNSPECIFIED: _FailureCode.ValueType  # 0
     FAILURE_CODE_INVALID: _FailureCode.ValueType  # 1
     """the command itself is wrong; repeating it cannot help"""
-    FAILURE_CODE_CAPACITY: _FailureCode.ValueType  # 2
-    """no room now"""
-    FAILURE_CODE_PEER_LOST: _FailureCode.ValueType  # 3
+    FAILURE_CODE_PEER_LOST: _FailureCode.ValueType  # 2
     """the other worker of the hand-off is gone"""
-    FAILURE_CODE_STALLED: _FailureCode.ValueType  # 4
+    FAILURE_CODE_STALLED: _FailureCode.ValueType  # 3
     """the hand-off made no progress in time"""
-    FAILURE_CODE_INTEGRITY: _FailureCode.ValueType  # 5
+    FAILURE_CODE_INTEGRITY: _FailureCode.ValueType  # 4
     """a frame failed its checks"""
-    FAILURE_CODE_INTERNAL: _FailureCode.ValueType  # 6
+    FAILURE_CODE_INTERNAL: _FailureCode.ValueType  # 5
     """a fault of the worker"""
-    FAILURE_CODE_DRAINING: _FailureCode.ValueType  # 7
-    """the worker takes no new work"""
 
 class FailureCode(_FailureCode, metaclass=_FailureCodeEnumTypeWrapper):
     """Why a worker could not do what it was asked."""
@@ -92,18 +88,14 @@ class FailureCode(_FailureCode, metaclass=_FailureCodeEnumTypeWrapper):
 FAILURE_CODE_UNSPECIFIED: FailureCode.ValueType  # 0
 FAILURE_CODE_INVALID: FailureCode.ValueType  # 1
 """the command itself is wrong; repeating it cannot help"""
-FAILURE_CODE_CAPACITY: FailureCode.ValueType  # 2
-"""no room now"""
-FAILURE_CODE_PEER_LOST: FailureCode.ValueType  # 3
+FAILURE_CODE_PEER_LOST: FailureCode.ValueType  # 2
 """the other worker of the hand-off is gone"""
-FAILURE_CODE_STALLED: FailureCode.ValueType  # 4
+FAILURE_CODE_STALLED: FailureCode.ValueType  # 3
 """the hand-off made no progress in time"""
-FAILURE_CODE_INTEGRITY: FailureCode.ValueType  # 5
+FAILURE_CODE_INTEGRITY: FailureCode.ValueType  # 4
 """a frame failed its checks"""
-FAILURE_CODE_INTERNAL: FailureCode.ValueType  # 6
+FAILURE_CODE_INTERNAL: FailureCode.ValueType  # 5
 """a fault of the worker"""
-FAILURE_CODE_DRAINING: FailureCode.ValueType  # 7
-"""the worker takes no new work"""
 Global___FailureCode: _TypeAlias = FailureCode  # noqa: Y015
 
 @_typing.final

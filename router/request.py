@@ -79,6 +79,7 @@ class WorkerView:
     incarnation: str  # hexadecimal
     device: str
     address: str
+    is_responding: bool  # False: `state` is the last heartbeat's, not the present
     state: pb.WorkerState
 
 

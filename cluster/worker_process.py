@@ -1,0 +1,81 @@
+"""What runs in a worker's process, whoever started it: `python -m pagewire.cluster.worker_process`.
+
+Loads the model, then serves until told to stop. The incarnation is made here, so every start of a
+process is a new one.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pagewire.decode_worker.worker import DecodeWorker
+from pagewire.engine.errors import EngineError
+from pagewire.engine.load import load_engine
+from pagewire.kv_transfer.layout import LayoutError
+from pagewire.kv_transfer.select import create_transports
+from pagewire.kv_transfer.transport import TransportError
+from pagewire.prefill_worker.worker import PrefillWorker
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.sessions import RegistrationRefused
+
+logger = logging.getLogger(__name__)
+
+# What a worker can fail with at its start for reasons that a user can mend.
+StartError = (EngineError, LayoutError, RegistrationRefused, TransportError, ValueError)
+
+
+async def run_worker(
+    config: WorkerConfig,
+    stop: asyncio.Event,
+    on_state: Callable[[pb.WorkerState], None] | None = None,
+) -> None:
+    """Serve until `stop` is set; `on_state` is called once a second.
+
+    Raises one of StartError, with a sentence for the user, when the worker cannot work.
+    """
+    incarnation = secrets.token_bytes(16)
+    runner = await asyncio.to_thread(
+        load_engine,
+        Path(config.model),
+        dtype=config.dtype,
+        device=config.device,
+        page_size=config.page_size,
+        num_pages=config.num_pages,
+        max_model_len=config.max_model_len,
+        num_threads=config.num_threads,
+    )
+    role = PrefillWorker if config.role is Role.PREFILL else DecodeWorker
+    worker = role(config=config, incarnation=incarnation, runner=runner, on_state=on_state)
+    chosen = create_transports(config.transport, incarnation, worker, config.host)
+    logger.info("%s: %s", config.name, chosen.reason)
+    await worker.run(chosen.transports, stop)
+
+
+async def _main(config: WorkerConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await run_worker(config, stop)
+
+
+def main() -> None:
+    """Exit code 0 after a clean stop, 1 with one line on standard error otherwise."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    config = WorkerConfig.from_json(sys.argv[1])
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.num_threads))
+    try:
+        asyncio.run(_main(config))
+    except StartError as error:
+        print(f"{config.name}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

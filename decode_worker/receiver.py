@@ -1,0 +1,133 @@
+"""The receiving end of one hand-off: a pure state machine.
+
+    state      event                                    → state
+    EXPECTED   Open with the right ticket                 WAITING
+    WAITING    reserved                                   RECEIVING
+    RECEIVING  frame scattered, Seal                      RECEIVING
+    RECEIVING  sealed, every frame here, all covered      READY
+    any        close                                      CLOSED
+
+READY and CLOSED are final. A frame is believed only when its checksum, digest of layout, hash of
+prompt and range agree with what was agreed, and never twice.
+"""
+
+from enum import Enum, auto
+
+from pagewire.kv_transfer.checksum import extend_digest
+from pagewire.kv_transfer.layout import KVLayout
+from pagewire.kv_transfer.messages import Frame, HandoffId, Open, RefuseReason, Seal
+
+
+class ReceiverState(Enum):
+    EXPECTED = auto()
+    WAITING = auto()
+    RECEIVING = auto()
+    READY = auto()
+    CLOSED = auto()
+
+
+class Receiver:
+    """Checks what arrives and knows when all of it is there."""
+
+    def __init__(
+        self,
+        *,
+        id: HandoffId,
+        ticket: bytes,
+        prefix_hash: bytes,
+        num_prompt_tokens: int,
+        layout: KVLayout,
+    ) -> None:
+        self.id = id  # as this worker writes it: sender is the decode worker
+        self.state = ReceiverState.EXPECTED
+        self.seal: Seal | None = None
+        self._ticket = ticket
+        self._prefix_hash = prefix_hash
+        self._num_prompt_tokens = num_prompt_tokens
+        self._layout = layout
+        self._layout_digest = layout.digest()
+        self._covered = [0] * layout.num_pages(num_prompt_tokens)  # per page, a bit per layer
+        self._checksums: dict[int, int] = {}  # by seq, of the frames that lie in pages
+        self._landing: set[int] = set()  # seqs between header and pages
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the sender knows of the hand-off and has not been told of its end."""
+        return self.state in (ReceiverState.WAITING, ReceiverState.RECEIVING)
+
+    @property
+    def wants_credit(self) -> bool:
+        """Whether another slot could be of use."""
+        return self.state is ReceiverState.RECEIVING and self.seal is None
+
+    def on_open(self, message: Open) -> RefuseReason | None:
+        """The sender begins; None when all is as agreed. A ticket works once."""
+        if message.ticket != self._ticket:
+            return RefuseReason.UNKNOWN_TICKET
+        if message.layout_digest != self._layout_digest:
+            return RefuseReason.LAYOUT
+        if (message.prefix_hash, message.num_prompt_tokens) != (
+            self._prefix_hash,
+            self._num_prompt_tokens,
+        ):
+            return RefuseReason.PREFIX
+        self.state = ReceiverState.WAITING
+        return None
+
+    def on_reserved(self) -> None:
+        self.state = ReceiverState.RECEIVING
+
+    def is_repeated(self, frame: Frame) -> bool:
+        return frame.seq in self._checksums or frame.seq in self._landing
+
+    def agrees(self, frame: Frame, length: int) -> bool:
+        """Whether a frame with `length` bytes of payload is one that this hand-off can have."""
+        part = frame.part
+        return (
+            frame.layout_digest == self._layout_digest
+            and frame.prefix_hash == self._prefix_hash
+            and part.num_pages > 0
+            and part.num_layers > 0
+            and part.first_page + part.num_pages <= len(self._covered)
+            and part.first_layer + part.num_layers <= self._layout.num_layers
+            and length == part.num_bytes(self._layout)
+        )
+
+    def on_landing(self, frame: Frame) -> None:
+        self._landing.add(frame.seq)
+
+    def on_scattered(self, frame: Frame) -> RefuseReason | None:
+        """The frame was verified and lies in pages."""
+        self._landing.discard(frame.seq)
+        self._checksums[frame.seq] = frame.checksum
+        layers = ((1 << frame.num_layers) - 1) << frame.first_layer
+        for page in range(frame.first_page, frame.first_page + frame.num_pages):
+            if self._covered[page] & layers:
+                return RefuseReason.INTEGRITY
+            self._covered[page] |= layers
+        return self._become_ready_if_complete()
+
+    def on_seal(self, seal: Seal) -> RefuseReason | None:
+        """Every frame is out; some may still be landing."""
+        if self.state is ReceiverState.RECEIVING and self.seal is None:
+            self.seal = seal
+            return self._become_ready_if_complete()
+        return None
+
+    def close(self) -> None:
+        """Give the hand-off up. Idempotent."""
+        self.state = ReceiverState.CLOSED
+
+    def _become_ready_if_complete(self) -> RefuseReason | None:
+        if self.seal is None or self._landing or len(self._checksums) < self.seal.num_frames:
+            return None
+        digest = 0
+        for seq in range(self.seal.num_frames):
+            if seq not in self._checksums:
+                return RefuseReason.INTEGRITY
+            digest = extend_digest(digest, self._checksums[seq])
+        all_layers = (1 << self._layout.num_layers) - 1
+        if digest != self.seal.digest or any(layers != all_layers for layers in self._covered):
+            return RefuseReason.INTEGRITY
+        self.state = ReceiverState.READY
+        return None

@@ -1,0 +1,51 @@
+"""A request inside a decode worker."""
+
+from dataclasses import dataclass, field
+
+from pagewire.decode_worker.receiver import Receiver
+from pagewire.decode_worker.slots import SlotHolder
+from pagewire.engine.batch import BatchRow, SamplingParams
+from pagewire.engine.page_pool import Reservation
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.identity import AttemptKey
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DecodeSequence:
+    """One attempt: its hand-off, then its tokens and the pages that hold their KV."""
+
+    key: AttemptKey
+    route: pb.Route  # for events to the router that sent the request
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    receiver: Receiver
+    reservation: Reservation | None = None  # from Open to the end
+    pages: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)  # token 0 comes with the Seal
+    num_emitted: int = 0  # output tokens that the router was told of
+
+    @property
+    def holder(self) -> SlotHolder:
+        """What this sequence's slots are granted to."""
+        return SlotHolder(self.key, self.receiver.id.receiver)
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """KV slots for the longest life it can have; the last token's KV is never needed."""
+        return self.num_prompt_tokens + self.sampling.max_tokens - 1
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens whose KV exists once the next step has run."""
+        return self.num_prompt_tokens + len(self.output)
+
+    def next_row(self) -> BatchRow:
+        """Run the token sampled last, sample the next."""
+        return BatchRow(
+            request_id=self.key.request_id,
+            token_ids=self.output[-1:],
+            start=self.num_kv_tokens - 1,
+            page_table=self.pages,
+            sampling=self.sampling,
+            output_position=len(self.output),
+        )

@@ -1,0 +1,62 @@
+"""The decode worker: the shared shell around DecodeCore, with frames coming in."""
+
+import asyncio
+from collections.abc import Callable
+
+from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.slots import SlotPool
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.page_pool import PagePool
+from pagewire.kv_transfer.messages import Frame, MessageError, decode
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.config import WorkerConfig
+from pagewire.worker.effects import Scatter
+from pagewire.worker.frames import FrameWriter
+from pagewire.worker.shell import WorkerShell
+
+
+class DecodeWorker(WorkerShell[DecodeCore]):
+    """Receives hand-offs and runs them in one continuous batch."""
+
+    def __init__(
+        self,
+        *,
+        config: WorkerConfig,
+        incarnation: bytes,
+        runner: ModelRunner,
+        on_state: Callable[[pb.WorkerState], None] | None = None,
+    ) -> None:
+        core = DecodeCore(
+            incarnation=incarnation,
+            layout=runner.layout,
+            pool=PagePool(runner.num_pages),
+            slots=SlotPool(config.num_slots),
+            vocab_size=runner.vocab_size,
+            max_model_len=runner.max_model_len,
+            max_batch_size=config.max_batch_size,
+        )
+        super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
+        self._writer = FrameWriter(
+            runner.layout,
+            runner.kv_cache.buffer(),
+            num_slots=config.num_slots,
+            slot_bytes=config.slot_bytes,
+        )
+
+    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+        frame = decode(header)
+        if not isinstance(frame, Frame):
+            raise MessageError(f"{type(frame).__name__} has no payload")
+        slot, effects = self.core.place(peer, frame, length)
+        self.carry_out(effects)
+        return None if slot is None else self._writer.slot(slot, length)
+
+    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+        raise AssertionError("a decode worker sends no frames")
+
+    async def _scatter(self, effect: Scatter) -> None:
+        loop = asyncio.get_running_loop()
+        is_sound = await loop.run_in_executor(
+            self.io_thread, self._writer.write, effect.frame, effect.page_table
+        )
+        self.carry_out(self.core.on_scattered(effect.frame, is_sound))

@@ -1,0 +1,18 @@
+"""What the engine refuses when it starts, as sentences that a user can act on.
+
+EngineError
+├── ModelError         the files of a model are missing, damaged or of a kind that is not supported
+└── MemoryBudgetError  the KV cache does not fit in the memory that is free
+"""
+
+
+class EngineError(Exception):
+    """An engine cannot be started."""
+
+
+class ModelError(EngineError):
+    """The files of a model are missing, damaged or of a kind that is not supported."""
+
+
+class MemoryBudgetError(EngineError):
+    """The KV cache does not fit in the memory that is free."""

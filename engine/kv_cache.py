@@ -1,0 +1,47 @@
+"""The memory of a worker's KV cache: one byte pool that the model and the transfer code share."""
+
+import torch
+from torch import Tensor
+
+from pagewire.kv_transfer.layout import KVLayout
+
+
+class KVCache:
+    """A pool of pages in the layout of `KVLayout`.
+
+    Who owns which page is not known here. The memory is not cleared, and on a CPU the system
+    provides it only when a page is first written.
+    """
+
+    def __init__(self, layout: KVLayout, num_pages: int, device: str = "cpu") -> None:
+        """Raises ValueError when `num_pages` is not positive."""
+        if num_pages < 1:
+            raise ValueError(f"num_pages is {num_pages}; it must be at least 1")
+        self.layout = layout
+        self.num_pages = num_pages
+        self.pool = torch.empty((num_pages, layout.page_bytes), dtype=torch.uint8, device=device)
+
+    @property
+    def pages(self) -> Tensor:
+        """The pool as the model sees it.
+
+        [num_pages, num_layers, num_kv_heads, 2 (K, V), page_size, head_dim]
+        """
+        layout = self.layout
+        return self.pool.view(getattr(torch, layout.dtype)).view(
+            self.num_pages,
+            layout.num_layers,
+            layout.num_kv_heads,
+            2,
+            layout.page_size,
+            layout.head_dim,
+        )
+
+    def buffer(self) -> memoryview:
+        """The pool as the transfer code sees it: writable bytes, page after page.
+
+        Raises TypeError when the pool is not in host memory.
+        """
+        if self.pool.device.type != "cpu":
+            raise TypeError(f"the KV pool is on {self.pool.device}; only host memory has a buffer")
+        return memoryview(self.pool.view(-1).numpy())

@@ -1,0 +1,45 @@
+"""From a model's path to an engine that can run steps: what a worker does once, at its start."""
+
+from pathlib import Path
+
+import torch
+
+from pagewire.engine.config import ModelConfig
+from pagewire.engine.errors import ModelError
+from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.loading.weights import load_model
+from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.kv_transfer.layout import KVLayout
+
+
+def load_engine(
+    path: Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    page_size: int = 64,
+    num_pages: int | None = None,
+    max_model_len: int | None = None,
+    num_threads: int | None = None,
+) -> ModelRunner:
+    """Load a GGUF file or safetensors directory and allocate its KV cache.
+
+    `dtype` is that of weights and KV: float32, float16 or bfloat16. `num_pages` None sizes the
+    cache from free memory, `max_model_len` None takes the model's own, and `num_threads` None
+    leaves torch's (process-wide) setting alone. Raises ModelError, MemoryBudgetError, and
+    LayoutError for a dtype or page size that cannot be.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    model = load_model(path, dtype=torch_dtype(dtype), device=device)
+    layout = kv_layout(model.config, page_size=page_size, dtype=dtype)
+    length = _max_model_len(model.config, max_model_len)
+    if num_pages is None:
+        num_pages = choose_num_pages(
+            layout,
+            max_model_len=length,
+            available_bytes=available_bytes(device),
+            share=default_share(device),
+        )
+    return ModelRunner(model, KVCache(layout, num_pages, device), max_model_len=length)

@@ -1,0 +1,122 @@
+"""A model in one GGUF file.
+
+Tensors are read under their Hugging Face names. The file is mapped, and a tensor takes memory only
+while it is converted.
+"""
+
+import mmap
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pagewire.engine import config
+from pagewire.engine.errors import ModelError
+from pagewire.engine.loading.dequantize import dequantize
+from pagewire.engine.loading.gguf_header import GGUFHeader, TensorEntry, read_header
+
+_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.([a-z_.]+)\.(weight|bias)")
+_LAYER_PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class GGUFCheckpoint:
+    """Implements `pagewire.engine.loading.checkpoint.Checkpoint`.
+
+    Raises ModelError when the file is damaged or the model is not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        data = _map(path)
+        try:
+            header = read_header(memoryview(data))
+            self.config = _config(header)
+        except ModelError as error:
+            raise ModelError(f"model file {path.name}: {error}") from error
+        self._tensors = header.tensors
+        self._bytes = torch.frombuffer(data, dtype=torch.uint8)
+
+    def read(self, name: str, into: Tensor) -> None:
+        name = _gguf_name(name)
+        entry = self._tensors.get(name)
+        if entry is None:
+            raise ModelError(f"model file {self._name} has no tensor {name}")
+        if entry.shape != into.shape:
+            raise ModelError(
+                f"model file {self._name}: tensor {name} has shape {list(entry.shape)}, "
+                f"but its metadata asks for {list(into.shape)}"
+            )
+        values = self._dequantize(name, entry)
+        if self.config.architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            values = _halves_from_pairs(values, self.config.head_dim)
+        into.copy_(values)
+
+    def rope_factors(self) -> Tensor | None:
+        entry = self._tensors.get("rope_freqs.weight")
+        if entry is None:
+            return None
+        factors = self._dequantize("rope_freqs.weight", entry).float()
+        if factors.shape != (self.config.head_dim // 2,):
+            raise ModelError(
+                f"model file {self._name}: tensor rope_freqs.weight has shape "
+                f"{list(factors.shape)}, but its metadata asks for [{self.config.head_dim // 2}]"
+            )
+        return factors
+
+    def _dequantize(self, name: str, entry: TensorEntry) -> Tensor:
+        try:
+            return dequantize(self._bytes[entry.start : entry.start + entry.num_bytes], entry)
+        except ModelError as error:
+            raise ModelError(f"model file {self._name}: tensor {name} {error}") from error
+
+
+def _map(path: Path) -> mmap.mmap:
+    """Copy-on-write, never written: torch has no read-only tensors and warns about such memory."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
+        raise ModelError(f"model file {path.name} cannot be read: {error}") from error
+
+
+def _config(header: GGUFHeader) -> config.ModelConfig:
+    if header.metadata.get("split.count", 1) > 1:
+        raise ModelError("it is one part of several; merge them with llama-gguf-split first")
+    embedding = header.tensors.get("token_embd.weight")
+    return config.from_gguf(
+        header.metadata,
+        vocab_size=embedding.shape[0] if embedding else 0,
+        tied="output.weight" not in header.tensors,
+    )
+
+
+def _gguf_name(name: str) -> str:
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None:
+        return _NAMES[name]
+    layer, part, kind = match.groups()
+    return f"blk.{layer}.{_LAYER_PARTS[part]}.{kind}"
+
+
+def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Undo the row order of llama's q and k, which GGUF has for rope on neighbouring pairs."""
+    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,174 @@
+"""Who owns which page of KV cache. Pure bookkeeping: the bytes live elsewhere.
+
+A page has owners (sequences that refer to it) and pins (operations that read or write it right
+now). Its state follows from the two counts, so a page that loses its owner under a running
+operation is quarantined, and free only once that operation has ended: never by a time-out.
+
+    owners  pins    state
+    0       0       free
+    > 0     0       owned
+    > 0     > 0     pinned
+    0       > 0     quarantined
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class OutOfPages(Exception):
+    """More pages were asked for than are neither in use nor promised."""
+
+
+class IntegrityError(AssertionError):
+    """The books of a pool do not balance: a fault of the program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageCounts:
+    """Pages by state; the four sum to `total`."""
+
+    free: int
+    owned: int
+    pinned: int
+    quarantined: int
+    total: int
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Pages promised to one request but not yet allocated: a count, no pages."""
+
+    num_pages: int
+
+
+class PagePool:
+    """Allocates pages, counts their owners and pins, and keeps promises.
+
+    Promised pages stay free until they are taken, but nobody else can allocate them.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages is {num_pages}; a pool needs at least 1 page")
+        self._owners = [0] * num_pages
+        self._pins = [0] * num_pages
+        self._generations = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: warm pages are used again first
+        self._promised = 0
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._owners)
+
+    @property
+    def num_available(self) -> int:
+        """Free pages that are not promised to anybody."""
+        return len(self._free) - self._promised
+
+    def reserve(self, num_pages: int) -> Reservation:
+        """Promise `num_pages`. Raises OutOfPages."""
+        self._require(num_pages)
+        self._promised += num_pages
+        return Reservation(num_pages)
+
+    def take(self, reservation: Reservation, num_pages: int) -> tuple[int, ...]:
+        """Turn part of a promise into pages with one owner. Raises OutOfPages beyond it."""
+        if num_pages > reservation.num_pages:
+            raise OutOfPages(
+                f"{num_pages} pages were asked of a reservation with {reservation.num_pages} left"
+            )
+        reservation.num_pages -= num_pages
+        self._promised -= num_pages
+        return self._pop(num_pages)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Give back what is left of a promise. Idempotent."""
+        self._promised -= reservation.num_pages
+        reservation.num_pages = 0
+
+    def allocate(self, num_pages: int) -> tuple[int, ...]:
+        """Pages with one owner. Raises OutOfPages, and then allocates none."""
+        self._require(num_pages)
+        return self._pop(num_pages)
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """Add an owner to pages that have one."""
+        for page in pages:
+            if not self._owners[page]:
+                raise IntegrityError(f"page {page} was retained without an owner")
+            self._owners[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Remove an owner. Without owners and pins a page is free."""
+        for page in pages:
+            if not self._owners[page]:
+                raise IntegrityError(f"page {page} was released without an owner")
+            self._owners[page] -= 1
+            self._free_if_unused(page)
+
+    def pin(self, pages: Iterable[int]) -> None:
+        """Hold pages that have an owner for an operation that reads or writes them."""
+        for page in pages:
+            if not self._owners[page]:
+                raise IntegrityError(f"page {page} was pinned without an owner")
+            self._pins[page] += 1
+
+    def unpin(self, pages: Iterable[int]) -> None:
+        """The operation has ended."""
+        for page in pages:
+            if not self._pins[page]:
+                raise IntegrityError(f"page {page} was unpinned without a pin")
+            self._pins[page] -= 1
+            self._free_if_unused(page)
+
+    def generation(self, page: int) -> int:
+        """How often the page was freed: a reference with an older generation is stale."""
+        return self._generations[page]
+
+    def counts(self) -> PageCounts:
+        owned = pinned = quarantined = 0
+        for owners, pins in zip(self._owners, self._pins, strict=True):
+            if owners and pins:
+                pinned += 1
+            elif owners:
+                owned += 1
+            elif pins:
+                quarantined += 1
+        free = self.num_pages - owned - pinned - quarantined
+        return PageCounts(
+            free=free, owned=owned, pinned=pinned, quarantined=quarantined, total=self.num_pages
+        )
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless the books balance."""
+        if min(self._owners) < 0 or min(self._pins) < 0:
+            raise IntegrityError("a page has fewer than 0 owners or pins")
+        unused = {
+            page
+            for page, (owners, pins) in enumerate(zip(self._owners, self._pins, strict=True))
+            if not owners and not pins
+        }
+        if len(self._free) != len(unused) or set(self._free) != unused:
+            raise IntegrityError(
+                f"{len(self._free)} pages are listed as free, {len(unused)} are unused"
+            )
+        if not 0 <= self._promised <= len(self._free):
+            raise IntegrityError(f"{self._promised} pages are promised, {len(self._free)} are free")
+
+    def _require(self, num_pages: int) -> None:
+        if num_pages > self.num_available:
+            raise OutOfPages(
+                f"{num_pages} pages were asked for; {self.num_available} of {self.num_pages} are "
+                "neither in use nor promised"
+            )
+
+    def _pop(self, num_pages: int) -> tuple[int, ...]:
+        pages = tuple(self._free.pop() for _ in range(num_pages))
+        for page in pages:
+            self._owners[page] = 1
+        return pages
+
+    def _free_if_unused(self, page: int) -> None:
+        if not self._owners[page] and not self._pins[page]:
+            self._generations[page] += 1
+            self._free.append(page)

@@ -1,0 +1,82 @@
+"""The signatures of every operation that a model runs, one Protocol for all devices.
+
+`torch_ops` implements them anywhere. An implementation is chosen once, when a model is loaded;
+a model calls nothing else. Shapes are ragged: the tokens of all rows of a step lie behind one
+another in dimension 0.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionBatch:
+    """The rows of one step as attention sees them: ragged queries over paged contexts.
+
+    The tokens of a row are the last of its context: token i of a row with q tokens and a context
+    of c sits at position c - q + i and sees the positions up to its own.
+    """
+
+    cu_seqlens: Tensor  # int32 [num_rows + 1], where each row's tokens start; the last is the end
+    context_lens: Tensor  # int32 [num_rows], tokens in the pool once this step's are stored
+    page_table: Tensor  # int32 [num_rows, max_pages], 0 behind the pages of a row
+    positions: Tensor  # int64 [num_tokens], in the sequence
+    slots: Tensor  # int64 [num_tokens], page * page_size + offset: where the KV is stored
+    page_size: int
+
+
+class AttentionPlan(Protocol):
+    """Attention of one step, prepared once and run in every layer."""
+
+    def run(self, q: Tensor, pool: Tensor, layer: int) -> Tensor:
+        """Attend over the context of each row, this step's tokens included.
+
+        q: [num_tokens, num_heads, head_dim]; pool: as in `Ops.rope_and_store`.
+        Returns [num_tokens, num_heads, head_dim].
+        """
+
+
+class Ops(Protocol):
+    """What a decoder computes with. Reductions accumulate in float32 or better."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [..., in_features]; weight: [out_features, in_features]; returns [..., out]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalise the last dimension; x: [..., dim], weight: [dim]."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); may overwrite `residual` with the sum."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up; gate_up: [num_tokens, 2 * dim], gate first; returns [.., dim]."""
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        pool: Tensor,
+        layer: int,
+        slots: Tensor,
+    ) -> Tensor:
+        """Rotate q and k, write k and v into their slots of the pool, return the rotated q.
+
+        q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim];
+        rope: cosine and sine, float32 [num_tokens, head_dim / 2], for the halves of a head;
+        pool: [num_pages, num_layers, num_kv_heads, 2, page_size, head_dim]; slots: as in
+        AttentionBatch.
+        """
+
+    def plan_attention(
+        self, batch: AttentionBatch, *, scale: float, window: int | None
+    ) -> AttentionPlan:
+        """Prepare attention with scores q·k * scale.
+
+        With a `window` a token sees itself and the window - 1 positions before it.
+        """

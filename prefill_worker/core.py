@@ -1,0 +1,375 @@
+"""The prefill worker without its network, clock and model: (state, event, now) → effects.
+
+It queues prompts, says which chunks a step runs, hands computed pages to senders and answers the
+router. The shell (`pagewire.worker.shell`) carries the effects out and reports back; the simulator
+drives the very same class.
+"""
+
+from collections.abc import Iterable
+
+from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.page_pool import PagePool
+from pagewire.kv_transfer.layout import KVLayout
+from pagewire.kv_transfer.messages import (
+    Committed,
+    Frame,
+    FrameAck,
+    Grant,
+    HandoffId,
+    Message,
+    Refused,
+    RefuseReason,
+    Seal,
+)
+from pagewire.prefill_worker.scheduler import Chunk, PrefillScheduler
+from pagewire.prefill_worker.sender import Sender, SenderState
+from pagewire.prefill_worker.sequence import PrefillSequence
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.effects import Connect, Effect, Emit, Send, SendFrame
+from pagewire.worker.events import failed, page_counts
+from pagewire.worker.identity import (
+    AttemptKey,
+    CommandError,
+    finish_reason,
+    prefix_hash,
+    read_work,
+    reply_route,
+)
+from pagewire.worker.ledger import EndedAttempts
+
+_REFUSALS = {
+    RefuseReason.UNKNOWN_TICKET: (
+        pb.FAILURE_CODE_INVALID,
+        "the decode worker does not know the ticket of this hand-off",
+    ),
+    RefuseReason.LAYOUT: (
+        pb.FAILURE_CODE_INVALID,
+        "prefill and decode worker lay out their KV cache differently",
+    ),
+    RefuseReason.PREFIX: (
+        pb.FAILURE_CODE_INTEGRITY,
+        "prefill and decode worker were given different prompts",
+    ),
+    RefuseReason.INTEGRITY: (
+        pb.FAILURE_CODE_INTEGRITY,
+        "the decode worker rejected a KV frame that failed its checks",
+    ),
+    RefuseReason.ABORTED: (
+        pb.FAILURE_CODE_PEER_LOST,
+        "the decode worker gave the request up",
+    ),
+}
+
+
+class PrefillCore:
+    """All state of a prefill worker. Not thread-safe: one event loop owns it."""
+
+    def __init__(
+        self,
+        *,
+        incarnation: bytes,
+        layout: KVLayout,
+        pool: PagePool,
+        vocab_size: int,
+        max_model_len: int,
+        max_batch_tokens: int,
+        slot_bytes: int,
+        stall_s: float = 5.0,
+    ) -> None:
+        self.incarnation = incarnation
+        self.layout = layout
+        self.pool = pool
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._slot_bytes = slot_bytes
+        self._stall_s = stall_s
+        self._scheduler = PrefillScheduler(pool, layout, max_batch_tokens)
+        self._sequences: dict[AttemptKey, PrefillSequence] = {}
+        self._batch: list[Chunk] = []  # the step that runs now
+        self._orphans: list[tuple[int, ...]] = []  # pages that it uses and nobody owns any more
+        self._sending: dict[tuple[AttemptKey, int], tuple[Sender, tuple[int, ...]]] = {}
+        self._ended = EndedAttempts()
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_dropped = 0
+
+    # --- From the router --------------------------------------------------------------------------
+
+    def on_command(self, command: pb.WorkerCommand, now: float) -> list[Effect]:
+        key = AttemptKey.of(command.route)
+        if command.route.receiver != self.incarnation:
+            self._num_dropped += 1
+            return []
+        match command.WhichOneof("body"):
+            case "prefill":
+                return self._on_prefill(key, command, now)
+            case "abort":
+                return self._on_abort(key)
+            case body:
+                return [failed(command.route, f"a prefill worker takes no {body}")]
+
+    def on_session_lost(self, router: bytes) -> list[Effect]:
+        """The router is gone: so is everybody who waits for its requests."""
+        return [
+            effect
+            for sequence in list(self._sequences.values())
+            if sequence.route.sender == router
+            for effect in self._end(sequence)
+        ]
+
+    def _on_prefill(self, key: AttemptKey, command: pb.WorkerCommand, now: float) -> list[Effect]:
+        if key in self._sequences or key in self._ended:
+            self._num_dropped += 1
+            return []
+        try:
+            sequence = self._read_prefill(key, command)
+        except CommandError as error:
+            self._ended.add(key)
+            return [failed(command.route, str(error))]
+        self._sequences[key] = sequence
+        self._scheduler.add(sequence)
+        return []
+
+    def _read_prefill(self, key: AttemptKey, command: pb.WorkerCommand) -> PrefillSequence:
+        body = command.prefill
+        token_ids, sampling = read_work(
+            body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
+        )
+        num_pages = self.layout.num_pages(len(token_ids))
+        if num_pages > self.pool.num_pages:
+            raise CommandError(
+                f"the prompt takes {num_pages} pages of KV cache; this worker has "
+                f"{self.pool.num_pages}"
+            )
+        sender = Sender(
+            id=HandoffId(
+                request_id=key.request_id,
+                attempt=key.attempt,
+                sender=self.incarnation,
+                receiver=body.decode,
+            ),
+            ticket=body.ticket,
+            prefix_hash=prefix_hash(token_ids),
+            num_prompt_tokens=len(token_ids),
+            layout=self.layout,
+            slot_bytes=self._slot_bytes,
+        )
+        return PrefillSequence(
+            key=key,
+            route=command.route,
+            token_ids=token_ids,
+            sampling=sampling,
+            sender=sender,
+            addresses=tuple((item.kind, item.address) for item in body.transports),
+        )
+
+    def _on_abort(self, key: AttemptKey) -> list[Effect]:
+        self._ended.add(key)
+        sequence = self._sequences.get(key)
+        return self._end(sequence) if sequence else []
+
+    # --- From the decode worker -------------------------------------------------------------------
+
+    def on_message(self, peer: bytes, message: Message, now: float) -> list[Effect]:
+        """A message from the worker `peer`."""
+        sequence = self._addressee(message.id)
+        if sequence is None or message.id.sender != peer:
+            self._num_dropped += 1
+            return []
+        match message:
+            case Grant():
+                return self._carry_out(sequence, sequence.sender.on_grant(message, now))
+            case FrameAck():
+                sequence.sender.on_ack(message.seq, now)
+                return []
+            case Committed():
+                sequence.sender.on_committed()
+                return self._end(sequence) if not sequence.sender.is_open else []
+            case Refused():
+                code, text = _REFUSALS[message.reason]
+                return [*self._end(sequence), failed(sequence.route, text, code)]
+            case _:
+                self._num_dropped += 1
+                return []
+
+    def on_peer_lost(self, peer: bytes) -> list[Effect]:
+        """The decode worker is gone, or cannot be reached."""
+        effects: list[Effect] = []
+        for sequence in list(self._sequences.values()):
+            if sequence.sender.id.receiver == peer and sequence.sender.is_open:
+                sequence.sender.on_peer_lost()
+                effects += self._end(sequence)
+                effects.append(
+                    failed(
+                        sequence.route,
+                        "the connection to the decode worker was lost during the hand-off",
+                        pb.FAILURE_CODE_PEER_LOST,
+                    )
+                )
+        return effects
+
+    def on_frame_sent(self, frame: Frame, checksum: int, now: float) -> list[Effect]:
+        """The pages of `frame` are not read any more, whether or not it arrived."""
+        key = AttemptKey.of(frame.id)
+        sender, pages = self._sending.pop((key, frame.seq))
+        self.pool.unpin(pages)
+        messages = sender.on_sent(frame.seq, checksum, now)
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            return self._carry_out(sequence, messages)
+        return [Send(message=message) for message in messages]
+
+    def _addressee(self, id: HandoffId) -> PrefillSequence | None:
+        sequence = self._sequences.get(AttemptKey.of(id))
+        if sequence is None or id != sequence.sender.id.reply():
+            return None
+        return sequence
+
+    # --- The step loop ----------------------------------------------------------------------------
+
+    def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
+        """What the model runs next. At most one batch is out at a time."""
+        assert not self._batch, "a batch is out already"
+        self._batch = self._scheduler.schedule()
+        if not self._batch:
+            return None, []
+        effects = [
+            effect
+            for chunk in self._batch
+            if not chunk.sequence.num_computed
+            for effect in self._carry_out(chunk.sequence, chunk.sequence.sender.open())
+        ]
+        return Batch(rows=tuple(_row(chunk) for chunk in self._batch)), effects
+
+    def on_batch_done(self, tokens: list[int | None], now: float) -> list[Effect]:
+        """The step has run; `tokens` are its rows' sampled tokens."""
+        batch, self._batch = self._batch, []
+        effects: list[Effect] = []
+        for chunk, token in zip(batch, tokens, strict=True):
+            if self._sequences.get(chunk.sequence.key) is chunk.sequence:
+                effects += self._on_chunk_done(chunk, token, now)
+        self._free_orphans()
+        return effects
+
+    def on_batch_failed(self) -> list[Effect]:
+        """The model raised: everything in the batch fails, everything else goes on."""
+        batch, self._batch = self._batch, []
+        effects: list[Effect] = []
+        for chunk in batch:
+            if self._sequences.get(chunk.sequence.key) is chunk.sequence:
+                effects += self._end(chunk.sequence)
+                effects.append(
+                    failed(
+                        chunk.sequence.route,
+                        "the prefill step failed; the worker's log has the cause",
+                        pb.FAILURE_CODE_INTERNAL,
+                    )
+                )
+        self._free_orphans()
+        return effects
+
+    def _on_chunk_done(self, chunk: Chunk, token: int | None, now: float) -> list[Effect]:
+        sequence = chunk.sequence
+        sequence.num_computed += chunk.num_tokens
+        self._num_prompt_tokens += chunk.num_tokens
+        if token is None:
+            return self._carry_out(
+                sequence, sequence.sender.on_computed(sequence.num_computed, now)
+            )
+        self._num_generated_tokens += 1
+        reason = finish_reason(token, 1, sequence.sampling)
+        first_token = _first_token(sequence.route, token, reason)
+        if reason:
+            return [first_token, *self._end(sequence)]
+        messages = sequence.sender.on_computed(sequence.num_computed, now)
+        messages += sequence.sender.finish(token, now)
+        return [first_token, *self._carry_out(sequence, messages)]
+
+    def _free_orphans(self) -> None:
+        for pages in self._orphans:
+            self.pool.unpin(pages)
+        self._orphans.clear()
+
+    # --- Time and state ---------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Effect]:
+        """Fail the hand-offs that have stalled."""
+        effects: list[Effect] = []
+        for sequence in list(self._sequences.values()):
+            if sequence.sender.is_stalled(now, self._stall_s):
+                effects += self._end(sequence)
+                effects.append(
+                    failed(
+                        sequence.route,
+                        f"the hand-off made no progress for {self._stall_s:g} s",
+                        pb.FAILURE_CODE_STALLED,
+                    )
+                )
+        return effects
+
+    def state(self) -> pb.WorkerState:
+        """Counts as of now, after an integrity check. Raises IntegrityError."""
+        return pb.WorkerState(
+            pages=page_counts(self.pool),
+            queued=self._scheduler.num_queued,
+            running=len(self._batch),
+            handoffs=sum(sequence.sender.is_open for sequence in self._sequences.values()),
+            queued_tokens=self._scheduler.num_queued_tokens,
+            prompt_tokens=self._num_prompt_tokens,
+            generated_tokens=self._num_generated_tokens,
+            dropped_messages=self._num_dropped,
+        )
+
+    # --- Shared -----------------------------------------------------------------------------------
+
+    def _end(self, sequence: PrefillSequence) -> list[Effect]:
+        """Forget a sequence and free its pages; those still in use become quarantined."""
+        del self._sequences[sequence.key]
+        self._ended.add(sequence.key)
+        self._scheduler.remove(sequence)
+        if any(chunk.sequence is sequence for chunk in self._batch):
+            self.pool.pin(sequence.pages)
+            self._orphans.append(sequence.pages)
+        self.pool.release(sequence.pages)
+        return [Send(message=message) for message in sequence.sender.close()]
+
+    def _carry_out(self, sequence: PrefillSequence, messages: Iterable[Message]) -> list[Effect]:
+        effects: list[Effect] = []
+        for message in messages:
+            match message:
+                case Frame():
+                    first = message.first_page
+                    pages = sequence.pages[first : first + message.num_pages]
+                    self.pool.pin(pages)
+                    self._sending[sequence.key, message.seq] = (sequence.sender, pages)
+                    effects.append(SendFrame(frame=message, page_table=sequence.pages))
+                case Seal():
+                    effects += [Send(message=message), _sealed(sequence.route)]
+                case _:
+                    if sequence.sender.state is SenderState.STREAMING:
+                        peer = sequence.sender.id.receiver
+                        effects.append(Connect(peer=peer, addresses=sequence.addresses))
+                    effects.append(Send(message=message))
+        return effects
+
+
+def _row(chunk: Chunk) -> BatchRow:
+    sequence = chunk.sequence
+    start = sequence.num_computed
+    is_last = chunk.num_tokens == sequence.num_remaining
+    return BatchRow(
+        request_id=sequence.key.request_id,
+        token_ids=sequence.token_ids[start : start + chunk.num_tokens],
+        start=start,
+        page_table=sequence.pages,
+        sampling=sequence.sampling if is_last else None,
+    )
+
+
+def _first_token(route: pb.Route, token_id: int, reason: "pb.FinishReason.ValueType") -> Emit:
+    body = pb.FirstToken(token_id=token_id, finish_reason=reason)
+    return Emit(event=pb.WorkerEvent(route=reply_route(route), first_token=body))
+
+
+def _sealed(route: pb.Route) -> Emit:
+    return Emit(event=pb.WorkerEvent(route=reply_route(route), sealed=pb.Sealed()))

@@ -1,0 +1,217 @@
+"""The sending end of one hand-off: a pure state machine.
+
+    state      event                         → state      sends
+    QUEUED     open                            STREAMING  Open
+    STREAMING  pages computed, Grant           STREAMING  a Frame for each (range, slot) pair
+    STREAMING  finished, all frames sent       SEALED     Seal
+    SEALED     Committed                       RELEASED
+    QUEUED     close                           RELEASED
+    STREAMING  close, no send in flight        RELEASED   Closed
+    STREAMING  close, sends in flight          DRAINING
+    DRAINING   last send ended                 RELEASED   Closed
+    SEALED     close                           RELEASED   Closed
+    any        peer lost                       RELEASED
+
+Whatever does not fit the state is a repetition or a late message and changes nothing.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from pagewire.kv_transfer.checksum import extend_digest
+from pagewire.kv_transfer.layout import FrameRange, KVLayout, plan_frames
+from pagewire.kv_transfer.messages import Closed, Frame, Grant, HandoffId, Message, Open, Seal
+
+
+class SenderState(Enum):
+    QUEUED = auto()
+    STREAMING = auto()
+    SEALED = auto()
+    DRAINING = auto()
+    RELEASED = auto()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Unacked:
+    """Frames that left, and when the peer last showed progress."""
+
+    seqs: set[int]
+    since: float = 0.0
+
+
+class Sender:
+    """Cuts computed pages into frames and sends them as credit allows.
+
+    The methods return the messages to send, in order. A Frame among them is to be sent with its
+    pages; `on_sent` says that this has happened, and with which checksum.
+    """
+
+    def __init__(
+        self,
+        *,
+        id: HandoffId,
+        ticket: bytes,
+        prefix_hash: bytes,
+        num_prompt_tokens: int,
+        layout: KVLayout,
+        slot_bytes: int,
+    ) -> None:
+        self.id = id
+        self.state = SenderState.QUEUED
+        self._ticket = ticket
+        self._prefix_hash = prefix_hash
+        self._num_prompt_tokens = num_prompt_tokens
+        self._layout = layout
+        self._slot_bytes = slot_bytes
+        self._num_planned_pages = 0
+        self._ready: deque[FrameRange] = deque()  # computed, not sent
+        self._grants: deque[Grant] = deque()  # credit, not used
+        self._seen_grants: set[tuple[int, int]] = set()
+        self._num_frames = 0
+        self._num_sending = 0
+        self._checksums: dict[int, int] = {}  # by seq
+        self._unacked = _Unacked(seqs=set())
+        self._first_token: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the peer knows of the hand-off and has not been told of its end."""
+        return self.state in (SenderState.STREAMING, SenderState.SEALED, SenderState.DRAINING)
+
+    def open(self) -> list[Message]:
+        """The first chunk is scheduled: ask the decode worker for a Reservation."""
+        if self.state is not SenderState.QUEUED:
+            return []
+        self.state = SenderState.STREAMING
+        return [
+            Open(
+                id=self.id,
+                ticket=self._ticket,
+                num_prompt_tokens=self._num_prompt_tokens,
+                layout_digest=self._layout.digest(),
+                prefix_hash=self._prefix_hash,
+            )
+        ]
+
+    def on_computed(self, num_tokens: int, now: float) -> list[Message]:
+        """The KV of the first `num_tokens` prompt tokens lies in pages."""
+        if self.state is not SenderState.STREAMING:
+            return []
+        complete = num_tokens >= self._num_prompt_tokens
+        end_page = (
+            self._layout.num_pages(num_tokens) if complete else num_tokens // self._layout.page_size
+        )
+        self._ready.extend(
+            plan_frames(self._layout, self._num_planned_pages, end_page, self._slot_bytes)
+        )
+        self._num_planned_pages = max(self._num_planned_pages, end_page)
+        return self._pair_frames_with_credit(now)
+
+    def finish(self, first_token: int, now: float) -> list[Message]:
+        """Every page is computed and token 0 is sampled: seal as soon as the last frame is out."""
+        if self.state is not SenderState.STREAMING:
+            return []
+        self._first_token = first_token
+        return self._seal_if_complete(now)
+
+    def on_grant(self, grant: Grant, now: float) -> list[Message]:
+        credit = (grant.slot, grant.slot_generation)
+        if self.state is not SenderState.STREAMING or credit in self._seen_grants:
+            return []
+        self._seen_grants.add(credit)
+        self._grants.append(grant)
+        return self._pair_frames_with_credit(now)
+
+    def on_sent(self, seq: int, checksum: int, now: float) -> list[Message]:
+        """The pages of frame `seq` are not read any more."""
+        self._num_sending -= 1
+        self._checksums[seq] = checksum
+        if self.state is SenderState.DRAINING and not self._num_sending:
+            return self._release()
+        return self._seal_if_complete(now)
+
+    def on_ack(self, seq: int, now: float) -> None:
+        self._unacked.seqs.discard(seq)
+        self._unacked.since = now
+
+    def on_committed(self) -> None:
+        if self.state is SenderState.SEALED:
+            self.state = SenderState.RELEASED
+
+    def close(self) -> list[Message]:
+        """Give the hand-off up. Idempotent."""
+        match self.state:
+            case SenderState.QUEUED:
+                self.state = SenderState.RELEASED
+            case SenderState.STREAMING if self._num_sending:
+                self.state = SenderState.DRAINING
+            case SenderState.STREAMING | SenderState.SEALED:
+                return self._release()
+            case SenderState.DRAINING | SenderState.RELEASED:
+                pass
+        return []
+
+    def on_peer_lost(self) -> None:
+        self.state = SenderState.RELEASED
+
+    def is_stalled(self, now: float, stall_s: float) -> bool:
+        """Whether the peer has shown no progress for `stall_s` while it was its turn."""
+        if self.state is SenderState.STREAMING:
+            waiting = bool(self._unacked.seqs)
+        else:
+            waiting = self.state is SenderState.SEALED
+        return waiting and now - self._unacked.since > stall_s
+
+    def _pair_frames_with_credit(self, now: float) -> list[Message]:
+        frames: list[Message] = []
+        while self._ready and self._grants:
+            frames.append(self._frame(self._ready.popleft(), self._grants.popleft(), now))
+        return frames
+
+    def _frame(self, part: FrameRange, grant: Grant, now: float) -> Frame:
+        seq = self._num_frames
+        self._num_frames += 1
+        self._num_sending += 1
+        if not self._unacked.seqs:
+            self._unacked.since = now
+        self._unacked.seqs.add(seq)
+        return Frame(
+            id=self.id,
+            seq=seq,
+            slot=grant.slot,
+            slot_generation=grant.slot_generation,
+            first_page=part.first_page,
+            num_pages=part.num_pages,
+            first_layer=part.first_layer,
+            num_layers=part.num_layers,
+            layout_digest=self._layout.digest(),
+            prefix_hash=self._prefix_hash,
+            checksum=0,
+        )
+
+    def _seal_if_complete(self, now: float) -> list[Message]:
+        if (
+            self.state is not SenderState.STREAMING
+            or self._first_token is None
+            or self._ready
+            or self._num_sending
+        ):
+            return []
+        self.state = SenderState.SEALED
+        self._unacked.since = now
+        digest = 0
+        for seq in range(self._num_frames):
+            digest = extend_digest(digest, self._checksums[seq])
+        return [
+            Seal(
+                id=self.id,
+                num_frames=self._num_frames,
+                digest=digest,
+                first_token=self._first_token,
+            )
+        ]
+
+    def _release(self) -> list[Message]:
+        self.state = SenderState.RELEASED
+        return [Closed(id=self.id)]

@@ -1,0 +1,30 @@
+"""A request inside a prefill worker."""
+
+from dataclasses import dataclass, field
+
+from pagewire.engine.batch import SamplingParams
+from pagewire.prefill_worker.sender import Sender
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.identity import AttemptKey
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class PrefillSequence:
+    """One attempt's prompt, how much of it is computed, and the pages that hold it.
+
+    `pages` is empty until the first chunk is scheduled; the sequence owns them from then on, until
+    the hand-off is committed or given up.
+    """
+
+    key: AttemptKey
+    route: pb.Route  # for events to the router that sent the request
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    sender: Sender
+    addresses: tuple[tuple[str, bytes], ...]  # transports of the decode worker
+    pages: tuple[int, ...] = field(default=())
+    num_computed: int = 0
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.token_ids) - self.num_computed

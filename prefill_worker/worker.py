@@ -1,0 +1,46 @@
+"""The prefill worker: the shared shell around PrefillCore, with frames going out."""
+
+from collections.abc import Callable
+
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.page_pool import PagePool
+from pagewire.kv_transfer.messages import Frame, MessageError
+from pagewire.prefill_worker.core import PrefillCore
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.config import WorkerConfig
+from pagewire.worker.effects import Scatter
+from pagewire.worker.frames import FrameReader
+from pagewire.worker.shell import WorkerShell
+
+
+class PrefillWorker(WorkerShell[PrefillCore]):
+    """Computes prompts, samples token 0 and sends the pages on."""
+
+    def __init__(
+        self,
+        *,
+        config: WorkerConfig,
+        incarnation: bytes,
+        runner: ModelRunner,
+        on_state: Callable[[pb.WorkerState], None] | None = None,
+    ) -> None:
+        core = PrefillCore(
+            incarnation=incarnation,
+            layout=runner.layout,
+            pool=PagePool(runner.num_pages),
+            vocab_size=runner.vocab_size,
+            max_model_len=runner.max_model_len,
+            max_batch_tokens=config.max_batch_tokens,
+            slot_bytes=config.slot_bytes,
+        )
+        reader = FrameReader(runner.layout, runner.kv_cache.buffer())
+        super().__init__(config=config, core=core, runner=runner, reader=reader, on_state=on_state)
+
+    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+        raise MessageError("a prefill worker takes no frames")
+
+    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+        self.carry_out(self.core.on_frame_sent(frame, checksum, self.clock()))
+
+    async def _scatter(self, effect: Scatter) -> None:
+        raise AssertionError("a prefill worker takes no frames")

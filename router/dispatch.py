@@ -1,0 +1,214 @@
+"""The router without its network and clock: (state, event, now) → effects.
+
+It admits requests against projected load, queues what does not fit, sends attempts to pairs of
+workers and drives every request's lifecycle. The shell (`pagewire.router.control`) carries the
+effects out; the simulator drives the very same class.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+from pagewire.proto import worker_pb2 as pb
+from pagewire.router.lifecycle import Assignment, Effect, Lifecycle, State
+from pagewire.router.members import Members
+from pagewire.router.policy import Pair, choose_pair
+from pagewire.router.request import Request, RequestFailed
+
+_LIVE_STATES = (State.QUEUED, State.PREFILLING, State.HANDOFF, State.DECODING)
+
+
+class DispatchCore:
+    """All requests and workers of a router. Not thread-safe: one event loop owns it."""
+
+    def __init__(
+        self, *, incarnation: bytes, max_queued: int, make_ticket: Callable[[], bytes]
+    ) -> None:
+        self.incarnation = incarnation
+        self.members = Members()
+        self._max_queued = max_queued
+        self._make_ticket = make_ticket
+        self._live: dict[str, Lifecycle] = {}
+        self._queue: deque[Lifecycle] = deque()
+        self._prefilling: dict[str, int] = {}  # prompt tokens not known to be computed
+        self.num_dropped = 0  # events addressed to no live request
+
+    # --- Clients ----------------------------------------------------------------------------------
+
+    def submit(self, request: Request, now: float) -> list[Effect]:
+        """Admit a request. Raises RequestFailed when there is no room, or never will be."""
+        self.check_ready()
+        if _num_kv_tokens(request) > self.max_kv_tokens():
+            raise RequestFailed(
+                "the request needs more KV cache than any worker has; shorten the prompt or "
+                "lower max_tokens",
+                status=400,
+                kind="invalid_request_error",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
+        if len(self._queue) >= self._max_queued:
+            raise RequestFailed(
+                f"all workers are busy and {len(self._queue)} requests wait already; retry later",
+                status=503,
+                kind="server_error",
+                code="overloaded",
+                retry_after_s=1,
+            )
+        lifecycle = Lifecycle(request, self.incarnation)
+        lifecycle.enqueue()
+        self._live[request.request_id] = lifecycle
+        self._queue.append(lifecycle)
+        return self._dispatch_queued()
+
+    def cancel(self, request_id: str, reason: str) -> list[Effect]:
+        """The client is gone or has enough. Idempotent."""
+        lifecycle = self._live.get(request_id)
+        if lifecycle is None:
+            return []
+        return self._after(lifecycle, lifecycle.cancel(reason))
+
+    def check_ready(self) -> None:
+        """Raise RequestFailed that says what is missing, unless a request could start now."""
+        for role, name in ((pb.ROLE_PREFILL, "prefill"), (pb.ROLE_DECODE, "decode")):
+            if not self.members.of_role(role):
+                raise RequestFailed(
+                    f"no {name} worker is ready; retry in a few seconds",
+                    status=503,
+                    kind="server_error",
+                    code="no_workers",
+                    retry_after_s=5,
+                )
+
+    def max_kv_tokens(self) -> int:
+        """Tokens of KV that the largest worker of each role can hold; 0 without one of each."""
+        capacity: dict[pb.Role.ValueType, int] = {pb.ROLE_PREFILL: 0, pb.ROLE_DECODE: 0}
+        for member in self.members:
+            tokens = member.info.num_pages * member.info.layout.page_size
+            capacity[member.info.role] = max(capacity[member.info.role], tokens)
+        return min(capacity.values())
+
+    def counts(self) -> dict[str, int]:
+        """Live requests by state."""
+        states = Counter(lifecycle.state for lifecycle in self._live.values())
+        return {state.name.lower(): states[state] for state in _LIVE_STATES}
+
+    # --- Workers ----------------------------------------------------------------------------------
+
+    def on_registered(self, info: pb.RegisterRequest, now: float) -> list[Effect]:
+        """Take a worker in; one of the same name is replaced. Raises RegistrationRefused."""
+        self.members.check(info)
+        previous = self.members.named(info.name)
+        effects = self.on_worker_lost(previous.incarnation) if previous else []
+        self.members.add(info, now)
+        return [*effects, *self._dispatch_queued()]
+
+    def on_worker_lost(self, incarnation: bytes) -> list[Effect]:
+        """A worker is gone. Idempotent."""
+        if self.members.remove(incarnation) is None:
+            return []
+        effects: list[Effect] = []
+        for lifecycle in list(self._live.values()):
+            effects += self._after(lifecycle, lifecycle.on_worker_lost(incarnation))
+        return effects
+
+    def on_event(self, event: pb.WorkerEvent, now: float) -> list[Effect]:
+        """An event of a worker's session."""
+        member = self.members.get(event.route.sender)
+        if member is None or event.route.receiver != self.incarnation:
+            self.num_dropped += 1
+            return []
+        member.last_seen = now
+        if event.HasField("heartbeat"):
+            member.state = event.heartbeat
+            return []
+        lifecycle = self._live.get(event.route.request_id)
+        if lifecycle is None:
+            self.num_dropped += 1
+            return []
+        return self._after(lifecycle, lifecycle.on_event(event))
+
+    # --- Time -------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Effect]:
+        """Fail what is past its deadline; give up workers that have gone silent."""
+        effects: list[Effect] = []
+        for member in self.members.silent(now):
+            effects += self.on_worker_lost(member.incarnation)
+        for lifecycle in list(self._live.values()):
+            request = lifecycle.request
+            if now > request.deadline:
+                effects += self._after(lifecycle, lifecycle.fail(_timed_out("the request")))
+            elif lifecycle.state is State.QUEUED and now > request.queue_deadline:
+                effects += self._after(lifecycle, lifecycle.fail(_timed_out("waiting for room")))
+        return effects
+
+    # --- Shared -----------------------------------------------------------------------------------
+
+    def _dispatch_queued(self) -> list[Effect]:
+        """Send queued requests out, first come, first served, while a pair has room."""
+        effects: list[Effect] = []
+        while self._queue:
+            lifecycle = self._queue[0]
+            pair = choose_pair(
+                self.members.of_role(pb.ROLE_PREFILL),
+                self.members.of_role(pb.ROLE_DECODE),
+                num_prompt_tokens=len(lifecycle.request.token_ids),
+                num_tokens=_num_kv_tokens(lifecycle.request),
+            )
+            if pair is None:
+                break
+            self._queue.popleft()
+            effects += lifecycle.dispatch(self._assign(lifecycle.request, pair))
+        return effects
+
+    def _assign(self, request: Request, pair: Pair) -> Assignment:
+        self._prefilling[request.request_id] = len(request.token_ids)
+        pair.prefill.num_projected_tokens += len(request.token_ids)
+        pair.decode.num_projected_pages += pair.decode.num_pages(_num_kv_tokens(request))
+        return Assignment(
+            attempt=1,
+            prefill=pair.prefill.incarnation,
+            decode=pair.decode.incarnation,
+            transports=tuple((item.kind, item.address) for item in pair.decode.info.transports),
+            ticket=self._make_ticket(),
+        )
+
+    def _after(self, lifecycle: Lifecycle, effects: Iterable[Effect]) -> list[Effect]:
+        """Give back what a request no longer needs, and fill the room."""
+        if lifecycle.state is not State.PREFILLING:
+            self._settle_prefill(lifecycle)
+        if lifecycle.is_live or self._live.pop(lifecycle.request.request_id, None) is None:
+            return list(effects)
+        if lifecycle.assignment is None:
+            self._queue.remove(lifecycle)
+        else:
+            self._settle_decode(lifecycle)
+        return [*effects, *self._dispatch_queued()]
+
+    def _settle_prefill(self, lifecycle: Lifecycle) -> None:
+        num_tokens = self._prefilling.pop(lifecycle.request.request_id, 0)
+        if lifecycle.assignment is not None:
+            member = self.members.get(lifecycle.assignment.prefill)
+            if member is not None:
+                member.num_projected_tokens -= num_tokens
+
+    def _settle_decode(self, lifecycle: Lifecycle) -> None:
+        assert lifecycle.assignment is not None, "pages are promised with an assignment"
+        member = self.members.get(lifecycle.assignment.decode)
+        if member is not None:
+            member.num_projected_pages -= member.num_pages(_num_kv_tokens(lifecycle.request))
+
+
+def _num_kv_tokens(request: Request) -> int:
+    """KV slots that a request needs at most; the last token's KV is never computed."""
+    return len(request.token_ids) + request.sampling.max_tokens - 1
+
+
+def _timed_out(what: str) -> RequestFailed:
+    return RequestFailed(
+        f"{what} took longer than the server allows; retry later",
+        status=408,
+        kind="timeout_error",
+        code="timeout",
+        retry_after_s=1,
+    )

@@ -1,0 +1,271 @@
+"""The life of one request inside the router: a pure state machine.
+
+    state       event                        → state       does
+    ADMITTED    enqueue                        QUEUED
+    QUEUED      a pair has room                PREFILLING   Attach to D
+    PREFILLING  Attached                       PREFILLING   Prefill to P
+    PREFILLING  FirstToken                     HANDOFF      delivers token 0
+    PREFILLING  FirstToken, finished           DONE         delivers token 0, Abort to D
+    PREFILLING  Ready or Tokens                DECODING     delivers the tokens, token 0 among them
+    HANDOFF     Ready or Tokens                DECODING     delivers the tokens
+    DECODING    Tokens                         DECODING     delivers them
+    DECODING    Tokens, finished               DONE         delivers them
+    any live    Failed, worker lost, deadline  FAILED       tells the client, Abort to the others
+    any live    cancel                         CANCELLED    Abort to both
+
+An event that does not carry the current attempt and the incarnation of the worker that was chosen
+for it, or comes when the request has ended, changes nothing.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from pagewire.proto import worker_pb2 as pb
+from pagewire.router.request import FinishReason, Request, RequestFailed, TokenUpdate
+from pagewire.router.token_log import TokenConflict, TokenGap, TokenLog
+
+
+class State(Enum):
+    ADMITTED = auto()
+    QUEUED = auto()
+    PREFILLING = auto()
+    HANDOFF = auto()
+    DECODING = auto()
+    DONE = auto()
+    CANCELLED = auto()
+    FAILED = auto()
+
+
+TERMINAL = frozenset({State.DONE, State.CANCELLED, State.FAILED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The pair that one attempt was sent to."""
+
+    attempt: int
+    prefill: bytes  # incarnation
+    decode: bytes  # incarnation
+    transports: tuple[tuple[str, bytes], ...]  # of the decode worker
+    ticket: bytes  # 16 random bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendCommand:
+    """Send `command` down the session of the worker that `command.route.receiver` names."""
+
+    command: pb.WorkerCommand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deliver:
+    """Give the client tokens; the last update of a stream has a finish_reason."""
+
+    request_id: str
+    update: TokenUpdate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fail:
+    """Tell the client that its request has failed."""
+
+    request_id: str
+    error: RequestFailed
+
+
+Effect = SendCommand | Deliver | Fail
+
+_FINISH = {
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+
+class Lifecycle:
+    """One request. The methods return what is to be done."""
+
+    def __init__(self, request: Request, router: bytes) -> None:
+        self.request = request
+        self.state = State.ADMITTED
+        self.assignment: Assignment | None = None
+        self.log = TokenLog()
+        self._router = router
+        self._is_prefill_sent = False
+
+    @property
+    def is_live(self) -> bool:
+        return self.state not in TERMINAL
+
+    def enqueue(self) -> None:
+        assert self.state is State.ADMITTED, f"enqueued while {self.state.name}"
+        self.state = State.QUEUED
+
+    def dispatch(self, assignment: Assignment) -> list[Effect]:
+        """A pair has room: the decode worker learns of the hand-off first."""
+        assert self.state is State.QUEUED, f"dispatched while {self.state.name}"
+        self.state = State.PREFILLING
+        self.assignment = assignment
+        attach = pb.Attach(
+            token_ids=self.request.token_ids,
+            sampling=self.request.sampling,
+            ticket=assignment.ticket,
+            prefill=assignment.prefill,
+        )
+        route = self._route(assignment.decode)
+        return [SendCommand(command=pb.WorkerCommand(route=route, attach=attach))]
+
+    def on_event(self, event: pb.WorkerEvent) -> list[Effect]:
+        """An event of a worker, addressed to this request."""
+        assigned = self.assignment
+        if not self.is_live or assigned is None or event.route.attempt != assigned.attempt:
+            return []
+        is_prefill = event.route.sender == assigned.prefill
+        is_decode = event.route.sender == assigned.decode
+        match event.WhichOneof("body"):
+            case "attached" if is_decode:
+                return self._on_attached(assigned)
+            case "first_token" if is_prefill:
+                token = event.first_token
+                return self._on_tokens(0, (token.token_id,), token.finish_reason, State.HANDOFF)
+            case "ready" if is_decode:
+                self.state = State.DECODING
+                return []
+            case "tokens" if is_decode:
+                tokens = event.tokens
+                return self._on_tokens(
+                    tokens.position, tuple(tokens.token_ids), tokens.finish_reason, State.DECODING
+                )
+            case "failed" if is_prefill or is_decode:
+                return self.fail(worker_failure(event.failed), gone=event.route.sender)
+            case _:
+                return []
+
+    def on_worker_lost(self, incarnation: bytes) -> list[Effect]:
+        """A worker's process is gone, or is believed to be."""
+        assigned = self.assignment
+        if not self.is_live or assigned is None:
+            return []
+        if incarnation == assigned.decode or (
+            incarnation == assigned.prefill and self.state is not State.DECODING
+        ):
+            error = RequestFailed(
+                "a worker that served this request was lost; send the request again",
+                status=503,
+                kind="server_error",
+                code="worker_lost",
+                retry_after_s=1,
+            )
+            return self.fail(error, gone=incarnation)
+        return []
+
+    def cancel(self, reason: str) -> list[Effect]:
+        """The client does not want more. Idempotent."""
+        if not self.is_live:
+            return []
+        self.state = State.CANCELLED
+        return self._aborts(reason)
+
+    def fail(self, error: RequestFailed, gone: bytes | None = None) -> list[Effect]:
+        """End the request with an error; `gone` is the worker that need not be told. Idempotent."""
+        if not self.is_live:
+            return []
+        self.state = State.FAILED
+        return [
+            *self._aborts(error.code, gone),
+            Fail(request_id=self.request.request_id, error=error),
+        ]
+
+    def _on_attached(self, assigned: Assignment) -> list[Effect]:
+        if self._is_prefill_sent:
+            return []
+        self._is_prefill_sent = True
+        prefill = pb.Prefill(
+            token_ids=self.request.token_ids,
+            sampling=self.request.sampling,
+            ticket=assigned.ticket,
+            decode=assigned.decode,
+            transports=[
+                pb.TransportAddress(kind=kind, address=address)
+                for kind, address in assigned.transports
+            ],
+        )
+        route = self._route(assigned.prefill)
+        return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
+
+    def _on_tokens(
+        self,
+        position: int,
+        token_ids: tuple[int, ...],
+        reason: "pb.FinishReason.ValueType",
+        state: State,
+    ) -> list[Effect]:
+        try:
+            new = self.log.append(position, token_ids)
+        except (TokenGap, TokenConflict):
+            return self.fail(
+                RequestFailed(
+                    "the stream lost its place and was ended; send the request again",
+                    status=500,
+                    kind="server_error",
+                    code="stream_broken",
+                )
+            )
+        if self.state is not State.DECODING:
+            self.state = state
+        finish = _FINISH.get(reason)
+        effects: list[Effect] = []
+        if new or finish:
+            update = TokenUpdate(
+                position=len(self.log.token_ids) - len(new), token_ids=new, finish_reason=finish
+            )
+            effects.append(Deliver(request_id=self.request.request_id, update=update))
+        if finish:
+            ended_on_prefill = self.state is State.HANDOFF
+            self.state = State.DONE
+            if ended_on_prefill and self.assignment is not None:
+                effects.append(self._abort(self.assignment.decode, "finished at token 0"))
+        return effects
+
+    def _aborts(self, reason: str, gone: bytes | None = None) -> list[Effect]:
+        if self.assignment is None:
+            return []
+        return [
+            self._abort(worker, reason)
+            for worker in (self.assignment.prefill, self.assignment.decode)
+            if worker != gone
+        ]
+
+    def _abort(self, worker: bytes, reason: str) -> SendCommand:
+        return SendCommand(
+            command=pb.WorkerCommand(route=self._route(worker), abort=pb.Abort(reason=reason))
+        )
+
+    def _route(self, worker: bytes) -> pb.Route:
+        assert self.assignment is not None, "a route needs an attempt"
+        return pb.Route(
+            request_id=self.request.request_id,
+            attempt=self.assignment.attempt,
+            sender=self._router,
+            receiver=worker,
+        )
+
+
+def worker_failure(failed: pb.Failed) -> RequestFailed:
+    """What a worker's failure means for the client."""
+    match failed.code:
+        case pb.FAILURE_CODE_PEER_LOST | pb.FAILURE_CODE_STALLED:
+            return RequestFailed(
+                f"{failed.message}; send the request again",
+                status=503,
+                kind="server_error",
+                code="worker_lost",
+                retry_after_s=1,
+            )
+        case pb.FAILURE_CODE_INTEGRITY:
+            return RequestFailed(
+                failed.message, status=500, kind="server_error", code="handoff_corrupt"
+            )
+        case _:
+            return RequestFailed(
+                failed.message, status=500, kind="server_error", code="worker_error"
+            )

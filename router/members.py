@@ -1,0 +1,92 @@
+"""The workers that a router knows, and what it has promised of their capacity. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pagewire.proto import worker_pb2 as pb
+
+HEARTBEAT_S = 1.0
+MISSED_HEARTBEATS = 3
+
+
+class RegistrationRefused(Exception):
+    """A worker that cannot work with those already registered; the text names the field."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """One registered worker process."""
+
+    info: pb.RegisterRequest
+    last_seen: float  # seconds on the router's clock
+    state: pb.WorkerState = field(default_factory=pb.WorkerState)  # of the last heartbeat
+    num_projected_pages: int = 0  # promised to requests that were sent to this worker
+    num_projected_tokens: int = 0  # prompt tokens that it was sent and has not sealed
+
+    @property
+    def incarnation(self) -> bytes:
+        return self.info.incarnation
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Pages of this worker that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.info.layout.page_size)
+
+    @property
+    def num_unpromised_pages(self) -> int:
+        return self.info.num_pages - self.num_projected_pages
+
+
+class Members:
+    """Registered workers by incarnation."""
+
+    def __init__(self) -> None:
+        self._members: dict[bytes, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._members.values()))
+
+    def get(self, incarnation: bytes) -> Member | None:
+        return self._members.get(incarnation)
+
+    def of_role(self, role: "pb.Role.ValueType") -> list[Member]:
+        return [member for member in self._members.values() if member.info.role == role]
+
+    def check(self, info: pb.RegisterRequest) -> None:
+        """Raise RegistrationRefused unless a worker of this kind can be taken in."""
+        if len(info.incarnation) != 16:
+            raise RegistrationRefused("incarnation is not 16 bytes")
+        if info.role not in (pb.ROLE_PREFILL, pb.ROLE_DECODE):
+            raise RegistrationRefused("role is neither prefill nor decode")
+        if info.num_pages < 1 or info.layout.page_size < 1:
+            raise RegistrationRefused("num_pages and layout.page_size must be at least 1")
+        for member in self._members.values():
+            if member.info.name == info.name:
+                continue  # a new incarnation takes the place of the old one
+            _require_equal("model", info.model, member.info.model, member)
+            for name in ("page_size", "num_layers", "num_kv_heads", "head_dim", "dtype"):
+                mine, theirs = getattr(info.layout, name), getattr(member.info.layout, name)
+                _require_equal(f"layout.{name}", mine, theirs, member)
+
+    def add(self, info: pb.RegisterRequest, now: float) -> Member:
+        member = Member(info=info, last_seen=now)
+        self._members[info.incarnation] = member
+        return member
+
+    def remove(self, incarnation: bytes) -> Member | None:
+        return self._members.pop(incarnation, None)
+
+    def named(self, name: str) -> Member | None:
+        return next((item for item in self._members.values() if item.info.name == name), None)
+
+    def silent(self, now: float) -> list[Member]:
+        """Those that have missed their heartbeats."""
+        limit = HEARTBEAT_S * MISSED_HEARTBEATS
+        return [member for member in self._members.values() if now - member.last_seen > limit]
+
+
+def _require_equal(name: str, mine: object, theirs: object, member: Member) -> None:
+    if mine != theirs:
+        raise RegistrationRefused(
+            f"{name} is {mine}, but {member.info.name} was started with {theirs}; start both "
+            "with the same value"
+        )

@@ -1,0 +1,41 @@
+"""What the shell needs of a worker's pure core; prefill and decode workers each have one."""
+
+from typing import Protocol
+
+from pagewire.engine.batch import Batch
+from pagewire.kv_transfer.messages import Message
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.effects import Effect
+
+
+class WorkerCore(Protocol):
+    """(state, event, now) → effects. `now` is seconds on the shell's clock."""
+
+    incarnation: bytes
+
+    def on_command(self, command: pb.WorkerCommand, now: float) -> list[Effect]:
+        """A command of a router."""
+
+    def on_session_lost(self, router: bytes) -> list[Effect]:
+        """A router is gone."""
+
+    def on_message(self, peer: bytes, message: Message, now: float) -> list[Effect]:
+        """A message of another worker is complete."""
+
+    def on_peer_lost(self, peer: bytes) -> list[Effect]:
+        """The connection to another worker is gone."""
+
+    def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
+        """What the model runs next; None when there is nothing to do."""
+
+    def on_batch_done(self, tokens: list[int | None], now: float) -> list[Effect]:
+        """The step has run; `tokens` are its rows' sampled tokens."""
+
+    def on_batch_failed(self) -> list[Effect]:
+        """The step raised."""
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time passes; called a few times a second."""
+
+    def state(self) -> pb.WorkerState:
+        """Counts as of now, after an integrity check. Raises IntegrityError."""

@@ -1,0 +1,53 @@
+"""What the pure core of a worker asks its shell to do. Carried out in order, per destination."""
+
+from dataclasses import dataclass
+
+from pagewire.kv_transfer.messages import Frame, Message
+from pagewire.proto import worker_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emit:
+    """Send an event up the session of the router that `event.route.receiver` names."""
+
+    event: pb.WorkerEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connect:
+    """Make sure of a connection to `peer`; on failure the core is told that the peer is lost."""
+
+    peer: bytes  # incarnation
+    addresses: tuple[tuple[str, bytes], ...]  # (transport kind, address)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """Send a message without payload to the worker that `message.id.receiver` names."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendFrame:
+    """Gather a frame from pages, checksum it and send it; then tell the core that it was sent.
+
+    The pages are pinned until then. `frame.checksum` is 0 here and filled in by the shell.
+    """
+
+    frame: Frame
+    page_table: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scatter:
+    """Verify a frame in its slot and copy it into pages; then tell the core how it went.
+
+    The pages are pinned until then.
+    """
+
+    frame: Frame
+    page_table: tuple[int, ...]
+
+
+Effect = Emit | Connect | Send | SendFrame | Scatter

@@ -1,0 +1,30 @@
+"""Events that both kinds of worker send to routers."""
+
+from pagewire.engine.page_pool import PagePool
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.effects import Emit
+from pagewire.worker.identity import reply_route
+
+
+def failed(
+    route: pb.Route,
+    message: str,
+    code: "pb.FailureCode.ValueType" = pb.FAILURE_CODE_INVALID,
+) -> Emit:
+    """The end of the attempt that came with `route`, for a reason that its client may read."""
+    return Emit(
+        event=pb.WorkerEvent(route=reply_route(route), failed=pb.Failed(code=code, message=message))
+    )
+
+
+def page_counts(pool: PagePool) -> pb.PageCounts:
+    """Pages by state, after an integrity check. Raises IntegrityError."""
+    pool.check_integrity()
+    counts = pool.counts()
+    return pb.PageCounts(
+        free=counts.free,
+        owned=counts.owned,
+        pinned=counts.pinned,
+        quarantined=counts.quarantined,
+        total=counts.total,
+    )

@@ -1,0 +1,87 @@
+"""How a worker names the work it was given, and checks that a command is meant for it."""
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pagewire.engine.batch import SamplingParams
+from pagewire.kv_transfer.messages import ID_BYTES, HandoffId
+from pagewire.proto import worker_pb2 as pb
+
+
+class CommandError(ValueError):
+    """A command that this worker cannot carry out; the text is fit for a user."""
+
+
+class AttemptKey(NamedTuple):
+    """One attempt at one request, inside a worker."""
+
+    request_id: str
+    attempt: int
+
+    @classmethod
+    def of(cls, route: "pb.Route | HandoffId") -> "AttemptKey":
+        return cls(route.request_id, route.attempt)
+
+
+def prefix_hash(token_ids: Iterable[int]) -> bytes:
+    """16 bytes that bind the frames of a hand-off to the prompt they were computed from."""
+    return hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=ID_BYTES).digest()
+
+
+def reply_route(route: pb.Route) -> pb.Route:
+    """The route of an answer to a message with `route`."""
+    return pb.Route(
+        request_id=route.request_id,
+        attempt=route.attempt,
+        sender=route.receiver,
+        receiver=route.sender,
+    )
+
+
+def read_work(
+    body: pb.Prefill | pb.Attach, *, vocab_size: int, max_model_len: int
+) -> tuple[tuple[int, ...], SamplingParams]:
+    """Prompt and sampling of a command, checked again where they are used.
+
+    The router has validated the request, but a limit that is checked on one path only is the
+    classic way to bring an engine down. Raises CommandError.
+    """
+    token_ids = tuple(body.token_ids)
+    if not token_ids:
+        raise CommandError("token_ids is empty; a prompt has at least one token")
+    if max(token_ids) >= vocab_size:
+        raise CommandError(f"token_ids holds an id outside the vocabulary of {vocab_size}")
+    if any(token >= vocab_size for token in body.sampling.stop_token_ids):
+        raise CommandError(f"stop_token_ids holds an id outside the vocabulary of {vocab_size}")
+    if len(body.ticket) != ID_BYTES:
+        raise CommandError(f"ticket is not {ID_BYTES} bytes")
+    try:
+        sampling = SamplingParams(
+            max_tokens=body.sampling.max_tokens,
+            temperature=body.sampling.temperature,
+            top_p=body.sampling.top_p,
+            top_k=body.sampling.top_k,
+            seed=body.sampling.seed,
+            stop_token_ids=frozenset(body.sampling.stop_token_ids),
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if len(token_ids) + sampling.max_tokens > max_model_len:
+        raise CommandError(
+            f"{len(token_ids)} prompt tokens and max_tokens {sampling.max_tokens} exceed the "
+            f"model's {max_model_len}"
+        )
+    return token_ids, sampling
+
+
+def finish_reason(
+    token_id: int, num_output_tokens: int, sampling: SamplingParams
+) -> "pb.FinishReason.ValueType":
+    """Whether a sequence ends with `token_id`, its `num_output_tokens`-th output token."""
+    if token_id in sampling.stop_token_ids:
+        return pb.FINISH_REASON_STOP
+    if num_output_tokens >= sampling.max_tokens:
+        return pb.FINISH_REASON_LENGTH
+    return pb.FINISH_REASON_UNSPECIFIED

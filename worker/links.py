@@ -1,0 +1,148 @@
+"""What a worker has to say to its peers, in order, one queue and one task per peer."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+
+from pagewire.kv_transfer.messages import Frame, Message, encode
+from pagewire.kv_transfer.select import choose
+from pagewire.kv_transfer.transport import Connection, Transport, TransportError
+from pagewire.worker.effects import Connect, Send, SendFrame
+from pagewire.worker.frames import FrameReader
+
+logger = logging.getLogger(__name__)
+
+_Outgoing = Connect | Send | SendFrame
+
+
+class Links:
+    """Carries out Connect, Send and SendFrame; tells the shell of frames sent and peers lost."""
+
+    def __init__(
+        self,
+        *,
+        transports: Sequence[Transport],
+        reader: FrameReader | None,
+        io_thread: Executor,
+        on_frame_sent: Callable[[Frame, int], None],
+        on_peer_lost: Callable[[bytes], None],
+    ) -> None:
+        self.transports: Mapping[str, Transport] = {item.kind: item for item in transports}
+        self._reader = reader
+        self._io_thread = io_thread
+        self._on_frame_sent = on_frame_sent
+        self._on_peer_lost = on_peer_lost
+        self._links: dict[bytes, _Link] = {}
+
+    def put(self, effect: _Outgoing) -> None:
+        """Queue an effect behind those before it to the same peer."""
+        peer = effect.peer if isinstance(effect, Connect) else _message(effect).id.receiver
+        link = self._links.get(peer)
+        if link is None:
+            link = self._links[peer] = _Link(self, peer)
+        link.put(effect)
+
+    def connection(self, peer: bytes) -> Connection | None:
+        """The open connection to `peer`, over whichever transport."""
+        for transport in self.transports.values():
+            connection = transport.connection(peer)
+            if connection is not None:
+                return connection
+        return None
+
+    def drop(self, peer: bytes) -> None:
+        """The connection to `peer` is gone; so is everything that was queued for it."""
+        link = self._links.pop(peer, None)
+        if link is not None:
+            link.close()
+
+    async def close(self) -> None:
+        for peer in list(self._links):
+            self.drop(peer)
+        for transport in self.transports.values():
+            await transport.close()
+
+    async def connect(self, peer: bytes, addresses: tuple[tuple[str, bytes], ...]) -> None:
+        """Make sure of a connection over the best transport that both ends have."""
+        if self.connection(peer) is None:
+            kind = choose(list(self.transports), [kind for kind, _ in addresses])
+            await self.transports[kind].connect(peer, dict(addresses)[kind])
+
+    async def send_frame(self, connection: Connection, effect: SendFrame) -> None:
+        """Gather, checksum and send a frame; whatever happens, its pages are let go."""
+        assert self._reader is not None, "only a prefill worker sends frames"
+        checksum = 0
+        try:
+            frame, payload = await asyncio.get_running_loop().run_in_executor(
+                self._io_thread, self._reader.read, effect.frame, effect.page_table
+            )
+            checksum = frame.checksum
+            await connection.send(encode(frame), payload)
+        finally:
+            self._on_frame_sent(effect.frame, checksum)
+
+    def report_lost(self, peer: bytes, link: "_Link") -> None:
+        if self._links.get(peer) is link:
+            del self._links[peer]
+            self._on_peer_lost(peer)
+
+    def report_unsent(self, frame: Frame) -> None:
+        self._on_frame_sent(frame, 0)
+
+
+class _Link:
+    """The queue and the task of one peer. The task lives while there is something to say."""
+
+    def __init__(self, links: Links, peer: bytes) -> None:
+        self._links = links
+        self._peer = peer
+        self._queue: deque[_Outgoing] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    def put(self, effect: _Outgoing) -> None:
+        self._queue.append(effect)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain())
+
+    def close(self) -> None:
+        """Stop; what is being sent ends by itself with the connection."""
+        self._is_closed = True
+        self._give_up()
+
+    async def _drain(self) -> None:
+        while self._queue and not self._is_closed:
+            try:
+                await self._carry_out(self._queue.popleft())
+            except TransportError as error:
+                logger.warning("lost peer %s: %s", self._peer.hex()[:8], error)
+                self._give_up()
+                if not self._is_closed:
+                    self._is_closed = True
+                    self._links.report_lost(self._peer, self)
+
+    async def _carry_out(self, effect: _Outgoing) -> None:
+        if isinstance(effect, Connect):
+            await self._links.connect(self._peer, effect.addresses)
+            return
+        connection = self._links.connection(self._peer)
+        if connection is None:
+            if isinstance(effect, SendFrame):
+                self._links.report_unsent(effect.frame)
+            raise TransportError("there is no connection to this peer any more")
+        if isinstance(effect, SendFrame):
+            await self._links.send_frame(connection, effect)
+        else:
+            await connection.send(encode(effect.message))
+
+    def _give_up(self) -> None:
+        unsent, self._queue = self._queue, deque()
+        for effect in unsent:
+            if isinstance(effect, SendFrame):
+                self._links.report_unsent(effect.frame)
+
+
+def _message(effect: Send | SendFrame) -> Message:
+    return effect.message if isinstance(effect, Send) else effect.frame

@@ -1,0 +1,208 @@
+"""The thin shell that both kinds of worker share: it feeds a pure core and does what it says."""
+
+import asyncio
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import grpc
+
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.kv_transfer.layout import KVLayout
+from pagewire.kv_transfer.messages import Frame, decode
+from pagewire.kv_transfer.transport import Handler, Transport
+from pagewire.proto import worker_pb2 as pb
+from pagewire.proto import worker_pb2_grpc as pb_grpc
+from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.core import WorkerCore
+from pagewire.worker.effects import Connect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.frames import FrameReader
+from pagewire.worker.links import Links
+from pagewire.worker.sessions import WorkerService, keep_registered
+from pagewire.worker.step_loop import StepLoop
+
+_HEARTBEAT_S = 1.0
+_TICK_S = 0.25
+
+Core = TypeVar("Core", bound=WorkerCore)
+
+
+class WorkerShell(Handler, Generic[Core]):
+    """One worker process: a core, a model, routers above and peers beside it.
+
+    All state belongs to the event loop. The model runs in one thread, gathers and scatters in
+    another.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: WorkerConfig,
+        core: Core,
+        runner: ModelRunner,
+        reader: FrameReader | None,
+        on_state: Callable[[pb.WorkerState], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self.core = core
+        self._runner = runner
+        self._reader = reader
+        self._on_state = on_state
+        self.clock = clock
+        self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.io_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="frames")
+        self._tasks: set[asyncio.Task[None]] = set()  # scatters under way
+        self._service = WorkerService(
+            incarnation=core.incarnation,
+            on_command=lambda command: self.carry_out(core.on_command(command, clock())),
+            on_session_lost=lambda router: self.carry_out(core.on_session_lost(router)),
+            state=self.state,
+        )
+        self._steps = StepLoop(
+            core=core,
+            execute=runner.execute,
+            thread=self._model_thread,
+            carry_out=self.carry_out,
+            clock=clock,
+        )
+        self._links: Links | None = None
+
+    async def run(self, transports: Sequence[Transport], stop: asyncio.Event) -> None:
+        """Serve until `stop` is set. Raises RegistrationRefused, and whatever breaks the worker."""
+        self._links = Links(
+            transports=transports,
+            reader=self._reader,
+            io_thread=self.io_thread,
+            on_frame_sent=self._on_frame_sent,
+            on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
+        )
+        server = grpc.aio.server()
+        pb_grpc.add_WorkerServicer_to_server(self._service, server)
+        port = server.add_insecure_port(f"{self._config.host}:0")
+        for transport in transports:
+            await transport.start()
+        await server.start()
+        info = self._registration(f"{self._config.host}:{port}", transports)
+        work = asyncio.gather(
+            self._steps.run(),
+            self._beat(),
+            self._tick(),
+            keep_registered(self._service, self._config.routers, info),
+        )
+        stopped = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            stopped.cancel()
+            work.cancel()
+            self._service.close()
+            await server.stop(grace=None)
+            await self._links.close()
+            self._model_thread.shutdown()
+            self.io_thread.shutdown()
+
+    def state(self) -> pb.WorkerState:
+        """The core's state with what the transports have carried."""
+        state = self.core.state()
+        if self._links is not None:
+            state.transfers.extend(
+                pb.TransferTotals(
+                    kind=kind,
+                    bytes_sent=transport.stats.bytes_sent,
+                    bytes_received=transport.stats.bytes_received,
+                    send_seconds=transport.stats.send_seconds,
+                    receive_seconds=transport.stats.receive_seconds,
+                    failures=transport.stats.failures,
+                )
+                for kind, transport in self._links.transports.items()
+            )
+        return state
+
+    def carry_out(self, effects: list[Effect]) -> None:
+        """Do what the core asks for, in order, and let it go on."""
+        for effect in effects:
+            match effect:
+                case Emit(event=event):
+                    self._service.emit(event)
+                case Connect() | Send() | SendFrame():
+                    assert self._links is not None, "effects come once the worker runs"
+                    self._links.put(effect)
+                case Scatter():
+                    task = asyncio.create_task(self._scatter(effect))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+        self._steps.wake()
+
+    # --- Transport handler ------------------------------------------------------------------------
+
+    @abstractmethod
+    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+        """See Handler."""
+
+    def deliver(self, peer: bytes, header: bytes) -> None:
+        self.carry_out(self.core.on_message(peer, decode(header), self.clock()))
+
+    def lost(self, peer: bytes, reason: str) -> None:
+        if self._links is not None:
+            self._links.drop(peer)
+        self.carry_out(self.core.on_peer_lost(peer))
+
+    # --- What only one kind of worker does --------------------------------------------------------
+
+    @abstractmethod
+    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+        """The pages of `frame` are not read any more."""
+
+    @abstractmethod
+    async def _scatter(self, effect: Scatter) -> None:
+        """Move a landed frame into pages and tell the core."""
+
+    # --- Time -------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        while True:
+            state = self.state()
+            self._service.heartbeat(state)
+            if self._on_state is not None:
+                self._on_state(state)
+            await asyncio.sleep(_HEARTBEAT_S)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.carry_out(self.core.tick(self.clock()))
+
+    def _registration(self, address: str, transports: Sequence[Transport]) -> pb.RegisterRequest:
+        role = pb.ROLE_PREFILL if self._config.role is Role.PREFILL else pb.ROLE_DECODE
+        return pb.RegisterRequest(
+            name=self._config.name,
+            role=role,
+            incarnation=self.core.incarnation,
+            address=address,
+            pid=os.getpid(),
+            device=self._config.device,
+            model=self._config.served_model,
+            max_model_len=self._runner.max_model_len,
+            num_pages=self._runner.num_pages,
+            layout=_layout_message(self._runner.layout),
+            transports=[
+                pb.TransportAddress(kind=transport.kind, address=transport.address)
+                for transport in transports
+            ],
+        )
+
+
+def _layout_message(layout: KVLayout) -> pb.KVLayout:
+    return pb.KVLayout(
+        page_size=layout.page_size,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+    )
