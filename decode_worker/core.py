@@ -403,9 +403,13 @@ class DecodeCore:
         """Nothing waits on a clock here: senders watch for stalls, the router for deadlines."""
         return []
 
-    def state(self) -> pb.WorkerState:
-        """Counts as of now, after an integrity check. Raises IntegrityError."""
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless the books balance."""
+        self.pool.check_integrity()
         self.slots.check_integrity()
+
+    def state(self) -> pb.WorkerState:
+        """Counts as of now."""
         return pb.WorkerState(
             pages=page_counts(self.pool),
             queued=len(self._waiting) + self._scheduler.num_waiting,

@@ -86,6 +86,8 @@ def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
     if architecture not in ARCHITECTURES:
         raise _unsupported("architecture", architecture, ARCHITECTURES)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ModelError(f"the rope parameters are {rope!r}; they must be a JSON object")
     values = {**values, **rope}
     _refuse_hugging_face_variants(values)
     fields = _Fields(values)
@@ -223,17 +225,20 @@ def _hugging_face_window(architecture: str, values: Mapping[str, Any]) -> int | 
     """The sliding window, which all layers must share."""
     if architecture == "llama":
         return None
+    if values.get("sliding_window", MISTRAL_WINDOW) is None:
+        return None
+    fields = _Fields(values)
     if architecture == "mistral":
-        return values.get("sliding_window", MISTRAL_WINDOW)
+        return fields.integer("sliding_window", MISTRAL_WINDOW)
     if not values.get("use_sliding_window"):
         return None
-    num_layers, first = values["num_hidden_layers"], values.get("max_window_layers", 0)
+    num_layers, first = fields.integer("num_hidden_layers"), fields.integer("max_window_layers")
     if 0 < first < num_layers:
         raise ModelError(
             f"max_window_layers is {first} of {num_layers}; "
             "a sliding window in some layers only is not supported"
         )
-    return values.get("sliding_window") if first == 0 else None
+    return fields.integer("sliding_window") if first == 0 else None
 
 
 def _gguf_rope(fields: _Fields) -> LinearRope | None:

@@ -44,4 +44,4 @@ class KVCache:
         """
         if self.pool.device.type != "cpu":
             raise TypeError(f"the KV pool is on {self.pool.device}; only host memory has a buffer")
-        return memoryview(self.pool.view(-1).numpy())
+        return self.pool.view(-1).numpy().data

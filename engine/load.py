@@ -7,7 +7,7 @@ import torch
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.errors import ModelError
 from pagewire.engine.kv_cache import KVCache
-from pagewire.engine.loading.weights import load_model
+from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.kv_transfer.layout import KVLayout
@@ -32,9 +32,17 @@ def load_engine(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    model = load_model(path, dtype=torch_dtype(dtype), device=device)
-    layout = kv_layout(model.config, page_size=page_size, dtype=dtype)
-    length = _max_model_len(model.config, max_model_len)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    layout = KVLayout(
+        page_size=page_size,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+    )
+    length = _max_model_len(config, max_model_len)
+    model = load_model(checkpoint, dtype=getattr(torch, dtype), device=device)
     if num_pages is None:
         num_pages = choose_num_pages(
             layout,
@@ -43,3 +51,13 @@ def load_engine(
             share=default_share(device),
         )
     return ModelRunner(model, KVCache(layout, num_pages, device), max_model_len=length)
+
+
+def _max_model_len(config: ModelConfig, wanted: int | None) -> int:
+    if wanted is None:
+        return config.max_model_len
+    if not 1 <= wanted <= config.max_model_len:
+        raise ModelError(
+            f"max_model_len is {wanted}; the model was trained for 1 to {config.max_model_len}"
+        )
+    return wanted

@@ -55,10 +55,10 @@ def available_bytes(device: str) -> int:
     try:
         meminfo = _MEMINFO.read_text(encoding="ascii")
     except OSError as error:
-        raise MemoryBudgetError(
-            f"{_MEMINFO} cannot be read ({error}); set num_pages"
-        ) from error
-    return min(parse_meminfo(meminfo), _cgroup_available())
+        raise MemoryBudgetError(f"{_MEMINFO} cannot be read ({error}); set num_pages") from error
+    return min(
+        value for value in (parse_meminfo(meminfo), _cgroup_available()) if value is not None
+    )
 
 
 def parse_meminfo(text: str) -> int:
@@ -69,14 +69,14 @@ def parse_meminfo(text: str) -> int:
     raise MemoryBudgetError(f"{_MEMINFO} has no MemAvailable; set num_pages")
 
 
-def _cgroup_available() -> float:
-    """What a container's limit leaves; infinite outside of one."""
+def _cgroup_available() -> int | None:
+    """Bytes that a container's limit leaves; None outside of one."""
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         current = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return float("inf")
-    return float("inf") if limit == "max" else max(0, int(limit) - current)
+        return None
+    return None if limit == "max" else max(0, int(limit) - current)
 
 
 def _mib(num_bytes: int) -> int:

@@ -85,9 +85,7 @@ class ModelRunner:
         self._check_range(row, "token id", row.token_ids, self.vocab_size)
         self._check_range(row, "page", row.page_table, self.num_pages)
 
-    def _check_range(
-        self, row: BatchRow, what: str, values: Iterable[int], limit: int
-    ) -> None:
+    def _check_range(self, row: BatchRow, what: str, values: Iterable[int], limit: int) -> None:
         array = np.fromiter(values, dtype=np.int64)
         if array.min() < 0 or array.max() >= limit:
             raise ValueError(

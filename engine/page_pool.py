@@ -13,6 +13,7 @@ operation is quarantined, and free only once that operation has ended: never by 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 
 
 class OutOfPages(Exception):
@@ -21,6 +22,13 @@ class OutOfPages(Exception):
 
 class IntegrityError(AssertionError):
     """The books of a pool do not balance: a fault of the program."""
+
+
+class PageState(IntEnum):
+    FREE = 0
+    OWNED = 1
+    PINNED = 2
+    QUARANTINED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,7 @@ class PagePool:
         self._generations = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: warm pages are used again first
         self._promised = 0
+        self._counts = [num_pages, 0, 0, 0]  # by PageState
 
     @property
     def num_pages(self) -> int:
@@ -94,60 +103,51 @@ class PagePool:
     def retain(self, pages: Iterable[int]) -> None:
         """Add an owner to pages that have one."""
         for page in pages:
-            if not self._owners[page]:
-                raise IntegrityError(f"page {page} was retained without an owner")
-            self._owners[page] += 1
+            self._require_owner(page, "retained")
+            self._change(page, owners=1)
 
     def release(self, pages: Iterable[int]) -> None:
         """Remove an owner. Without owners and pins a page is free."""
         for page in pages:
-            if not self._owners[page]:
-                raise IntegrityError(f"page {page} was released without an owner")
-            self._owners[page] -= 1
-            self._free_if_unused(page)
+            self._require_owner(page, "released")
+            self._change(page, owners=-1)
 
     def pin(self, pages: Iterable[int]) -> None:
         """Hold pages that have an owner for an operation that reads or writes them."""
         for page in pages:
-            if not self._owners[page]:
-                raise IntegrityError(f"page {page} was pinned without an owner")
-            self._pins[page] += 1
+            self._require_owner(page, "pinned")
+            self._change(page, pins=1)
 
     def unpin(self, pages: Iterable[int]) -> None:
         """The operation has ended."""
         for page in pages:
             if not self._pins[page]:
                 raise IntegrityError(f"page {page} was unpinned without a pin")
-            self._pins[page] -= 1
-            self._free_if_unused(page)
+            self._change(page, pins=-1)
+
+    def state(self, page: int) -> PageState:
+        if self._owners[page]:
+            return PageState.PINNED if self._pins[page] else PageState.OWNED
+        return PageState.QUARANTINED if self._pins[page] else PageState.FREE
 
     def generation(self, page: int) -> int:
         """How often the page was freed: a reference with an older generation is stale."""
         return self._generations[page]
 
     def counts(self) -> PageCounts:
-        owned = pinned = quarantined = 0
-        for owners, pins in zip(self._owners, self._pins, strict=True):
-            if owners and pins:
-                pinned += 1
-            elif owners:
-                owned += 1
-            elif pins:
-                quarantined += 1
-        free = self.num_pages - owned - pinned - quarantined
+        free, owned, pinned, quarantined = self._counts
         return PageCounts(
             free=free, owned=owned, pinned=pinned, quarantined=quarantined, total=self.num_pages
         )
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless the books balance."""
+        """Raise IntegrityError unless the books balance. Looks at every page."""
         if min(self._owners) < 0 or min(self._pins) < 0:
             raise IntegrityError("a page has fewer than 0 owners or pins")
-        unused = {
-            page
-            for page, (owners, pins) in enumerate(zip(self._owners, self._pins, strict=True))
-            if not owners and not pins
-        }
+        states = [self.state(page) for page in range(self.num_pages)]
+        if [states.count(state) for state in PageState] != self._counts:
+            raise IntegrityError("the counts of pages by state do not match the pages")
+        unused = {page for page, state in enumerate(states) if state is PageState.FREE}
         if len(self._free) != len(unused) or set(self._free) != unused:
             raise IntegrityError(
                 f"{len(self._free)} pages are listed as free, {len(unused)} are unused"
@@ -162,13 +162,24 @@ class PagePool:
                 "neither in use nor promised"
             )
 
+    def _require_owner(self, page: int, verb: str) -> None:
+        if not self._owners[page]:
+            raise IntegrityError(f"page {page} was {verb} without an owner")
+
     def _pop(self, num_pages: int) -> tuple[int, ...]:
         pages = tuple(self._free.pop() for _ in range(num_pages))
         for page in pages:
-            self._owners[page] = 1
+            self._change(page, owners=1)
         return pages
 
-    def _free_if_unused(self, page: int) -> None:
-        if not self._owners[page] and not self._pins[page]:
+    def _change(self, page: int, *, owners: int = 0, pins: int = 0) -> None:
+        """Change a page's two counts, and with them its state; the only place that does."""
+        before = self.state(page)
+        self._owners[page] += owners
+        self._pins[page] += pins
+        after = self.state(page)
+        self._counts[before] -= 1
+        self._counts[after] += 1
+        if after is PageState.FREE:
             self._generations[page] += 1
             self._free.append(page)

@@ -4,8 +4,6 @@ Dense and unpaged on purpose, with a Python loop where a formula has a sum, so t
 code and no layout with what it checks.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
             weights = torch.softmax(keys @ q[i, head].double() * scale, dim=0)
             out[i, head] = weights @ values
     return out
-
-
-def default_scale(head_dim: int) -> float:
-    return 1.0 / math.sqrt(head_dim)

@@ -307,8 +307,12 @@ class PrefillCore:
                 )
         return effects
 
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless the books balance."""
+        self.pool.check_integrity()
+
     def state(self) -> pb.WorkerState:
-        """Counts as of now, after an integrity check. Raises IntegrityError."""
+        """Counts as of now."""
         return pb.WorkerState(
             pages=page_counts(self.pool),
             queued=self._scheduler.num_queued,

@@ -18,7 +18,6 @@ from pagewire.router.schema import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
-    StreamOptions,
 )
 from pagewire.router.settings import RouterSettings
 
@@ -29,7 +28,7 @@ _GREEDY_TEMPERATURE = 1e-5
 # The smallest top_p whose float32, which the workers use, is above 0 with all its digits.
 _MIN_TOP_P = 2.0**-126
 
-_Neutral = Mapping[str, tuple[object, ...]]
+_Neutral = dict[str, tuple[object, ...]]
 
 # Parameters of OpenAI's API and of vLLM's that are not served, with the values (beside null) that
 # ask for nothing. Everything else in them is refused rather than silently ignored.
@@ -129,9 +128,7 @@ def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) ->
         )
 
 
-def output_budget(
-    fields: GenerationRequest, *, num_prompt_tokens: int, context_tokens: int
-) -> int:
+def output_budget(fields: GenerationRequest, *, num_prompt_tokens: int, context_tokens: int) -> int:
     """How many tokens to generate at most.
 
     Args:
@@ -198,7 +195,7 @@ def _parse(
         raise _invalid_field(error) from None
     check_model(fields.model, settings)
     _check_stop(fields, settings)
-    _check_stream_options(body, fields)
+    _check_stream_options(fields)
     return fields
 
 
@@ -253,17 +250,12 @@ def _check_stop(fields: GenerationRequest, settings: RouterSettings) -> None:
         )
 
 
-def _check_stream_options(body: Mapping[str, Any], fields: GenerationRequest) -> None:
+def _check_stream_options(fields: GenerationRequest) -> None:
     if fields.stream_options is not None and not fields.stream:
         raise invalid(
             "'stream_options' is for streams only; remove it or set 'stream'.",
             param="stream_options",
         )
-
-
-def include_usage(options: StreamOptions | None) -> bool:
-    """Whether a stream ends with the usage."""
-    return options is not None and options.include_usage
 
 
 def _asked_tokens(fields: GenerationRequest, room: int) -> tuple[str, int]:
@@ -273,5 +265,5 @@ def _asked_tokens(fields: GenerationRequest, room: int) -> tuple[str, int]:
             return "max_completion_tokens", fields.max_completion_tokens
         return "max_tokens", room if fields.max_tokens is None else fields.max_tokens
     if fields.max_tokens is None:
-        return "max_tokens", DEFAULT_COMPLETION_TOKENS
+        return "max_tokens", min(DEFAULT_COMPLETION_TOKENS, room)
     return "max_tokens", fields.max_tokens

@@ -38,4 +38,7 @@ class WorkerCore(Protocol):
         """Time passes; called a few times a second."""
 
     def state(self) -> pb.WorkerState:
-        """Counts as of now, after an integrity check. Raises IntegrityError."""
+        """Counts as of now; cheap."""
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless pages and slots add up; looks at each of them."""

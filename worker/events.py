@@ -18,8 +18,7 @@ def failed(
 
 
 def page_counts(pool: PagePool) -> pb.PageCounts:
-    """Pages by state, after an integrity check. Raises IntegrityError."""
-    pool.check_integrity()
+    """Pages by state."""
     counts = pool.counts()
     return pb.PageCounts(
         free=counts.free,

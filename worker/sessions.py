@@ -56,12 +56,12 @@ class WorkerService(pb_grpc.WorkerServicer):
         incarnation: bytes,
         on_command: Callable[[pb.WorkerCommand], None],
         on_session_lost: Callable[[bytes], None],
-        state: Callable[[], pb.WorkerState],
+        inspect: Callable[[], pb.WorkerState],
     ) -> None:
         self._incarnation = incarnation
         self._on_command = on_command
         self._on_session_lost = on_session_lost
-        self._state = state
+        self._inspect = inspect
         self._sessions: dict[bytes, RouterSession] = {}  # by incarnation of the router
         self._opened = asyncio.Condition()
 
@@ -115,7 +115,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         request: pb.InspectRequest,
         context: "grpc.aio.ServicerContext[pb.InspectRequest, pb.WorkerState]",
     ) -> pb.WorkerState:
-        return self._state()
+        return self._inspect()
 
     async def _open(self, router: bytes) -> RouterSession:
         previous = self._sessions.pop(router, None)
@@ -146,9 +146,7 @@ async def keep_registered(
 
     Raises RegistrationRefused when a router says that it cannot use this worker.
     """
-    async with asyncio.TaskGroup() as group:
-        for router in routers:
-            group.create_task(_keep_registered(service, router, info))
+    await asyncio.gather(*(_keep_registered(service, router, info) for router in routers))
 
 
 async def _keep_registered(service: WorkerService, router: str, info: pb.RegisterRequest) -> None:

@@ -60,7 +60,7 @@ class WorkerShell(Handler, Generic[Core]):
             incarnation=core.incarnation,
             on_command=lambda command: self.carry_out(core.on_command(command, clock())),
             on_session_lost=lambda router: self.carry_out(core.on_session_lost(router)),
-            state=self.state,
+            inspect=self.inspect,
         )
         self._steps = StepLoop(
             core=core,
@@ -87,25 +87,34 @@ class WorkerShell(Handler, Generic[Core]):
             await transport.start()
         await server.start()
         info = self._registration(f"{self._config.host}:{port}", transports)
-        work = asyncio.gather(
-            self._steps.run(),
-            self._beat(),
-            self._tick(),
-            keep_registered(self._service, self._config.routers, info),
-        )
-        stopped = asyncio.ensure_future(stop.wait())
+        tasks = [
+            asyncio.create_task(work)
+            for work in (
+                self._steps.run(),
+                self._beat(),
+                self._tick(),
+                keep_registered(self._service, self._config.routers, info),
+            )
+        ]
+        stopped = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            done, _ = await asyncio.wait((*tasks, stopped), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # none of them ends by itself, unless it fails
         finally:
-            stopped.cancel()
-            work.cancel()
+            for task in (*tasks, stopped):
+                task.cancel()
+            await asyncio.gather(*tasks, stopped, return_exceptions=True)
             self._service.close()
             await server.stop(grace=None)
             await self._links.close()
             self._model_thread.shutdown()
             self.io_thread.shutdown()
+
+    def inspect(self) -> pb.WorkerState:
+        """The state, after an integrity check. Raises IntegrityError."""
+        self.core.check_integrity()
+        return self.state()
 
     def state(self) -> pb.WorkerState:
         """The core's state with what the transports have carried."""

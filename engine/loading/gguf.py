@@ -65,7 +65,9 @@ class GGUFCheckpoint:
                 f"but its metadata asks for {list(into.shape)}"
             )
         values = self._dequantize(name, entry)
-        if self.config.architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+        if self.config.architecture == "llama" and name.endswith(
+            ("attn_q.weight", "attn_k.weight")
+        ):
             values = _halves_from_pairs(values, self.config.head_dim)
         into.copy_(values)
 

@@ -74,11 +74,7 @@ def _cached(name: str) -> Path:
     try:
         directory = Path(snapshot_download(name, local_files_only=True))
     except HFValidationError as error:
-        raise ModelError(
-            f"model {name} is no file, no directory and no Hugging Face id"
-        ) from error
+        raise ModelError(f"model {name} is no file, no directory and no Hugging Face id") from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"model {name} is not on this machine; run: hf download {name}"
-        ) from error
+        raise ModelError(f"model {name} is not on this machine; run: hf download {name}") from error
     return _checked_directory(directory, name)

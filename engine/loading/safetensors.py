@@ -6,7 +6,7 @@ so a tensor takes memory while it is converted and no longer.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,6 +16,24 @@ from pagewire.engine.errors import ModelError
 
 DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
+
+
+class _StoredTensor(Protocol):
+    """A tensor of an open file, not read yet."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+
+class _File(Protocol):
+    """What is used of `safetensors.safe_open`, which has no types."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> _StoredTensor: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
 
 
 class SafetensorsCheckpoint:
@@ -30,7 +48,7 @@ class SafetensorsCheckpoint:
             self.config = config.from_hugging_face(_read_json(directory / "config.json"))
         except ModelError as error:
             raise ModelError(f"model {directory.name}: {error}") from error
-        self._files = {}  # tensor name → open file
+        self._files: dict[str, _File] = {}  # by tensor name
         for path in _weight_files(directory):
             file = _open(path)
             self._files.update(dict.fromkeys(file.keys(), file))
@@ -88,11 +106,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> _File:
     try:
-        return safe_open(path, framework="pt")
+        file: _File = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"model {path.parent.name}: {path.name} is truncated or damaged ({error}); "
             "download the model again"
         ) from error
+    return file

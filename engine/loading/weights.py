@@ -27,16 +27,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise ModelError(f"model {path} does not exist")
 
 
-def load_model(path: Path, *, dtype: torch.dtype, device: str) -> LlamaModel:
-    """Load a GGUF file or a safetensors directory.
+def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> LlamaModel:
+    """Convert the tensors of an open checkpoint and make the decoder that its config describes.
 
-    Raises ModelError when it is missing, damaged, or of a kind that is not supported.
+    Raises ModelError when a tensor is missing, misshapen or of a type that is not supported.
     """
-    checkpoint = open_checkpoint(path)
-    loader = _Loader(checkpoint, dtype, device)
-    config = checkpoint.config
-    frequencies = inverse_frequencies(config, checkpoint.rope_factors())
-    return LlamaModel(config, loader.weights(), frequencies.to(device), TorchOps())
+    weights = _Loader(checkpoint, dtype, device).weights()
+    frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
+    return LlamaModel(checkpoint.config, weights, frequencies.to(device), TorchOps())
 
 
 class _Loader:
@@ -93,7 +91,7 @@ class _Loader:
     def _fused(self, module: str, rows: dict[str, int], kind: str, *columns: int) -> Tensor:
         """The projections of `rows` below one another: [sum of rows, *columns]."""
         fused = self._empty(sum(rows.values()), *columns)
-        for part, into in zip(rows, fused.split(list(rows.values())), strict=True):
+        for part, into in zip(rows, torch.split(fused, list(rows.values())), strict=True):
             self._checkpoint.read(f"{module}.{part}.{kind}", into)
         return fused
 

@@ -6,6 +6,7 @@ and k; a sliding window) and otherwise in sizes only. All arithmetic is behind `
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
@@ -93,8 +94,9 @@ class LlamaModel:
     def _attend(self, x: Tensor, index: int, layer: LayerWeights, step: _Step) -> Tensor:
         """Project to q, k and v, store k and v, attend, project back; x: [num_tokens, hidden]."""
         ops, config = self._ops, self.config
-        heads = ops.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        heads = ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, config.head_dim)
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        q, k, v = torch.split(heads, sizes, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)

@@ -1,0 +1,140 @@
+"""The parameters of `pagewire serve`, and where each value comes from.
+
+The command line wins over environment variables (``PAGEWIRE_PORT=…``), these over the YAML file
+of ``--config``, that over the defaults. An unknown key is an error wherever it stands.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from pagewire.cluster.errors import ConfigError
+
+ENV_PREFIX = "PAGEWIRE_"
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+
+class ServeConfig(BaseSettings):
+    """Everything that one instance is started with. Made by `load_config`."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), env_prefix=ENV_PREFIX
+    )
+
+    model: str | None = Field(
+        None, description="GGUF file, safetensors directory or Hugging Face id; none: SmolLM2"
+    )
+    served_model: str | None = Field(None, min_length=1, description="the name that clients use")
+    prefill: int = Field(1, ge=1, le=64, description="prefill workers")
+    decode: int = Field(1, ge=1, le=64, description="decode workers")
+    host: str = Field("127.0.0.1", min_length=1, description="address of the HTTP API")
+    port: int = Field(8000, ge=0, le=65535, description="port of the HTTP API; 0: any free one")
+    dashboard_port: int = Field(
+        8265, ge=0, le=65535, description="port of Ray's dashboard; 0: any free one"
+    )
+    launcher: Literal["ray", "subprocess"] = Field("ray", description="what starts the workers")
+    transport: Literal["auto", "ucx", "tcp"] = Field("auto", description="what carries KV pages")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and KV cache")
+    page_size: Literal[16, 32, 64, 128] = Field(64, description="token slots of a page")
+    num_pages: int | None = Field(None, ge=1, description="pages of a worker; none: by memory")
+    max_model_len: int | None = Field(
+        None, ge=1, description="tokens, prompt plus output; none: what the model says"
+    )
+    num_threads: int | None = Field(
+        None, ge=1, description="compute threads of a worker; none: the cores, shared out"
+    )
+    max_batch_tokens: int = Field(512, ge=1, description="prompt tokens of one prefill step")
+    max_batch_size: int = Field(32, ge=1, description="sequences of one decode step")
+    max_queued: int = Field(1024, ge=1, description="requests that wait in the router")
+    queue_timeout_s: float = Field(60.0, gt=0, description="a request that waits longer fails")
+    request_timeout_s: float = Field(600.0, gt=0, description="a request that runs longer fails")
+    start_timeout_s: float = Field(300.0, gt=0, description="for all workers to be ready")
+    stop_timeout_s: float = Field(5.0, gt=0, description="for a stopped worker to end by itself")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: object
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # load_config reads the other sources itself, so that it can tell where a value came from.
+        return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedConfig:
+    """A configuration and, per field, the place that its value comes from."""
+
+    config: ServeConfig
+    origins: Mapping[str, str]
+
+
+def load_config(cli: Mapping[str, object], file: Path | None = None) -> LoadedConfig:
+    """Merge the command line, the environment, `file` and the defaults, in this precedence.
+
+    Members of `cli` that are None were not given. Raises ConfigError, which names the parameter,
+    where its value came from and, for an unknown one, the nearest that exists.
+    """
+    values: dict[str, object] = {}
+    origins = dict.fromkeys(ServeConfig.model_fields, DEFAULT)
+    if file is not None:
+        values |= (found := _read_file(file))
+        origins |= dict.fromkeys(found, str(file))
+    values |= (found := _read_environment())
+    origins |= {name: ENV_PREFIX + name.upper() for name in found}
+    values |= (found := {name: value for name, value in cli.items() if value is not None})
+    origins |= dict.fromkeys(found, COMMAND_LINE)
+    try:
+        return LoadedConfig(config=ServeConfig.model_validate(values), origins=origins)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origins)) from error
+
+
+def _read_file(file: Path) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is not a mapping; write one `parameter: value` per line")
+    for name in values:
+        _require_known(str(name), f"in {file}", "")
+    return values
+
+
+def _read_environment() -> dict[str, object]:
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(ENV_PREFIX):
+            name = variable[len(ENV_PREFIX) :].lower()
+            _require_known(name, "in the environment", ENV_PREFIX)
+    return dict(EnvSettingsSource(ServeConfig)())
+
+
+def _require_known(name: str, place: str, prefix: str) -> None:
+    if name in ServeConfig.model_fields:
+        return
+    near = difflib.get_close_matches(name, ServeConfig.model_fields, n=1, cutoff=0.0)[0]
+    shown, near = (prefix + name.upper(), prefix + near.upper()) if prefix else (name, near)
+    raise ConfigError(f"unknown parameter {shown} {place}; did you mean {near}?")
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{name} ({origins[name]}) is {first['input']!r}: {reason}"

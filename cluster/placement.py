@@ -1,0 +1,68 @@
+"""Which workers an instance has, and what each of them gets of the machine.
+
+Pure but for `available_cores`, which asks the operating system.
+"""
+
+import os
+from pathlib import Path
+
+from pagewire.cluster.config import ServeConfig
+from pagewire.worker.config import Role, WorkerConfig
+
+_CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max …"
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the limit of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, _container_cores() or cores or 1))
+
+
+def _container_cores() -> int | None:
+    try:
+        quota, period = _CGROUP_CPU_LIMIT.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else -(-int(quota) // int(period))
+
+
+def worker_configs(
+    config: ServeConfig, *, model: Path, served_model: str, router: str, cores: int
+) -> tuple[WorkerConfig, ...]:
+    """The start parameters of every worker, prefill workers first.
+
+    `router` is host:port of the router's Membership service. `cores` are shared out: one prefill
+    and one decode worker with half of them each disturb one another less than two with all.
+    """
+    names = [(Role.PREFILL, index) for index in range(config.prefill)]
+    names += [(Role.DECODE, index) for index in range(config.decode)]
+    num_threads = config.num_threads or max(1, cores // len(names))
+    return tuple(
+        WorkerConfig(
+            name=f"{role}-{index}",
+            role=role,
+            model=str(model),
+            served_model=served_model,
+            routers=(router,),
+            transport=config.transport,
+            dtype=config.dtype,
+            page_size=config.page_size,
+            num_pages=config.num_pages,
+            max_model_len=config.max_model_len,
+            num_threads=num_threads,
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_size=config.max_batch_size,
+        )
+        for role, index in names
+    )
+
+
+def worker_environment(config: WorkerConfig) -> dict[str, str]:
+    """Variables that must be set in a worker's process before it loads torch."""
+    return {
+        "OMP_NUM_THREADS": str(config.num_threads),
+        "MKL_NUM_THREADS": str(config.num_threads),
+        # OpenMP's default is to spin at the end of every parallel region; on cores shared with
+        # another worker one such wait costs a scheduler quantum, and a step of 20 ms becomes 200.
+        "GOMP_SPINCOUNT": "5000",
+    }

@@ -1,0 +1,126 @@
+"""Keeps the workers of an instance running: starts each again when it ends, until told to stop.
+
+A thin shell around `restart`. Every start is a new process, which gives itself a new incarnation;
+what an earlier one held is gone with it.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+from pagewire.cluster.errors import LaunchError
+from pagewire.cluster.launcher import Launcher, WorkerExit, WorkerHandle
+from pagewire.cluster.restart import (
+    Action,
+    Event,
+    Finish,
+    Launch,
+    RestartPolicy,
+    Supervision,
+    Terminate,
+    Wait,
+    decide,
+)
+from pagewire.worker.config import WorkerConfig
+
+
+class Supervisor:
+    """Runs `configs` on `launcher` while its context is open, each restarted when it ends.
+
+    `on_exit` is called with the worker's name for every process that ended without being asked.
+    Leaving the context stops all workers, those that do not end in `grace_s` seconds by force.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        configs: Iterable[WorkerConfig],
+        *,
+        on_exit: Callable[[str, WorkerExit], None],
+        policy: RestartPolicy | None = None,
+        grace_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._launcher = launcher
+        self._configs = tuple(configs)
+        self._on_exit = on_exit
+        self._policy = policy or RestartPolicy()
+        self._grace_s = grace_s
+        self._clock = clock
+        self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "Supervisor":
+        self._tasks = [asyncio.create_task(self._supervise(config)) for config in self._configs]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
+
+    async def _supervise(self, config: WorkerConfig) -> None:
+        worker = _Worker(self._launcher, config, self._stop, self._on_exit, self._grace_s)
+        state, action = decide(self._policy, Supervision(), Event.BEGIN, self._clock())
+        while not isinstance(action, Finish):
+            event = await worker.carry_out(action)
+            state, action = decide(self._policy, state, event, self._clock())
+
+
+class _Worker:
+    """Carries out the actions of one worker; each yields the event that follows it."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        config: WorkerConfig,
+        stop: asyncio.Event,
+        on_exit: Callable[[str, WorkerExit], None],
+        grace_s: float,
+    ) -> None:
+        self._launcher = launcher
+        self._config = config
+        self._stop = stop
+        self._on_exit = on_exit
+        self._grace_s = grace_s
+        self._handle: WorkerHandle | None = None
+
+    async def carry_out(self, action: Action) -> Event:
+        match action:
+            case Launch():
+                return await self._launch()
+            case Wait(delay_s=delay_s):
+                return await self._wait(delay_s)
+            case Terminate():
+                if self._handle is not None:
+                    await self._handle.stop(self._grace_s)
+                return Event.EXITED
+            case Finish():
+                raise ValueError("nothing follows Finish")
+
+    async def _launch(self) -> Event:
+        """Start the process and stay with it until it ends or all shall stop."""
+        try:
+            self._handle = await self._launcher.launch(self._config)
+        except LaunchError as error:
+            self._handle = None
+            self._on_exit(self._config.name, WorkerExit(reason=str(error)))
+            return Event.EXITED
+        end = asyncio.create_task(self._handle.wait())
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({end, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not end.done():
+            end.cancel()
+            return Event.STOP
+        if not self._stop.is_set():
+            self._on_exit(self._config.name, end.result())
+        return Event.EXITED
+
+    async def _wait(self, delay_s: float) -> Event:
+        if self._stop.is_set():  # which wait_for would not see with a delay of 0
+            return Event.STOP
+        try:
+            await asyncio.wait_for(self._stop.wait(), delay_s)
+        except TimeoutError:
+            return Event.WAITED
+        return Event.STOP

@@ -1,0 +1,266 @@
+"""What the transports over sockets have in common: listening, connecting, and the end of both.
+
+A subclass says what a connection does once both ends know each other.
+"""
+
+import asyncio
+import logging
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+from pagewire.kv_transfer.handshake import (
+    HandshakeError,
+    Hello,
+    receive_hello,
+    send_hello,
+)
+from pagewire.kv_transfer.peers import Peers
+from pagewire.kv_transfer.socket_io import tune
+from pagewire.kv_transfer.transport import Connection, Handler, TransferStats, TransportError
+
+CONNECT_TIMEOUT_S = 5.0
+_ACCEPT_RETRY_S = 0.1
+_BACKLOG = 128
+_WILDCARDS = ("", "0.0.0.0", "::")
+
+logger = logging.getLogger(__name__)
+
+
+class SocketConnection(Connection, Protocol):
+    """A Connection that its transport runs."""
+
+    closed_here: bool  # this end called close
+
+    async def run(self) -> str:
+        """Receive until the connection ends, and return the reason.
+
+        What a callback of the Handler raises comes out of here.
+        """
+
+    async def release(self) -> None:
+        """Free the socket. Afterwards no placed buffer is written, and every send has ended."""
+
+
+ConnectionT = TypeVar("ConnectionT", bound=SocketConnection)
+Opened = TypeVar("Opened", bound=SocketConnection, covariant=True)
+
+
+class Opening(Protocol[Opened]):
+    """One end's part in a connection that is being made."""
+
+    @property
+    def note(self) -> bytes:
+        """What the other end must know."""
+
+    async def finish(self, sock: socket.socket, hello: Hello) -> Opened:
+        """The connection to the sender of `hello`; takes `sock` over. Raises TransportError."""
+
+    def abandon(self) -> None:
+        """The connection will not be made."""
+
+
+class SocketTransport(ABC, Generic[ConnectionT]):
+    """Listens on one TCP port and keeps the connections that either end made."""
+
+    kind: str
+
+    def __init__(self, *, incarnation: bytes, handler: Handler, host: str) -> None:
+        self.stats = TransferStats()
+        self._incarnation = incarnation
+        self._handler = handler
+        self._host = host
+        self._peers: Peers[ConnectionT] = Peers(handler)
+        self._connecting: dict[bytes, asyncio.Task[ConnectionT]] = {}
+        self._background: set[asyncio.Task[None]] = set()  # accepting and welcoming
+        self._serving: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+
+    @abstractmethod
+    def _open(self) -> Opening[ConnectionT]:
+        """This end's part in one more connection. Raises TransportError."""
+
+    @property
+    def address(self) -> bytes:
+        if self._listener is None:
+            raise TransportError(f"the {self.kind} transport has no address; start it first")
+        return f"{self._host}:{self._listener.getsockname()[1]}".encode()
+
+    async def start(self) -> None:
+        if self._host in _WILDCARDS:
+            raise TransportError(
+                f"host is {self._host!r}, which no peer can connect to; "
+                "give the address of one interface"
+            )
+        try:
+            self._listener = await _listen(self._host)
+        except OSError as error:
+            raise TransportError(
+                f"cannot listen on host {self._host!r}: {error}; "
+                "give an address that this machine has"
+            ) from error
+        self._spawn(self._accept(self._listener), self._background)
+
+    async def connect(self, peer: bytes, address: bytes) -> ConnectionT:
+        existing = self._peers.get(peer)
+        if existing is not None:
+            return existing
+        task = self._connecting.get(peer)
+        if task is None:
+            task = asyncio.create_task(self._connect(peer, address))
+            self._connecting[peer] = task
+            task.add_done_callback(lambda _: self._connecting.pop(peer))
+        await asyncio.wait([task])  # not cancelled with this caller: others may wait for it
+        if task.cancelled():
+            raise TransportError(f"the {self.kind} transport was closed while it connected")
+        return task.result()
+
+    def connection(self, peer: bytes) -> ConnectionT | None:
+        return self._peers.get(peer)
+
+    async def close(self) -> None:
+        making = [*self._background, *self._connecting.values()]
+        for task in making:
+            task.cancel()
+        await asyncio.gather(*making, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+        for connection in self._peers.all():
+            connection.close()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of file descriptors, most likely: this may pass
+                logger.warning("cannot accept a %s connection: %s", self.kind, error)
+                await asyncio.sleep(_ACCEPT_RETRY_S)
+                continue
+            self._spawn(self._welcome(sock), self._background)
+
+    async def _welcome(self, sock: socket.socket) -> None:
+        """Answer one process that connected."""
+        try:
+            with _undo_on_error(sock.close):
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await self._answer(sock)
+        except (OSError, TransportError) as error:
+            self.stats.failures += 1
+            logger.info("refused a %s connection: %s", self.kind, error or type(error).__name__)
+
+    async def _answer(self, sock: socket.socket) -> None:
+        tune(sock)
+        hello = await receive_hello(sock, self.kind)
+        if hello.receiver != self._incarnation:
+            await send_hello(sock, self._hello(hello.sender, note=b""))
+            raise HandshakeError(
+                f"it was meant for incarnation {hello.receiver.hex()}; "
+                f"this is {self._incarnation.hex()}"
+            )
+        opening = self._open()
+        with _undo_on_error(opening.abandon):
+            await send_hello(sock, self._hello(hello.sender, opening.note))
+            self._adopt(await opening.finish(sock, hello))
+
+    async def _connect(self, peer: bytes, address: bytes) -> ConnectionT:
+        where = address.decode(errors="replace")
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                sock = await _dial(where)
+                with _undo_on_error(sock.close):
+                    return await self._introduce(sock, peer)
+        except TimeoutError as error:
+            raise TransportError(
+                f"no {self.kind} answer from {where} within {CONNECT_TIMEOUT_S:.0f} s; "
+                "check that the worker there runs and that no firewall is between"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise TransportError(
+                f"no {self.kind} connection to {where}: {error}; check that the worker there runs"
+            ) from error
+
+    async def _introduce(self, sock: socket.socket, peer: bytes) -> ConnectionT:
+        opening = self._open()
+        with _undo_on_error(opening.abandon):
+            await send_hello(sock, self._hello(peer, opening.note))
+            hello = await receive_hello(sock, self.kind)
+            if hello.sender != peer:
+                raise HandshakeError(
+                    f"incarnation {hello.sender.hex()} answers instead of {peer.hex()}: "
+                    "the worker was restarted; ask the router for its current address"
+                )
+            connection = await opening.finish(sock, hello)
+        self._adopt(connection)
+        return connection
+
+    def _hello(self, receiver: bytes, note: bytes) -> Hello:
+        return Hello(kind=self.kind, sender=self._incarnation, receiver=receiver, note=note)
+
+    def _adopt(self, connection: ConnectionT) -> None:
+        self._peers.add(connection)
+        self._spawn(self._serve(connection), self._serving)
+
+    async def _serve(self, connection: ConnectionT) -> None:
+        """Run `connection` to its end; the Handler hears of it whatever that end is."""
+        reason = "a callback of this worker failed; its log has the traceback"
+        try:
+            reason = await connection.run()
+        finally:
+            if not connection.closed_here:
+                self.stats.failures += 1
+            await connection.release()
+            self._peers.remove(connection, reason)
+
+    def _spawn(self, work: Coroutine[None, None, None], tasks: set[asyncio.Task[None]]) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        task.add_done_callback(_log_failure)
+
+
+async def _listen(host: str) -> socket.socket:
+    """A listening socket on a free port of `host`. Raises OSError."""
+    sock, address = await _socket_for(host, 0)
+    with _undo_on_error(sock.close):
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    return sock
+
+
+async def _dial(address: str) -> socket.socket:
+    """A socket connected to `address`, host:port. Raises OSError, and ValueError for a bad one."""
+    host, _, port = address.rpartition(":")
+    sock, target = await _socket_for(host, int(port))
+    with _undo_on_error(sock.close):
+        await asyncio.get_running_loop().sock_connect(sock, target)
+        tune(sock)
+    return sock
+
+
+async def _socket_for(host: str, port: int) -> tuple[socket.socket, Any]:
+    """A socket of the family of `host`, and its address there. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    sock.setblocking(False)
+    return sock, address
+
+
+@contextmanager
+def _undo_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` unless the block succeeds."""
+    with ExitStack() as cleanup:
+        cleanup.callback(undo)
+        yield
+        cleanup.pop_all()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        logger.error("a transport's connection ended by an exception", exc_info=error)

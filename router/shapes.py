@@ -1,0 +1,127 @@
+"""The responses of the OpenAI API, whole and in chunks, for chat and for plain completions.
+
+Everything that differs between the two endpoints after validation is here.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pagewire.router.output import OutputText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_dict(self) -> dict[str, int]:
+        """As it stands in a response."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What all chunks of one response have in common."""
+
+    response_id: str
+    created: int  # seconds of Unix time
+    model: str
+
+    def wrap(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """A response object with `choices`."""
+        return {
+            "id": self.response_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+class ResponseShape(Protocol):
+    """How one endpoint writes its responses."""
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Chunks in front of the first text."""
+
+    def text(self, text: str) -> dict[str, Any]:
+        """A chunk of text."""
+
+    def ending(self, output: OutputText) -> dict[str, Any]:
+        """The chunk with the finish_reason."""
+
+    def usage(self) -> dict[str, Any]:
+        """The chunk without choices to which the usage is added."""
+
+    def whole(self, text: str, output: OutputText) -> dict[str, Any]:
+        """The response that is not streamed, without its usage."""
+
+
+class ChatShape:
+    """/v1/chat/completions."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        self._envelope = envelope
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""}, _unfinished())]
+
+    def text(self, text: str) -> dict[str, Any]:
+        return self._chunk({"content": text}, _unfinished())
+
+    def ending(self, output: OutputText) -> dict[str, Any]:
+        return self._chunk({}, _finished(output))
+
+    def usage(self) -> dict[str, Any]:
+        return self._envelope.wrap("chat.completion.chunk", [])
+
+    def whole(self, text: str, output: OutputText) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, **_finished(output)}
+        return self._envelope.wrap("chat.completion", [choice])
+
+    def _chunk(self, delta: dict[str, str], end: dict[str, Any]) -> dict[str, Any]:
+        return self._envelope.wrap("chat.completion.chunk", [{"index": 0, "delta": delta, **end}])
+
+
+class CompletionShape:
+    """/v1/completions."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        self._envelope = envelope
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    def text(self, text: str) -> dict[str, Any]:
+        return self._choice(text, _unfinished())
+
+    def ending(self, output: OutputText) -> dict[str, Any]:
+        return self._choice("", _finished(output))
+
+    def usage(self) -> dict[str, Any]:
+        return self._envelope.wrap("text_completion", [])
+
+    def whole(self, text: str, output: OutputText) -> dict[str, Any]:
+        return self._choice(text, _finished(output))
+
+    def _choice(self, text: str, end: dict[str, Any]) -> dict[str, Any]:
+        return self._envelope.wrap("text_completion", [{"index": 0, "text": text, **end}])
+
+
+def _unfinished() -> dict[str, Any]:
+    return {"logprobs": None, "finish_reason": None}
+
+
+def _finished(output: OutputText) -> dict[str, Any]:
+    return {
+        "logprobs": None,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }

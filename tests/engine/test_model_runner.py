@@ -1,0 +1,111 @@
+"""What the runner refuses before it touches memory, and what it leaves out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pagewire.engine.aggregated import generate
+from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.load import load_engine
+from pagewire.engine.model_runner import ModelRunner
+
+GREEDY = SamplingParams()
+
+
+@pytest.fixture
+def runner(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> ModelRunner:
+    make_model("llama")
+    return load_engine(tmp_path, dtype="float32", num_pages=4, max_model_len=200)
+
+
+def row(**values: Any) -> BatchRow:
+    defaults = {
+        "request_id": "r1",
+        "token_ids": [1, 2, 3],
+        "start": 0,
+        "page_table": [0],
+        "sampling": GREEDY,
+    }
+    return BatchRow(**{**defaults, **values})
+
+
+def test_only_rows_that_sample_get_logits_and_tokens(runner: ModelRunner) -> None:
+    batch = Batch(rows=(row(sampling=None), row(page_table=[1]), row(page_table=[2])))
+    assert runner.forward(batch).shape == (2, runner.vocab_size)
+    tokens = runner.execute(batch)
+    assert tokens[0] is None
+    assert tokens[1] == tokens[2] is not None
+
+
+def test_a_batch_without_sampling_rows(runner: ModelRunner) -> None:
+    assert runner.execute(Batch(rows=(row(sampling=None),))) == [None]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"token_ids": []}, r"r1 runs positions 0 to 0; they must be at least one"),
+        ({"start": -1}, r"r1 runs positions -1 to 2"),
+        (
+            {"start": 198, "page_table": [0, 1, 2, 3]},
+            r"positions 198 to 201; .* max_model_len, 200",
+        ),
+        ({"token_ids": [1, 193]}, r"token ids from 1 to 193; they must be 0 to 192"),
+        ({"token_ids": [-1]}, r"token ids from -1 to -1"),
+        ({"page_table": [4]}, r"pages from 4 to 4; they must be 0 to 3"),
+        ({"page_table": [-1]}, r"pages from -1 to -1"),
+        ({"page_table": []}, r"r1 has 0 pages for 3 tokens; it needs 1"),
+        ({"start": 62}, r"r1 has 1 pages for 65 tokens; it needs 2"),
+    ],
+)
+def test_a_row_out_of_range_is_refused_and_nothing_is_written(
+    values: dict[str, Any], sentence: str, runner: ModelRunner
+) -> None:
+    runner.kv_cache.pool.fill_(7)
+    with pytest.raises(ValueError, match=sentence):
+        runner.execute(Batch(rows=(row(page_table=[1]), row(**values))))
+    assert bool((runner.kv_cache.pool == 7).all())
+
+
+def test_a_step_writes_the_slots_of_its_tokens_only(runner: ModelRunner) -> None:
+    runner.kv_cache.pool.fill_(7)
+    before = runner.kv_cache.pages.clone()
+    runner.execute(Batch(rows=(row(start=63, token_ids=[5, 6], page_table=[3, 1]),)))
+    written = (runner.kv_cache.pages != before).any(dim=-1)
+    written = written.any(dim=1).any(dim=1).any(dim=1)  # [num_pages, slot]
+    assert written.nonzero().tolist() == [[1, 0], [3, 63]]
+
+
+def test_seeded_sampling_is_the_same_whatever_runs_beside_it(runner: ModelRunner) -> None:
+    sampling = SamplingParams(max_tokens=10, temperature=1.0, top_p=0.9, seed=42)
+    prompt = [9, 8, 7]
+    [alone] = generate(runner, [prompt], sampling)
+    assert generate(runner, [[5] * 30, prompt, [6]], sampling)[1] == alone
+    assert generate(runner, [prompt], sampling, chunk_size=2)[0] == alone
+
+
+def test_prompts_that_do_not_fit_are_refused(runner: ModelRunner) -> None:
+    with pytest.raises(ValueError, match="the prompts need 6 pages; the KV cache has 4"):
+        generate(runner, [[1] * 60] * 3, SamplingParams(max_tokens=10))
+
+
+def test_the_transfer_code_and_the_model_share_the_pool(runner: ModelRunner) -> None:
+    runner.execute(Batch(rows=(row(page_table=[2]),)))
+    page_bytes = runner.layout.page_bytes
+    page = runner.kv_cache.buffer()[2 * page_bytes : 3 * page_bytes]
+    values = torch.frombuffer(page, dtype=torch.float32).view(3, 2, 2, 64, 16)
+    assert torch.equal(values[:, :, :, :3], runner.kv_cache.pages[2, :, :, :, :3])
+    page[:4] = b"\0\0\0\0"
+    assert runner.kv_cache.pages[2, 0, 0, 0, 0, 0] == 0
+
+
+def test_a_pool_without_pages_is_refused(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model("llama")
+    with pytest.raises(ValueError, match="num_pages is 0; it must be at least 1"):
+        load_engine(tmp_path, num_pages=0)

@@ -1,0 +1,224 @@
+"""Every operation against the float64 reference, over dtypes, page sizes and ragged shapes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pagewire.kernels import reference
+from pagewire.kernels.ops import AttentionBatch, Ops
+from pagewire.kernels.torch_ops import TorchOps
+
+OPS: Ops = TorchOps()
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+DTYPES = tuple(TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_close(value: Tensor, expected: Tensor) -> None:
+    """‖value - expected‖ / ‖expected‖; NaN fails."""
+    error = (value.double() - expected).norm() / expected.norm()
+    assert error <= TOLERANCE[value.dtype], error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((5, 48), (32, 48), (32,)))
+    expected = x.double() @ weight.double().T
+    assert_close(OPS.linear(x, weight), expected)
+    assert_close(OPS.linear(x, weight, bias), expected + bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(7, 48, dtype=dtype) * 30, torch.randn(48, dtype=dtype)
+    assert_close(OPS.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    heads = x.view(7, 3, 16)[:, 1:]  # strided, as a norm on each head sees it
+    assert_close(OPS.rms_norm(heads, weight[:16], 0.1), reference.rms_norm(heads, weight[:16], 0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 7, 48, dtype=dtype)
+    weight = torch.randn(48, dtype=dtype)
+    total = x.double() + residual.double()
+
+    normed, new_residual = OPS.add_rms_norm(x, residual, weight, 1e-5)
+
+    assert_close(new_residual, total)
+    assert_close(normed, reference.rms_norm(new_residual, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(dtype: torch.dtype) -> None:
+    gate_up = torch.randn(7, 96, dtype=dtype) * 4
+    gate, up = gate_up.chunk(2, dim=1)
+    assert_close(OPS.silu_mul(gate_up), reference.silu_mul(gate, up))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A ragged batch over a pool."""
+
+    rows: tuple[tuple[int, int], ...]  # (query_len, context_len)
+    page_size: int = 16
+    num_kv_heads: int = 2
+    group: int = 3  # query heads of one KV head
+    head_dim: int = 16
+    num_layers: int = 3
+
+
+class PagedCase:
+    """Random q, k and v of a batch, with the context of each row already in a pool.
+
+    The pool is poisoned: whatever no row owns is NaN.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.shape = shape
+        page_size = shape.page_size
+        num_pages = [-(-context // page_size) for _, context in shape.rows]
+        free = (torch.randperm(sum(num_pages)) + 1).tolist()  # page 0 belongs to nobody
+        self.pool = torch.full(
+            (
+                sum(num_pages) + 1,
+                shape.num_layers,
+                shape.num_kv_heads,
+                2,
+                page_size,
+                shape.head_dim,
+            ),
+            torch.nan,
+            dtype=dtype,
+        )
+        self.contexts = []  # [context_len, 2, num_kv_heads, head_dim] of each row
+        page_table = torch.zeros(len(shape.rows), max(num_pages), dtype=torch.int32)
+        positions, slots = [], []
+        for index, (query_len, context_len) in enumerate(shape.rows):
+            pages = torch.tensor([free.pop() for _ in range(num_pages[index])])
+            page_table[index, : len(pages)] = pages
+            kv = torch.randn(context_len, 2, shape.num_kv_heads, shape.head_dim).to(dtype)
+            self.contexts.append(kv)
+            for position in range(context_len):
+                page, slot = pages[position // page_size], position % page_size
+                self.pool[page, 1, :, :, slot] = kv[position].transpose(0, 1)
+            new = torch.arange(context_len - query_len, context_len)
+            positions.append(new)
+            slots.append(pages[new // page_size] * page_size + new % page_size)
+        query_lens = torch.tensor([query_len for query_len, _ in shape.rows])
+        self.batch = AttentionBatch(
+            cu_seqlens=torch.cat((torch.zeros(1), query_lens.cumsum(0))).int(),
+            context_lens=torch.tensor([context for _, context in shape.rows], dtype=torch.int32),
+            page_table=page_table,
+            positions=torch.cat(positions),
+            slots=torch.cat(slots),
+            page_size=page_size,
+        )
+        num_heads = shape.num_kv_heads * shape.group
+        self.q = torch.randn(int(query_lens.sum()), num_heads, shape.head_dim).to(dtype)
+
+    def attention(self, window: int | None) -> Tensor:
+        plan = OPS.plan_attention(self.batch, scale=0.3, window=window)
+        return plan.run(self.q, self.pool, layer=1)
+
+    def expected(self, window: int | None) -> Tensor:
+        starts = self.batch.cu_seqlens.tolist()
+        return torch.cat(
+            [
+                reference.attention(self.q[start:end], kv[:, 0], kv[:, 1], scale=0.3, window=window)
+                for start, end, kv in zip(starts, starts[1:], self.contexts, strict=False)
+            ]
+        )
+
+
+RAGGED = ((1, 1), (5, 5), (1, 16), (7, 40), (1, 17), (1, 63), (1, 100), (64, 65), (1, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_attention_of_a_ragged_batch(
+    page_size: int, window: int | None, dtype: torch.dtype
+) -> None:
+    case = PagedCase(Shape(rows=RAGGED, page_size=page_size), dtype)
+    assert_close(case.attention(window), case.expected(window))
+
+
+@pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 1), (1, 8), (4, 1), (3, 3)])
+def test_attention_with_any_grouping_of_heads(num_kv_heads: int, group: int) -> None:
+    shape = Shape(rows=((1, 30), (1, 31), (12, 20)), num_kv_heads=num_kv_heads, group=group)
+    case = PagedCase(shape, torch.float32)
+    assert_close(case.attention(None), case.expected(None))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(0, 80)).map(lambda row: (row[0], sum(row))),
+        min_size=1,
+        max_size=6,
+    ),
+    decode_contexts=st.lists(st.integers(1, 200), max_size=6),
+    window=st.none() | st.integers(1, 100),
+    page_size=st.sampled_from([16, 32]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_of_any_batch(
+    rows: list[tuple[int, int]],
+    decode_contexts: list[int],
+    window: int | None,
+    page_size: int,
+    seed: int,
+) -> None:
+    rows += [(1, context) for context in decode_contexts]
+    shape = Shape(rows=tuple(rows), page_size=page_size, group=2, head_dim=8, num_layers=2)
+    case = PagedCase(shape, torch.float32, seed)
+    assert_close(case.attention(window), case.expected(window))
+
+
+def test_a_chunked_prompt_attends_as_a_whole_one() -> None:
+    whole = PagedCase(Shape(rows=((90, 90),)), torch.float32)
+    expected = whole.attention(None)
+    for start, end in ((0, 40), (40, 41), (41, 90)):
+        batch = AttentionBatch(
+            cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32),
+            context_lens=torch.tensor([end], dtype=torch.int32),
+            page_table=whole.batch.page_table,
+            positions=whole.batch.positions[start:end],
+            slots=whole.batch.slots[start:end],
+            page_size=16,
+        )
+        plan = OPS.plan_attention(batch, scale=0.3, window=None)
+        chunk = plan.run(whole.q[start:end], whole.pool, layer=1)
+        assert_close(chunk, expected[start:end].double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_and_store(dtype: torch.dtype) -> None:
+    case = PagedCase(Shape(rows=((3, 3), (20, 50), (1, 17))), dtype)
+    before = case.pool.clone()
+    num_tokens, head_dim = len(case.q), case.shape.head_dim
+    k, v = torch.randn(2, num_tokens, case.shape.num_kv_heads, head_dim).to(dtype)
+    frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angles = case.batch.positions[:, None] * frequencies
+
+    rotated = OPS.rope_and_store(
+        case.q, k, v, (angles.cos(), angles.sin()), case.pool, 2, case.batch.slots
+    )
+
+    positions = case.batch.positions
+    assert_close(rotated, reference.rope(case.q, positions, frequencies))
+    pages, slots = case.batch.slots // 16, case.batch.slots % 16
+    stored = case.pool[pages, 2, :, :, slots]  # [num_tokens, num_kv_heads, 2, head_dim]
+    assert_close(stored[:, :, 0], reference.rope(k, positions, frequencies))
+    assert torch.equal(stored[:, :, 1], v)
+    case.pool[pages, 2, :, :, slots] = torch.nan
+    assert torch.equal(case.pool.view(torch.uint8), before.view(torch.uint8))

@@ -1,0 +1,138 @@
+"""A router and workers in one process: the real shells and gRPC, a tiny random model."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pagewire.decode_worker.worker import DecodeWorker
+from pagewire.engine.load import load_engine
+from pagewire.kv_transfer.transport import Handler, Transport
+from pagewire.prefill_worker.worker import PrefillWorker
+from pagewire.proto import worker_pb2 as pb
+from pagewire.router.control import RouterControl
+from pagewire.router.request import FinishReason, Request, RequestFailed
+from pagewire.worker.config import Role, WorkerConfig
+
+MakeTransports = Callable[[bytes, Handler], Sequence[Transport]]
+
+
+@dataclass(slots=True, kw_only=True)
+class RunningWorker:
+    worker: PrefillWorker | DecodeWorker
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+
+@dataclass(slots=True, kw_only=True)
+class Pipeline:
+    """A router with its workers. Time limits keep a fault from hanging the tests."""
+
+    control: RouterControl
+    workers: dict[str, RunningWorker]
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: pb.SamplingParams
+    ) -> tuple[list[int], FinishReason]:
+        """All tokens of one request; checks that positions are contiguous."""
+        tokens: list[int] = []
+        async with asyncio.timeout(60):
+            async for update in self.control.submit(request(prompt, sampling)):
+                assert update.position == len(tokens)
+                tokens += update.token_ids
+                if update.finish_reason is not None:
+                    return tokens, update.finish_reason
+        raise AssertionError("the stream ended without a reason")
+
+    async def until_idle(self) -> None:
+        """Wait until every page of every worker is free and nothing is queued or running."""
+        async with asyncio.timeout(10):
+            while not all(_is_idle(running.worker.inspect()) for running in self.workers.values()):
+                await asyncio.sleep(0.01)
+
+    async def until_registered(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(await self.control.inspect()) < count:
+                await asyncio.sleep(0.01)
+
+
+def request(prompt: Sequence[int], sampling: pb.SamplingParams) -> Request:
+    return Request(
+        request_id=secrets.token_hex(8),
+        token_ids=tuple(prompt),
+        sampling=sampling,
+        queue_deadline=float("inf"),
+        deadline=float("inf"),
+    )
+
+
+@asynccontextmanager
+async def pipeline(
+    model: Path,
+    make_transports: MakeTransports,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    num_pages: int = 256,
+    max_batch_tokens: int = 128,
+    slot_bytes: int = 1 << 16,
+    num_slots: int = 8,
+) -> AsyncIterator[Pipeline]:
+    """Start it, wait until every worker has registered, stop it in the end."""
+    control = RouterControl()
+    address = await control.start()
+    running: dict[str, RunningWorker] = {}
+    names = [(Role.PREFILL, f"prefill-{index}") for index in range(prefill)]
+    names += [(Role.DECODE, f"decode-{index}") for index in range(decode)]
+    for role, name in names:
+        config = WorkerConfig(
+            name=name,
+            role=role,
+            model=str(model),
+            served_model="tiny",
+            routers=(address,),
+            dtype="float32",
+            num_pages=num_pages,
+            max_batch_tokens=max_batch_tokens,
+            slot_bytes=slot_bytes,
+            num_slots=num_slots,
+        )
+        running[name] = start_worker(config, make_transports)
+    cluster = Pipeline(control=control, workers=running)
+    try:
+        await cluster.until_registered(len(names))
+        yield cluster
+    finally:
+        for item in running.values():
+            item.stop.set()
+        await asyncio.gather(*(item.task for item in running.values()))
+        await control.stop()
+
+
+def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> RunningWorker:
+    runner = load_engine(
+        Path(config.model), dtype=config.dtype, num_pages=config.num_pages, num_threads=1
+    )
+    kind = PrefillWorker if config.role is Role.PREFILL else DecodeWorker
+    incarnation = secrets.token_bytes(16)
+    worker = kind(config=config, incarnation=incarnation, runner=runner)
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(make_transports(incarnation, worker), stop))
+    return RunningWorker(worker=worker, stop=stop, task=task)
+
+
+async def outcome(generation: "asyncio.Task[object]") -> RequestFailed | None:
+    """The error that a request ended with."""
+    try:
+        await generation
+    except RequestFailed as error:
+        return error
+    return None
+
+
+def _is_idle(state: pb.WorkerState) -> bool:
+    return state.pages.free == state.pages.total and not (
+        state.queued or state.running or state.handoffs
+    )
