@@ -1,8 +1,8 @@
 """Greedy tokens of the engine against transformers, on the default model in float32.
 
-transformers reads the same GGUF file with its own loader and runs each prompt with the engine's
-output behind it. That its most likely token is the engine's at every place means, by induction,
-that it would have generated the same.
+transformers gets the weights of the same GGUF file, by way of the `gguf` library and not of the
+engine's loader, and runs each prompt with the engine's output behind it. That its most likely token
+is the engine's at every place means, by induction, that it would have generated the same.
 """
 
 import argparse
@@ -11,10 +11,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import gguf
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import SamplingParams
@@ -54,6 +56,40 @@ def make_prompts(path: Path, num_prompts: int) -> list[list[int]]:
     return prompts
 
 
+def load_reference(path: Path) -> LlamaForCausalLM:
+    """The Llama of a GGUF file, by the `gguf` library's own reader and dequantiser."""
+    reader = gguf.GGUFReader(path)
+
+    def value(key: str) -> Any:
+        return reader.fields[f"llama.{key}"].contents()
+
+    config = LlamaConfig(
+        vocab_size=value("vocab_size"),
+        hidden_size=value("embedding_length"),
+        intermediate_size=value("feed_forward_length"),
+        num_hidden_layers=value("block_count"),
+        num_attention_heads=value("attention.head_count"),
+        num_key_value_heads=value("attention.head_count_kv"),
+        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
+        max_position_embeddings=value("context_length"),
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = tensors[names.get_name(name, try_suffixes=(".weight",)) or name]
+            values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+            if "q_proj" in name or "k_proj" in name:  # rope pairs lie side by side in the file
+                half = config.hidden_size // config.num_attention_heads // 2
+                pairs = values.view(-1, half, 2, config.hidden_size)
+                values = pairs.transpose(1, 2).reshape(values.shape)
+            parameter.copy_(values)
+    return model
+
+
 def compare(path: Path, *, num_prompts: int, max_tokens: int) -> Parity:
     prompts = make_prompts(path, num_prompts)
     runner = load_engine(path, dtype="float32", num_pages=sum(len(p) for p in prompts) // 64 + 128)
@@ -61,9 +97,7 @@ def compare(path: Path, *, num_prompts: int, max_tokens: int) -> Parity:
     outputs = generate(runner, prompts, SamplingParams(max_tokens=max_tokens), chunk_size=96)
     engine_seconds = time.perf_counter() - started
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    model = load_reference(path)
     started = time.perf_counter()
     equal, margins = [], []
     for prompt, output in zip(prompts, outputs, strict=True):

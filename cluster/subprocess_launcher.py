@@ -1,7 +1,7 @@
 """Workers as plain child processes: cheap to start, for benchmarks, tests and machines without Ray.
 
-Each runs ``python -m pagewire.worker CONFIG`` and inherits standard error; its last line there is
-the reason that is reported when it ends.
+What each writes to standard error is passed on; its last line there is the reason that is reported
+when it fails.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from pagewire.cluster.launcher import WorkerExit
 from pagewire.cluster.placement import worker_environment
 from pagewire.worker.config import WorkerConfig
 
-WORKER_COMMAND = (sys.executable, "-m", "pagewire.worker")
+WORKER_COMMAND = (sys.executable, "-m", "pagewire.cluster.worker_process")
 _MAX_LINE_BYTES = 1 << 20
 
 

@@ -1,44 +1,92 @@
-"""The open connections of one transport, by peer, and what its Handler hears about them."""
+"""The open connections of one transport: they are run here, and here they end.
 
-from typing import Generic, TypeVar
+Whatever ends a connection, its buffers are released first and the Handler hears of it last.
+"""
 
-from pagewire.kv_transfer.transport import Connection, Handler
+import asyncio
+import logging
+from typing import Generic, Protocol, TypeVar
 
-ConnectionT = TypeVar("ConnectionT", bound=Connection)
+from pagewire.kv_transfer.transport import Connection, Handler, TransferStats
+
+logger = logging.getLogger(__name__)
+
+
+class RunningConnection(Connection, Protocol):
+    """A Connection that its transport runs."""
+
+    closed_here: bool  # this end called close
+
+    async def run(self) -> str:
+        """Receive until the connection ends, and return the reason.
+
+        What a callback of the Handler raises comes out of here.
+        """
+
+    async def release(self) -> None:
+        """Free everything. Afterwards no placed buffer is written, and every send has ended."""
+
+
+ConnectionT = TypeVar("ConnectionT", bound=RunningConnection)
 
 
 class Peers(Generic[ConnectionT]):
-    """Knows every open connection, and tells the Handler when the last one to a peer has ended.
+    """Runs connections, and tells the Handler when the last one to a peer has ended.
 
     There are two to the same peer when both ends connected at the same time. They fall together:
     so the one `lost` settles every buffer that was placed for that peer.
     """
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, *, handler: Handler, stats: TransferStats) -> None:
         self._handler = handler
+        self._stats = stats
         self._connections: dict[bytes, list[ConnectionT]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def get(self, peer: bytes) -> ConnectionT | None:
         """The oldest connection to `peer`."""
         connections = self._connections.get(peer)
         return connections[0] if connections else None
 
-    def all(self) -> list[ConnectionT]:
-        return [item for connections in self._connections.values() for item in connections]
-
-    def add(self, connection: ConnectionT) -> None:
+    def serve(self, connection: ConnectionT) -> None:
+        """Run `connection` to its end, in a task."""
         self._connections.setdefault(connection.peer, []).append(connection)
+        task = asyncio.create_task(self._serve(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_log_failure)
 
-    def remove(self, connection: ConnectionT, reason: str) -> None:
-        """Forget `connection`, whose end has released every buffer."""
-        connections = self._connections[connection.peer]
-        connections.remove(connection)
-        if connections:
-            for other in connections:
-                other.close()
-            return
-        del self._connections[connection.peer]
-        self._handler.lost(connection.peer, reason)
+    async def close(self) -> None:
+        """End all connections; the Handler hears of each peer before this returns."""
+        for connections in self._connections.values():
+            for connection in connections:
+                connection.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, connection: ConnectionT) -> None:
+        reason = "a callback of this worker failed; its log has the traceback"
+        try:
+            reason = await connection.run()
+        finally:
+            if not connection.closed_here:
+                self._stats.failures += 1
+            await connection.release()
+            self._remove(connection, reason)
+
+    def _remove(self, connection: ConnectionT, reason: str) -> None:
+        others = self._connections[connection.peer]
+        others.remove(connection)
+        for other in others:
+            other.close()
+        if not others:
+            del self._connections[connection.peer]
+            self._handler.lost(connection.peer, reason)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        logger.error("a connection ended because a callback failed", exc_info=error)
 
 
 def place(handler: Handler, peer: bytes, header: bytes, num_bytes: int) -> memoryview | None:

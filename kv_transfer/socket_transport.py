@@ -17,9 +17,9 @@ from pagewire.kv_transfer.handshake import (
     receive_hello,
     send_hello,
 )
-from pagewire.kv_transfer.peers import Peers
+from pagewire.kv_transfer.peers import Peers, RunningConnection
 from pagewire.kv_transfer.socket_io import tune
-from pagewire.kv_transfer.transport import Connection, Handler, TransferStats, TransportError
+from pagewire.kv_transfer.transport import Handler, TransferStats, TransportError
 
 CONNECT_TIMEOUT_S = 5.0
 _ACCEPT_RETRY_S = 0.1
@@ -29,23 +29,8 @@ _WILDCARDS = ("", "0.0.0.0", "::")
 logger = logging.getLogger(__name__)
 
 
-class SocketConnection(Connection, Protocol):
-    """A Connection that its transport runs."""
-
-    closed_here: bool  # this end called close
-
-    async def run(self) -> str:
-        """Receive until the connection ends, and return the reason.
-
-        What a callback of the Handler raises comes out of here.
-        """
-
-    async def release(self) -> None:
-        """Free the socket. Afterwards no placed buffer is written, and every send has ended."""
-
-
-ConnectionT = TypeVar("ConnectionT", bound=SocketConnection)
-Opened = TypeVar("Opened", bound=SocketConnection, covariant=True)
+ConnectionT = TypeVar("ConnectionT", bound=RunningConnection)
+Opened = TypeVar("Opened", bound=RunningConnection, covariant=True)
 
 
 class Opening(Protocol[Opened]):
@@ -72,10 +57,9 @@ class SocketTransport(ABC, Generic[ConnectionT]):
         self._incarnation = incarnation
         self._handler = handler
         self._host = host
-        self._peers: Peers[ConnectionT] = Peers(handler)
+        self._peers: Peers[ConnectionT] = Peers(handler=handler, stats=self.stats)
         self._connecting: dict[bytes, asyncio.Task[ConnectionT]] = {}
-        self._background: set[asyncio.Task[None]] = set()  # accepting and welcoming
-        self._serving: set[asyncio.Task[None]] = set()
+        self._accepting: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
 
     @abstractmethod
@@ -101,7 +85,7 @@ class SocketTransport(ABC, Generic[ConnectionT]):
                 f"cannot listen on host {self._host!r}: {error}; "
                 "give an address that this machine has"
             ) from error
-        self._spawn(self._accept(self._listener), self._background)
+        self._spawn(self._accept(self._listener))
 
     async def connect(self, peer: bytes, address: bytes) -> ConnectionT:
         existing = self._peers.get(peer)
@@ -121,15 +105,13 @@ class SocketTransport(ABC, Generic[ConnectionT]):
         return self._peers.get(peer)
 
     async def close(self) -> None:
-        making = [*self._background, *self._connecting.values()]
+        making = [*self._accepting, *self._connecting.values()]
         for task in making:
             task.cancel()
         await asyncio.gather(*making, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
-        for connection in self._peers.all():
-            connection.close()
-        await asyncio.gather(*self._serving, return_exceptions=True)
+        await self._peers.close()
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -140,7 +122,7 @@ class SocketTransport(ABC, Generic[ConnectionT]):
                 logger.warning("cannot accept a %s connection: %s", self.kind, error)
                 await asyncio.sleep(_ACCEPT_RETRY_S)
                 continue
-            self._spawn(self._welcome(sock), self._background)
+            self._spawn(self._welcome(sock))
 
     async def _welcome(self, sock: socket.socket) -> None:
         """Answer one process that connected."""
@@ -164,7 +146,7 @@ class SocketTransport(ABC, Generic[ConnectionT]):
         opening = self._open()
         with _undo_on_error(opening.abandon):
             await send_hello(sock, self._hello(hello.sender, opening.note))
-            self._adopt(await opening.finish(sock, hello))
+            self._peers.serve(await opening.finish(sock, hello))
 
     async def _connect(self, peer: bytes, address: bytes) -> ConnectionT:
         where = address.decode(errors="replace")
@@ -194,32 +176,16 @@ class SocketTransport(ABC, Generic[ConnectionT]):
                     "the worker was restarted; ask the router for its current address"
                 )
             connection = await opening.finish(sock, hello)
-        self._adopt(connection)
+        self._peers.serve(connection)
         return connection
 
     def _hello(self, receiver: bytes, note: bytes) -> Hello:
         return Hello(kind=self.kind, sender=self._incarnation, receiver=receiver, note=note)
 
-    def _adopt(self, connection: ConnectionT) -> None:
-        self._peers.add(connection)
-        self._spawn(self._serve(connection), self._serving)
-
-    async def _serve(self, connection: ConnectionT) -> None:
-        """Run `connection` to its end; the Handler hears of it whatever that end is."""
-        reason = "a callback of this worker failed; its log has the traceback"
-        try:
-            reason = await connection.run()
-        finally:
-            if not connection.closed_here:
-                self.stats.failures += 1
-            await connection.release()
-            self._peers.remove(connection, reason)
-
-    def _spawn(self, work: Coroutine[None, None, None], tasks: set[asyncio.Task[None]]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        task.add_done_callback(_log_failure)
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
 
 
 async def _listen(host: str) -> socket.socket:
@@ -234,6 +200,8 @@ async def _listen(host: str) -> socket.socket:
 async def _dial(address: str) -> socket.socket:
     """A socket connected to `address`, host:port. Raises OSError, and ValueError for a bad one."""
     host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("the address is not host:port")
     sock, target = await _socket_for(host, int(port))
     with _undo_on_error(sock.close):
         await asyncio.get_running_loop().sock_connect(sock, target)
@@ -258,9 +226,3 @@ def _undo_on_error(undo: Callable[[], None]) -> Iterator[None]:
         cleanup.callback(undo)
         yield
         cleanup.pop_all()
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        logger.error("a transport's connection ended by an exception", exc_info=error)

@@ -24,18 +24,6 @@ _SCALARS = {
     11: "q",
     12: "d",
 }  # value type -> format character of struct
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
 
 
 class GGUFError(ValueError):

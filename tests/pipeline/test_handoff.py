@@ -1,6 +1,6 @@
 """What a hand-off must not change: tokens through prefill, wire and decode are those of one engine.
 
-Router, workers and gRPC are the real ones, in one process, with the real transports.
+Router, workers and gRPC are the real ones, in one process, with a tiny random model.
 """
 
 import asyncio
@@ -9,46 +9,124 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from pipeline import MakeTransports, Pipeline, outcome, pipeline
-from tiny_models import FAMILIES, VOCAB_SIZE
+from pipeline import Pipeline, pipeline, tcp
+from tiny_models import FAMILIES, VOCAB_SIZE, greedy_tokens
 
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import SamplingParams
 from pagewire.engine.load import load_engine
-from pagewire.kv_transfer.local import LocalHub, LocalTransport
-from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason
 
 PROMPT_LENGTHS = (1, 63, 64, 65, 200, 1000)
 
 ModelPath = Callable[[str], Path]
+Result = tuple[list[int], FinishReason]
 
 
-def prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
-    random_source = random.Random(seed)
-    return [[random_source.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+def prompts(lengths: Sequence[int]) -> list[list[int]]:
+    source = random.Random(1)
+    return [[source.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
 
 
-def tcp(incarnation: bytes, handler: "object") -> "list[TcpTransport]":
-    return [TcpTransport(incarnation, handler, host="127.0.0.1")]
+def greedy(max_tokens: int, stop: Sequence[int] = ()) -> pb.SamplingParams:
+    return pb.SamplingParams(max_tokens=max_tokens, top_p=1.0, stop_token_ids=stop)
+
+
+def aggregated(path: Path, inputs: list[list[int]], sampling: SamplingParams) -> list[list[int]]:
+    runner = load_engine(path, dtype="float32", num_pages=512, num_threads=1)
+    return generate(runner, inputs, sampling)
+
+
+async def generate_all(
+    cluster: Pipeline, inputs: list[list[int]], sampling: pb.SamplingParams
+) -> list[Result]:
+    """All prompts at once; afterwards every page must be free."""
+    results = await asyncio.gather(*(cluster.generate(prompt, sampling) for prompt in inputs))
+    await cluster.until_idle()
+    return list(results)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_disaggregated_equals_aggregated(family: str, model_path: ModelPath) -> None:
-    path = model_path(family)
-    inputs = prompts(1, PROMPT_LENGTHS)
-    runner = load_engine(path, dtype="float32", num_pages=64, num_threads=1)
-    expected = generate(runner, inputs, SamplingParams(max_tokens=8))
+def test_disaggregated_equals_aggregated_equals_transformers(
+    family: str, model_path: ModelPath
+) -> None:
+    inputs = prompts(PROMPT_LENGTHS)
 
-    async def run() -> list[list[int]]:
-        async with pipeline(path, tcp) as cluster:
-            sampling = pb.SamplingParams(max_tokens=8, top_p=1.0)
-            results = await asyncio.gather(
-                *(cluster.generate(prompt, sampling) for prompt in inputs)
-            )
+    async def run() -> list[Result]:
+        async with pipeline(model_path(family), tcp) as cluster:
+            return await generate_all(cluster, inputs, greedy(8))
+
+    results = asyncio.run(run())
+    assert {reason for _, reason in results} == {FinishReason.LENGTH}
+    tokens = [tokens for tokens, _ in results]
+    assert tokens == aggregated(model_path(family), inputs, SamplingParams(max_tokens=8))
+    assert tokens == [greedy_tokens(family, prompt, 8) for prompt in inputs]
+
+
+def test_many_streams_over_two_pairs_all_finish_right(model_path: ModelPath) -> None:
+    inputs = prompts([1 + 23 * index for index in range(32)])
+
+    async def run() -> list[Result]:
+        async with pipeline(model_path("llama"), tcp, prefill=2, decode=2) as cluster:
+            results = await generate_all(cluster, inputs, greedy(12))
+            assert all(item.num_generated() for item in cluster.workers.values())
+            return results
+
+    results = asyncio.run(run())
+    expected = aggregated(model_path("llama"), inputs, SamplingParams(max_tokens=12))
+    assert [tokens for tokens, _ in results] == expected
+
+
+def test_seeded_sampling_is_the_same_wherever_it_runs(model_path: ModelPath) -> None:
+    inputs = prompts((5, 70))
+    drawn = SamplingParams(max_tokens=16, temperature=0.9, top_p=0.95, top_k=40, seed=11)
+    asked = pb.SamplingParams(max_tokens=16, temperature=0.9, top_p=0.95, top_k=40, seed=11)
+
+    async def run() -> list[Result]:
+        async with pipeline(model_path("llama"), tcp) as cluster:
+            return await generate_all(cluster, inputs, asked)
+
+    tokens = [tokens for tokens, _ in asyncio.run(run())]
+    assert tokens == aggregated(model_path("llama"), inputs, drawn)
+
+
+def test_a_request_that_ends_at_token_0_makes_no_hand_off(model_path: ModelPath) -> None:
+    [prompt] = prompts((30,))
+    [[first]] = aggregated(model_path("llama"), [prompt], SamplingParams(max_tokens=1))
+
+    async def run() -> tuple[Result, Result, int]:
+        async with pipeline(model_path("llama"), tcp) as cluster:
+            by_length = await cluster.generate(prompt, greedy(1))
+            by_stop = await cluster.generate(prompt, greedy(5, stop=[first]))
             await cluster.until_idle()
-        assert {reason for _, reason in results} == {FinishReason.LENGTH}
-        return [tokens for tokens, _ in results]
+            return by_length, by_stop, cluster.workers["decode-0"].num_generated()
 
-    assert asyncio.run(run()) == expected
+    by_length, by_stop, num_decoded = asyncio.run(run())
+    assert by_length == ([first], FinishReason.LENGTH)
+    assert by_stop == ([first], FinishReason.STOP)
+    assert num_decoded == 0
+
+
+def test_a_stop_token_ends_a_stream_on_the_decode_worker(model_path: ModelPath) -> None:
+    [prompt] = prompts((30,))
+    [tokens] = aggregated(model_path("llama"), [prompt], SamplingParams(max_tokens=12))
+    end = next(index for index in range(1, 12) if tokens[index] not in tokens[:index])
+
+    async def run() -> Result:
+        async with pipeline(model_path("llama"), tcp) as cluster:
+            return (await generate_all(cluster, [prompt], greedy(12, stop=[tokens[end]])))[0]
+
+    assert asyncio.run(run()) == (tokens[: end + 1], FinishReason.STOP)
+
+
+def test_streams_wait_their_turn_when_the_pool_is_small(model_path: ModelPath) -> None:
+    """Six requests of three pages each pass through pools that hold two of them."""
+    inputs = prompts([150] * 6)
+
+    async def run() -> list[Result]:
+        async with pipeline(model_path("llama"), tcp, num_pages=7, num_slots=1) as cluster:
+            return await generate_all(cluster, inputs, greedy(10))
+
+    tokens = [tokens for tokens, _ in asyncio.run(run())]
+    assert tokens == aggregated(model_path("llama"), inputs, SamplingParams(max_tokens=10))

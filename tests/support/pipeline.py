@@ -2,13 +2,14 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pagewire.decode_worker.worker import DecodeWorker
 from pagewire.engine.load import load_engine
+from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.prefill_worker.worker import PrefillWorker
 from pagewire.proto import worker_pb2 as pb
@@ -19,11 +20,18 @@ from pagewire.worker.config import Role, WorkerConfig
 MakeTransports = Callable[[bytes, Handler], Sequence[Transport]]
 
 
+def tcp(incarnation: bytes, handler: Handler) -> list[Transport]:
+    return [TcpTransport(incarnation=incarnation, handler=handler, host="127.0.0.1")]
+
+
 @dataclass(slots=True, kw_only=True)
 class RunningWorker:
     worker: PrefillWorker | DecodeWorker
     stop: asyncio.Event
     task: asyncio.Task[None]
+
+    def num_generated(self) -> int:
+        return self.worker.state().generated_tokens
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,11 +54,16 @@ class Pipeline:
                     return tokens, update.finish_reason
         raise AssertionError("the stream ended without a reason")
 
-    async def until_idle(self) -> None:
-        """Wait until every page of every worker is free and nothing is queued or running."""
+    async def until_idle(self, names: Iterable[str] | None = None) -> None:
+        """Wait until every page of the workers is free and nothing is queued or running."""
+        for name in self.workers if names is None else names:
+            await self.until_state(name, _is_idle)
+
+    async def until_state(self, name: str, holds: Callable[[pb.WorkerState], bool]) -> None:
+        """Wait until the state of a worker is as asked; the books are checked each time."""
         async with asyncio.timeout(10):
-            while not all(_is_idle(running.worker.inspect()) for running in self.workers.values()):
-                await asyncio.sleep(0.01)
+            while not holds(self.workers[name].worker.inspect()):
+                await asyncio.sleep(0.005)
 
     async def until_registered(self, count: int) -> None:
         async with asyncio.timeout(10):
@@ -123,7 +136,7 @@ def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> Runni
     return RunningWorker(worker=worker, stop=stop, task=task)
 
 
-async def outcome(generation: "asyncio.Task[object]") -> RequestFailed | None:
+async def outcome(generation: Awaitable[object]) -> RequestFailed | None:
     """The error that a request ended with."""
     try:
         await generation

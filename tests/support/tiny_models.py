@@ -1,5 +1,6 @@
 """Tiny random models of each family, made by transformers and saved as safetensors."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def tiny_model(family: str) -> Any:
         **extra,
     )
     return model_class(config).eval()
+
+
+def greedy_tokens(family: str, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """What transformers generates."""
+    output = tiny_model(family).generate(
+        torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None
+    )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
 
 
 def save_tiny_model(family: str, folder: Path) -> Path:

@@ -1,0 +1,240 @@
+"""Messages over UCX: shared memory on one machine, RDMA or TCP between machines.
+
+A TCP connection beside UCX carries headers and says when the peer is gone. A payload is announced
+there, gets its place, and only then travels over UCX: so UCX never has to store it in between, and
+one that is not wanted is not sent.
+"""
+
+import asyncio
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from pagewire.kv_transfer.framing import PREFIX_BYTES, FramingError, Kind, Prefix
+from pagewire.kv_transfer.handshake import Hello
+from pagewire.kv_transfer.peers import place
+from pagewire.kv_transfer.socket_transport import SocketTransport
+from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats, TransportError
+from pagewire.kv_transfer.ucx_library import UcxLibrary, open_library
+from pagewire.kv_transfer.ucx_link import UcxLink
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outgoing:
+    """A payload that was announced."""
+
+    payload: memoryview
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrival:
+    """A message that is complete once `done` is; delivered in the order of the announcements."""
+
+    header: bytes
+    num_bytes: int
+    done: asyncio.Future[None] | None  # None: it has no payload
+    started: float
+
+
+class UcxConnection:
+    """One peer's TCP connection for headers and UCX link for payloads."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        link: UcxLink,
+        *,
+        peer: bytes,
+        handler: Handler,
+        stats: TransferStats,
+    ) -> None:
+        self.closed_here = False
+        self._reader = reader
+        self._writer = writer
+        self._link = link
+        self._peer = peer
+        self._handler = handler
+        self._stats = stats
+        self._ended = False
+        self._unanswered: deque[_Outgoing] = deque()
+        self._arrivals: asyncio.Queue[_Arrival] = asyncio.Queue()
+        self._num_sent = 0  # payloads; both ends number them alike
+        self._num_received = 0
+
+    @property
+    def peer(self) -> bytes:
+        return self._peer
+
+    async def send(self, header: bytes, payload: memoryview | None = None) -> None:
+        num_bytes = 0 if payload is None else payload.nbytes
+        kind = Kind.ANNOUNCE if num_bytes else Kind.MESSAGE
+        prefix = Prefix(kind=kind, header_bytes=len(header), payload_bytes=num_bytes)
+        if self._ended:
+            raise ConnectionLost("the connection has ended")
+        started = time.perf_counter()
+        self._writer.write(prefix.encode() + header)
+        try:
+            if payload is None or not num_bytes:
+                await self._writer.drain()
+            else:
+                await self._send_payload(payload.cast("B"))
+        except (OSError, ConnectionLost) as error:
+            self._end()
+            raise ConnectionLost(f"the peer cannot be reached: {error}") from error
+        except asyncio.CancelledError:
+            self.close()  # the peer may be waiting for a payload that will not come
+            raise
+        self._stats.send_seconds += time.perf_counter() - started
+        self._stats.bytes_sent += num_bytes
+
+    def close(self) -> None:
+        if not self._ended:
+            self.closed_here = True
+            self._end()
+
+    async def run(self) -> str:
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._deliver())]
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        reasons = [task.result() for task in done]
+        return "closed by this worker" if self.closed_here else reasons[0]
+
+    async def release(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """End both ways at once, and with them every send and receive."""
+        if self._ended:
+            return
+        self._ended = True
+        self._writer.transport.abort()
+        self._link.close()
+        while self._unanswered:
+            done = self._unanswered.popleft().done
+            if not done.done():
+                done.set_exception(ConnectionLost("the connection has ended"))
+
+    async def _send_payload(self, payload: memoryview) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unanswered.append(_Outgoing(payload=payload, done=done))
+        await done
+
+    async def _read(self) -> str:
+        """Follow the peer's headers until the connection ends; returns the reason."""
+        try:
+            while True:
+                prefix = Prefix.decode(await self._reader.readexactly(PREFIX_BYTES))
+                header = await self._reader.readexactly(prefix.header_bytes)
+                match prefix.kind:
+                    case Kind.MESSAGE:
+                        self._on_message(prefix, header)
+                    case Kind.ANNOUNCE:
+                        self._on_announce(header, prefix.payload_bytes)
+                    case Kind.READY:
+                        self._on_ready()
+                    case Kind.DISCARD:
+                        self._oldest_unanswered().done.set_result(None)
+        except asyncio.IncompleteReadError:
+            return "the peer closed the connection"
+        except (OSError, FramingError) as error:
+            return str(error)
+
+    async def _deliver(self) -> str:
+        """Deliver messages in order until a payload fails to arrive; returns the reason."""
+        while True:
+            arrival = await self._arrivals.get()
+            if arrival.done is not None:
+                try:
+                    await arrival.done
+                except ConnectionLost as error:
+                    return str(error)
+                self._stats.receive_seconds += time.perf_counter() - arrival.started
+                self._stats.bytes_received += arrival.num_bytes
+            self._handler.deliver(self._peer, arrival.header)
+
+    def _on_message(self, prefix: Prefix, header: bytes) -> None:
+        if prefix.payload_bytes:
+            raise FramingError("a payload that was not announced")
+        self._arrivals.put_nowait(_Arrival(header=header, num_bytes=0, done=None, started=0.0))
+
+    def _on_announce(self, header: bytes, num_bytes: int) -> None:
+        if not num_bytes:
+            raise FramingError("an empty payload was announced")
+        started = time.perf_counter()
+        target = place(self._handler, self._peer, header, num_bytes)
+        if target is None:
+            self._writer.write(Prefix(kind=Kind.DISCARD).encode())
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._link.receive(target, self._num_received, done)
+        self._num_received += 1
+        self._arrivals.put_nowait(
+            _Arrival(header=header, num_bytes=num_bytes, done=done, started=started)
+        )
+        self._writer.write(Prefix(kind=Kind.READY).encode())
+
+    def _on_ready(self) -> None:
+        outgoing = self._oldest_unanswered()
+        self._link.send(outgoing.payload, self._num_sent, outgoing.done)
+        self._num_sent += 1
+
+    def _oldest_unanswered(self) -> _Outgoing:
+        if not self._unanswered:
+            raise FramingError("an answer to a payload that was not announced")
+        return self._unanswered.popleft()
+
+
+class _UcxOpening:
+    """Holds the UCX worker of a connection that is being made."""
+
+    def __init__(self, library: UcxLibrary, *, handler: Handler, stats: TransferStats) -> None:
+        self._link = UcxLink(library)
+        self._handler = handler
+        self._stats = stats
+
+    @property
+    def note(self) -> bytes:
+        return self._link.address
+
+    async def finish(self, sock: socket.socket, hello: Hello) -> UcxConnection:
+        self._link.connect(hello.note)
+        reader, writer = await asyncio.open_connection(sock=sock)
+        return UcxConnection(
+            reader,
+            writer,
+            self._link,
+            peer=hello.sender,
+            handler=self._handler,
+            stats=self._stats,
+        )
+
+    def abandon(self) -> None:
+        self._link.close()
+
+
+class UcxTransport(SocketTransport[UcxConnection]):
+    """Carries headers over TCP and payloads over UCX."""
+
+    kind = "ucx"
+
+    def __init__(self, *, incarnation: bytes, handler: Handler, host: str) -> None:
+        super().__init__(incarnation=incarnation, handler=handler, host=host)
+        self._library: UcxLibrary | None = None
+
+    async def start(self) -> None:
+        self._library = await asyncio.to_thread(open_library)
+        await super().start()
+
+    async def close(self) -> None:
+        await super().close()
+        self._library = None
+
+    def _open(self) -> _UcxOpening:
+        if self._library is None:
+            raise TransportError("the ucx transport is not started")
+        return _UcxOpening(self._library, handler=self._handler, stats=self.stats)

@@ -1,0 +1,145 @@
+"""One pair's way through UCX: a worker of its own and the endpoint to the peer's worker.
+
+A worker per pair makes the end of a pair final: once its endpoint is closed and its worker no
+longer runs, nothing that the peer sent can reach a buffer. It runs on the event loop, woken by its
+file descriptor; an idle link costs nothing.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from pagewire.kv_transfer.transport import ConnectionLost, TransportError
+from pagewire.kv_transfer.ucx_library import UcxLibrary
+
+_STEPS_PER_TURN = 64  # bounds how long one turn keeps the event loop
+_STEPS_TO_END = 1000
+# UCX may go to sleep although a peer freed room in shared memory; while transfers are under way it
+# is woken at least this often.
+_WAKE_UP_S = 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfer:
+    """One send or receive under way."""
+
+    request: Any
+    buffer: Any  # the request itself keeps no reference to the memory
+    done: asyncio.Future[None]
+
+
+class UcxLink:
+    """Moves payloads to and from one peer. `done` futures end when UCX has let go of a buffer.
+
+    Raises TransportError when UCX cannot make a worker.
+    """
+
+    def __init__(self, library: UcxLibrary) -> None:
+        self._library = library
+        self._loop = asyncio.get_running_loop()
+        self._worker: Any = library.new_worker()
+        self._descriptor: int = self._worker.epoll_file_descriptor
+        self._endpoint: Any = None
+        self._transfers: list[_Transfer] = []
+        self._turn: asyncio.Handle | None = None
+        self._wake_up: asyncio.TimerHandle | None = None
+        self.address = bytes(self._worker.address)
+
+    def connect(self, address: bytes) -> None:
+        """Reach the worker of that address. Raises TransportError."""
+        api = self._library.api
+        try:
+            self._endpoint = api.UCXEndpoint.create_from_worker_address(
+                self._worker, api.UCXAddress.create_from_buffer(address), True
+            )
+        except self._library.error as error:
+            raise TransportError(
+                f"UCX cannot reach the peer: {error}; check that both machines have a network "
+                "that UCX can use, or use tcp"
+            ) from error
+        self._loop.add_reader(self._descriptor, self._run_turn)
+        self._run_soon()
+
+    def send(self, payload: memoryview, number: int, done: asyncio.Future[None]) -> None:
+        """Send `payload` to the receive of the same `number` at the peer."""
+        array = self._library.array(payload)
+        request = self._endpoint.tag_send(array, self._library.api.UCXXTag(number))
+        self._follow(request, array, done)
+
+    def receive(self, target: memoryview, number: int, done: asyncio.Future[None]) -> None:
+        """Receive into `target` what the peer sends under `number`."""
+        array = self._library.array(target)
+        request = self._worker.tag_recv(array, self._library.api.UCXXTag(number))
+        self._follow(request, array, done)
+
+    def close(self) -> None:
+        """End every transfer at once: no buffer is touched any more when this returns."""
+        if self._worker is None:
+            return
+        self._loop.remove_reader(self._descriptor)
+        for handle in (self._turn, self._wake_up):
+            if handle is not None:
+                handle.cancel()
+        self._close_endpoint()
+        for transfer in self._transfers:
+            if not transfer.done.done():
+                transfer.done.set_exception(ConnectionLost("the connection has ended"))
+        # Dropping a request cancels it; dropping the worker destroys it.
+        self._transfers.clear()
+        self._worker = None
+
+    def _close_endpoint(self) -> None:
+        """Close by force: what had begun to arrive ends with an error within a few steps."""
+        if self._endpoint is None:
+            return
+        self._endpoint.close_blocking()
+        self._endpoint = None
+        for _ in range(_STEPS_TO_END):
+            if not self._worker.progress_once():
+                break
+        self._worker.progress()
+
+    def _follow(self, request: Any, array: Any, done: asyncio.Future[None]) -> None:
+        self._transfers.append(_Transfer(request=request, buffer=array, done=done))
+        self._run_soon()
+
+    def _run_soon(self) -> None:
+        if self._turn is None:
+            self._turn = self._loop.call_soon(self._run_turn)
+
+    def _run_turn(self) -> None:
+        """Let UCX work, finish what is complete, and go to sleep when nothing is left to do."""
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        for _ in range(_STEPS_PER_TURN):
+            if not self._worker.progress_once():
+                self._worker.progress()  # also ends what failed
+                break
+        self._finish_transfers()
+        if not self._worker.arm():  # something happened meanwhile
+            self._run_soon()
+        elif self._transfers and self._wake_up is None:
+            self._wake_up = self._loop.call_later(_WAKE_UP_S, self._on_wake_up)
+
+    def _on_wake_up(self) -> None:
+        self._wake_up = None
+        self._run_turn()
+
+    def _finish_transfers(self) -> None:
+        complete = [item for item in self._transfers if item.request.completed]
+        if not complete:
+            return
+        self._transfers = [item for item in self._transfers if item not in complete]
+        for transfer in complete:
+            self._settle(transfer)
+
+    def _settle(self, transfer: _Transfer) -> None:
+        try:
+            transfer.request.check_error()
+        except self._library.error as error:
+            if not transfer.done.done():
+                transfer.done.set_exception(ConnectionLost(f"UCX lost the peer: {error}"))
+            return
+        if not transfer.done.done():
+            transfer.done.set_result(None)

@@ -1,0 +1,108 @@
+"""What happens to streams and pages when a client, a worker or a frame goes wrong."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from pipeline import Pipeline, outcome, pipeline, request, tcp
+
+from pagewire.kv_transfer.messages import Frame, decode
+from pagewire.kv_transfer.tcp import TcpTransport
+from pagewire.kv_transfer.transport import Handler, Transport
+from pagewire.proto import worker_pb2 as pb
+from pagewire.router.request import RequestFailed
+
+ModelPath = Callable[[str], Path]
+
+LONG = pb.SamplingParams(max_tokens=1500, top_p=1.0)
+SHORT = pb.SamplingParams(max_tokens=4, top_p=1.0)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_cancelling_frees_every_page(num_tokens: int, model_path: ModelPath) -> None:
+    """Before the first token, at it, and while decoding."""
+
+    async def run(cluster: Pipeline) -> None:
+        stream = cluster.control.submit(request(range(100), LONG))
+        seen = 0
+        if num_tokens:
+            async for update in stream:
+                seen += len(update.token_ids)
+                if seen >= num_tokens:
+                    break
+        stream.cancel("the client is gone")
+        stream.cancel("again")
+        await cluster.until_idle()
+        assert await cluster.generate(range(10), SHORT)
+
+    run_with_pipeline(model_path, run)
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+def test_streams_of_a_lost_worker_end_with_an_error(name: str, model_path: ModelPath) -> None:
+    async def run(cluster: Pipeline) -> None:
+        streams = [
+            asyncio.create_task(
+                cluster.generate([index % 199 for index in range(500 + index)], LONG)
+            )
+            for index in range(4)
+        ]
+        await cluster.until_state(name, lambda state: state.running > 0)
+        cluster.workers[name].stop.set()
+        errors = await asyncio.gather(*(outcome(stream) for stream in streams))
+        assert {error.code for error in errors if error} == {"worker_lost"}
+        assert {error.status for error in errors if error} == {503}
+        with pytest.raises(RequestFailed, match="no .* worker is ready"):
+            cluster.control.submit(request(range(5), SHORT))
+        survivor = {"prefill-0": "decode-0", "decode-0": "prefill-0"}[name]
+        await cluster.until_idle([survivor])
+
+    run_with_pipeline(model_path, run)
+
+
+def test_a_flipped_bit_in_a_frame_never_becomes_a_token(model_path: ModelPath) -> None:
+    async def run(cluster: Pipeline) -> None:
+        error = await outcome(cluster.generate(range(100), SHORT))
+        assert error is not None
+        assert error.code == "handoff_corrupt"
+        await cluster.until_idle()
+
+    run_with_pipeline(model_path, run, flipping_tcp)
+
+
+class _FlippingHandler:
+    """Passes everything on, but flips one bit of each payload after it has landed."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._landed: memoryview | None = None
+
+    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+        self._landed = self._handler.place(peer, header, length)
+        return self._landed
+
+    def deliver(self, peer: bytes, header: bytes) -> None:
+        if self._landed is not None and isinstance(decode(header), Frame):
+            self._landed[len(self._landed) // 2] ^= 4
+        self._handler.deliver(peer, header)
+
+    def lost(self, peer: bytes, reason: str) -> None:
+        self._handler.lost(peer, reason)
+
+
+def flipping_tcp(incarnation: bytes, handler: Handler) -> list[Transport]:
+    flipping = _FlippingHandler(handler)
+    return [TcpTransport(incarnation=incarnation, handler=flipping, host="127.0.0.1")]
+
+
+def run_with_pipeline(
+    model_path: ModelPath,
+    scenario: Callable[[Pipeline], Awaitable[None]],
+    make_transports: Callable[[bytes, Handler], list[Transport]] = tcp,
+) -> None:
+    async def run() -> None:
+        async with pipeline(model_path("llama"), make_transports) as cluster:
+            await scenario(cluster)
+
+    asyncio.run(run())
