@@ -1,4 +1,4 @@
-"""Child processes, and the certainty that they are gone.
+"""This process and its descendants, and the certainty that these are gone.
 
 Ray's processes start others and are not always the last to end, so an instance that stops waits
 for every descendant that it saw.
@@ -11,6 +11,11 @@ from collections.abc import Iterable
 import psutil
 
 _POLL_S = 0.05
+
+
+def age_s() -> float:
+    """Seconds since this process was started, its imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def descendants() -> set[psutil.Process]:

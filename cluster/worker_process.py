@@ -53,7 +53,7 @@ async def run_worker(
     role = PrefillWorker if config.role is Role.PREFILL else DecodeWorker
     worker = role(config=config, incarnation=incarnation, runner=runner, on_state=on_state)
     chosen = create_transports(config.transport, incarnation, worker, config.host)
-    logger.info("%s: %s", config.name, chosen.reason)
+    logger.info("%s: %s", config.name, chosen.explanation)
     await worker.run(chosen.transports, stop)
 
 

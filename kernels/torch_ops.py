@@ -139,7 +139,7 @@ class TorchAttentionPlan:
         kv = kv.view(2, num_kv_heads, num_rows, -1, head_dim)
         # Slots outside a context hold anything, NaN too, and 0 * NaN would reach the sum.
         hidden = ~group.visible[:, group.shared_len :, None]
-        kv[..., group.shared_len :, :].masked_fill_(hidden, float("nan"))
+        kv[..., group.shared_len :, :].masked_fill_(hidden, 0)
         # The query heads of one KV head become the query positions of one matrix product.
         q = q.view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1)
         out = F.scaled_dot_product_attention(

@@ -6,6 +6,7 @@ one that is not wanted is not sent.
 """
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections import deque
@@ -17,7 +18,9 @@ from pagewire.kv_transfer.peers import place
 from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats, TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary, open_library
-from pagewire.kv_transfer.ucx_link import UcxLink
+from pagewire.kv_transfer.ucx_link import UcxLink, fail
+
+_MAX_ARRIVALS = 1024  # messages behind a payload under way; then headers wait in the socket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +36,9 @@ class _Arrival:
     """A message that is complete once `done` is; delivered in the order of the announcements."""
 
     header: bytes
-    num_bytes: int
-    done: asyncio.Future[None] | None  # None: it has no payload
-    started: float
+    num_bytes: int = 0
+    done: asyncio.Future[None] | None = None  # None: it has no payload
+    started: float = 0.0
 
 
 class UcxConnection:
@@ -60,7 +63,7 @@ class UcxConnection:
         self._stats = stats
         self._ended = False
         self._unanswered: deque[_Outgoing] = deque()
-        self._arrivals: asyncio.Queue[_Arrival] = asyncio.Queue()
+        self._arrivals: asyncio.Queue[_Arrival] = asyncio.Queue(_MAX_ARRIVALS)
         self._num_sent = 0  # payloads; both ends number them alike
         self._num_received = 0
 
@@ -106,18 +109,18 @@ class UcxConnection:
 
     async def release(self) -> None:
         self._end()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     def _end(self) -> None:
-        """End both ways at once, and with them every send and receive."""
+        """End both ways at once, and with them every send and receive. Idempotent."""
         if self._ended:
             return
         self._ended = True
         self._writer.transport.abort()
         self._link.close()
         while self._unanswered:
-            done = self._unanswered.popleft().done
-            if not done.done():
-                done.set_exception(ConnectionLost("the connection has ended"))
+            fail(self._unanswered.popleft().done, "the connection has ended")
 
     async def _send_payload(self, payload: memoryview) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -127,22 +130,28 @@ class UcxConnection:
     async def _read(self) -> str:
         """Follow the peer's headers until the connection ends; returns the reason."""
         try:
-            while True:
+            while not self._ended:
                 prefix = Prefix.decode(await self._reader.readexactly(PREFIX_BYTES))
                 header = await self._reader.readexactly(prefix.header_bytes)
-                match prefix.kind:
-                    case Kind.MESSAGE:
-                        self._on_message(prefix, header)
-                    case Kind.ANNOUNCE:
-                        self._on_announce(header, prefix.payload_bytes)
-                    case Kind.READY:
-                        self._on_ready()
-                    case Kind.DISCARD:
-                        self._oldest_unanswered().done.set_result(None)
+                await self._on_prefix(prefix, header)
         except asyncio.IncompleteReadError:
             return "the peer closed the connection"
         except (OSError, FramingError) as error:
             return str(error)
+        return "the connection has ended"
+
+    async def _on_prefix(self, prefix: Prefix, header: bytes) -> None:
+        match prefix.kind:
+            case Kind.MESSAGE if prefix.payload_bytes == 0:
+                await self._arrivals.put(_Arrival(header=header))
+            case Kind.ANNOUNCE if prefix.payload_bytes > 0:
+                await self._on_announce(header, prefix.payload_bytes)
+            case Kind.READY:
+                self._on_ready()
+            case Kind.DISCARD:
+                self._on_discard()
+            case _:
+                raise FramingError(f"{prefix.kind.name} of {prefix.payload_bytes} bytes")
 
     async def _deliver(self) -> str:
         """Deliver messages in order until a payload fails to arrive; returns the reason."""
@@ -157,14 +166,7 @@ class UcxConnection:
                 self._stats.bytes_received += arrival.num_bytes
             self._handler.deliver(self._peer, arrival.header)
 
-    def _on_message(self, prefix: Prefix, header: bytes) -> None:
-        if prefix.payload_bytes:
-            raise FramingError("a payload that was not announced")
-        self._arrivals.put_nowait(_Arrival(header=header, num_bytes=0, done=None, started=0.0))
-
-    def _on_announce(self, header: bytes, num_bytes: int) -> None:
-        if not num_bytes:
-            raise FramingError("an empty payload was announced")
+    async def _on_announce(self, header: bytes, num_bytes: int) -> None:
         started = time.perf_counter()
         target = place(self._handler, self._peer, header, num_bytes)
         if target is None:
@@ -173,15 +175,21 @@ class UcxConnection:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._link.receive(target, self._num_received, done)
         self._num_received += 1
-        self._arrivals.put_nowait(
+        self._writer.write(Prefix(kind=Kind.READY).encode())
+        await self._arrivals.put(
             _Arrival(header=header, num_bytes=num_bytes, done=done, started=started)
         )
-        self._writer.write(Prefix(kind=Kind.READY).encode())
 
     def _on_ready(self) -> None:
         outgoing = self._oldest_unanswered()
-        self._link.send(outgoing.payload, self._num_sent, outgoing.done)
-        self._num_sent += 1
+        if not outgoing.done.done():  # else its sender gave up, and is about to close
+            self._link.send(outgoing.payload, self._num_sent, outgoing.done)
+            self._num_sent += 1
+
+    def _on_discard(self) -> None:
+        outgoing = self._oldest_unanswered()
+        if not outgoing.done.done():
+            outgoing.done.set_result(None)
 
     def _oldest_unanswered(self) -> _Outgoing:
         if not self._unanswered:

@@ -84,6 +84,6 @@ def _import() -> Any:
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
     try:
         import ucxx
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of its own is missing
         raise TransportError(f"ucxx cannot be imported ({error}); {_REMEDY}") from error
     return ucxx

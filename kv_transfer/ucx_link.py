@@ -13,10 +13,11 @@ from pagewire.kv_transfer.transport import ConnectionLost, TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary
 
 _STEPS_PER_TURN = 64  # bounds how long one turn keeps the event loop
-_STEPS_TO_END = 1000
-# UCX may go to sleep although a peer freed room in shared memory; while transfers are under way it
-# is woken at least this often.
-_WAKE_UP_S = 0.001
+_STEPS_TO_END = 10
+# UCX cannot tell when a peer makes room in shared memory. While transfers are under way it is
+# asked again at once a few times, and then this often, for a peer may be slow or stopped.
+_NUM_BUSY_TURNS = 100
+_POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,8 @@ class UcxLink:
         self._endpoint: Any = None
         self._transfers: list[_Transfer] = []
         self._turn: asyncio.Handle | None = None
-        self._wake_up: asyncio.TimerHandle | None = None
+        self._poll: asyncio.TimerHandle | None = None
+        self._num_idle_turns = 0  # since UCX last had something to do
         self.address = bytes(self._worker.address)
 
     def connect(self, address: bytes) -> None:
@@ -77,27 +79,24 @@ class UcxLink:
         if self._worker is None:
             return
         self._loop.remove_reader(self._descriptor)
-        for handle in (self._turn, self._wake_up):
+        for handle in (self._turn, self._poll):
             if handle is not None:
                 handle.cancel()
         self._close_endpoint()
         for transfer in self._transfers:
-            if not transfer.done.done():
-                transfer.done.set_exception(ConnectionLost("the connection has ended"))
+            fail(transfer.done, "the connection has ended")
         # Dropping a request cancels it; dropping the worker destroys it.
         self._transfers.clear()
         self._worker = None
 
     def _close_endpoint(self) -> None:
-        """Close by force: what had begun to arrive ends with an error within a few steps."""
+        """Close by force: what had begun to arrive then ends with an error, at once."""
         if self._endpoint is None:
             return
         self._endpoint.close_blocking()
         self._endpoint = None
         for _ in range(_STEPS_TO_END):
-            if not self._worker.progress_once():
-                break
-        self._worker.progress()
+            self._worker.progress()
 
     def _follow(self, request: Any, array: Any, done: asyncio.Future[None]) -> None:
         self._transfers.append(_Transfer(request=request, buffer=array, done=done))
@@ -112,34 +111,47 @@ class UcxLink:
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
-        for _ in range(_STEPS_PER_TURN):
-            if not self._worker.progress_once():
-                self._worker.progress()  # also ends what failed
-                break
+        self._num_idle_turns = 0 if self._advance() else self._num_idle_turns + 1
         self._finish_transfers()
-        if not self._worker.arm():  # something happened meanwhile
+        asleep = self._worker.arm()
+        if not asleep and self._num_idle_turns < _NUM_BUSY_TURNS:
             self._run_soon()
-        elif self._transfers and self._wake_up is None:
-            self._wake_up = self._loop.call_later(_WAKE_UP_S, self._on_wake_up)
+        elif (self._transfers or not asleep) and self._poll is None:
+            self._poll = self._loop.call_later(_POLL_S, self._on_poll)
 
-    def _on_wake_up(self) -> None:
-        self._wake_up = None
+    def _on_poll(self) -> None:
+        self._poll = None
         self._run_turn()
 
+    def _advance(self) -> bool:
+        """Whether UCX had something to do."""
+        for num_steps in range(_STEPS_PER_TURN):
+            if not self._worker.progress_once():
+                self._worker.progress()  # also ends what failed
+                return num_steps > 0
+        return True
+
     def _finish_transfers(self) -> None:
-        complete = [item for item in self._transfers if item.request.completed]
-        if not complete:
-            return
-        self._transfers = [item for item in self._transfers if item not in complete]
-        for transfer in complete:
-            self._settle(transfer)
+        under_way = []
+        for transfer in self._transfers:
+            if transfer.request.completed:
+                self._settle(transfer)
+            else:
+                under_way.append(transfer)
+        self._transfers = under_way
 
     def _settle(self, transfer: _Transfer) -> None:
         try:
             transfer.request.check_error()
         except self._library.error as error:
-            if not transfer.done.done():
-                transfer.done.set_exception(ConnectionLost(f"UCX lost the peer: {error}"))
+            fail(transfer.done, f"UCX lost the peer: {error}")
             return
         if not transfer.done.done():
             transfer.done.set_result(None)
+
+
+def fail(done: asyncio.Future[None], reason: str) -> None:
+    """End `done` with ConnectionLost, unless it has ended; whoever waits for it may be gone."""
+    if not done.done():
+        done.set_exception(ConnectionLost(reason))
+        done.exception()  # asyncio shall not complain that nobody asked

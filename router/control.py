@@ -105,6 +105,10 @@ class RouterControl:
     def max_prompt_tokens(self) -> int:
         return self._core.max_kv_tokens()
 
+    def max_model_len(self) -> int:
+        """Tokens, prompt plus output, that every registered worker takes; 0 without any."""
+        return min((member.info.max_model_len for member in self._core.members), default=0)
+
     async def inspect(self) -> list[WorkerView]:
         members = sorted(self._core.members, key=lambda member: member.info.name)
         return list(await asyncio.gather(*(self._inspect(member) for member in members)))

@@ -33,7 +33,7 @@ class Tokenizer:
     """The vocabulary of one model and the way from text to it."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-        self._backend = backend
+        self.backend = backend
         self.config = config
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -49,7 +49,7 @@ class Tokenizer:
         Special tokens written out in the text become the special tokens, as in other servers
         of this API: a client that renders its own chat template depends on it.
         """
-        return self._backend.encode(text, add_special_tokens=True).ids
+        return self.backend.encode(text, add_special_tokens=True).ids
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a rendered chat template.
@@ -60,7 +60,7 @@ class Tokenizer:
         return [
             token_id
             for part in text.split(_CUT)
-            for token_id in self._backend.encode(part, add_special_tokens=False).ids
+            for token_id in self.backend.encode(part, add_special_tokens=False).ids
         ]
 
     def as_plain_text(self, text: str) -> str:
@@ -81,5 +81,5 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; none for special tokens and ids that are not in the vocabulary."""
-        token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+        token = None if token_id in self._special_ids else self.backend.id_to_token(token_id)
         return b"" if token is None else self.config.token_bytes(token)

@@ -1,0 +1,172 @@
+"""What is good and what is missing on a machine: pure, from a Machine to findings.
+
+WARN is for what makes it slower or needs an option; FAIL is for what prevents a start.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rich.table import Table
+from rich.text import Text
+
+from pagewire.cluster.machine import Machine
+from pagewire.engine.loading.resolve import DEFAULT_INSTALL
+
+_MIN_PYTHON = (3, 11)
+_MIN_CORES = 2
+_MIN_MEMORY_BYTES = 2 << 30
+_MIN_SHARED_MEMORY_BYTES = 200 << 20
+
+
+class Status(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the doctor's table."""
+
+    subject: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def diagnose(machine: Machine) -> list[Finding]:
+    """Judge `machine`. Every finding that is not OK has a remedy."""
+    return [
+        _python(machine),
+        _cores(machine),
+        _memory(machine),
+        _shared_memory(machine),
+        _torch(machine),
+        _gpu(machine),
+        _ray(machine),
+        _ucx(machine),
+        _model(machine),
+        *_ports(machine),
+    ]
+
+
+def render(findings: Iterable[Finding]) -> Table:
+    """The findings as a table for the terminal."""
+    colours = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "red"}
+    table = Table("", "what", "found", "remedy", box=None)
+    for finding in findings:
+        table.add_row(
+            Text(finding.status, style=colours[finding.status]),
+            # As Text: "pagewire[ucx]" is not markup.
+            *(Text(cell) for cell in (finding.subject, finding.detail, finding.remedy)),
+        )
+    return table
+
+
+def _finding(
+    subject: str, detail: str, *, sound: bool, remedy: str, otherwise: Status = Status.WARN
+) -> Finding:
+    if sound:
+        return Finding(subject=subject, status=Status.OK, detail=detail)
+    return Finding(subject=subject, status=otherwise, detail=detail, remedy=remedy)
+
+
+def _python(machine: Machine) -> Finding:
+    return _finding(
+        "Python",
+        f"{machine.python[0]}.{machine.python[1]} on {machine.system}",
+        sound=machine.python >= _MIN_PYTHON,
+        remedy="make install PYTHON=python3.11, or newer",
+        otherwise=Status.FAIL,
+    )
+
+
+def _cores(machine: Machine) -> Finding:
+    return _finding(
+        "cores",
+        str(machine.cores),
+        sound=machine.cores >= _MIN_CORES,
+        remedy="prefill and decode share one core and slow each other; give it two",
+    )
+
+
+def _memory(machine: Machine) -> Finding:
+    return _finding(
+        "memory",
+        f"{machine.memory_available / (1 << 30):.1f} GiB available",
+        sound=machine.memory_available >= _MIN_MEMORY_BYTES,
+        remedy="stop other programs, or lower --num-pages and --max-model-len",
+    )
+
+
+def _shared_memory(machine: Machine) -> Finding:
+    free = machine.shared_memory_free
+    return _finding(
+        "/dev/shm",
+        "there is none" if free is None else f"{free / (1 << 20):.0f} MiB free",
+        sound=free is not None and free >= _MIN_SHARED_MEMORY_BYTES,
+        remedy="Ray and UCX fall back to slower ways; in a container: --shm-size=1g",
+    )
+
+
+def _torch(machine: Machine) -> Finding:
+    return _finding(
+        "torch",
+        machine.torch or "not installed",
+        sound=machine.torch is not None,
+        remedy="make install",
+        otherwise=Status.FAIL,
+    )
+
+
+def _gpu(machine: Machine) -> Finding:
+    # Its absence is no fault: the CPU is a first-class device.
+    return Finding(
+        subject="GPU", status=Status.OK, detail=", ".join(machine.gpus) or "none: runs on the CPU"
+    )
+
+
+def _ray(machine: Machine) -> Finding:
+    if machine.ray is None:
+        return _finding(
+            "Ray",
+            "not installed",
+            sound=False,
+            remedy="make install, or pagewire serve --launcher subprocess",
+            otherwise=Status.FAIL,
+        )
+    return _finding(
+        "Ray",
+        machine.ray if machine.ray_has_dashboard else f"{machine.ray} without its dashboard",
+        sound=machine.ray_has_dashboard,
+        remedy="pip install 'ray[default]'",
+    )
+
+
+def _ucx(machine: Machine) -> Finding:
+    return _finding(
+        "UCX",
+        machine.ucx.explanation,
+        sound=machine.ucx.usable,
+        remedy="pip install 'pagewire[ucx]'; until then KV pages go over TCP",
+    )
+
+
+def _model(machine: Machine) -> Finding:
+    return _finding(
+        "default model",
+        "installed" if machine.has_default_model else "not installed",
+        sound=machine.has_default_model,
+        remedy=f"{DEFAULT_INSTALL}, or name a model: pagewire serve MODEL",
+    )
+
+
+def _ports(machine: Machine) -> Iterator[Finding]:
+    for name, port in machine.ports.items():
+        yield _finding(
+            f"port {port}",
+            "taken" if port in machine.taken_ports else "free",
+            sound=port not in machine.taken_ports,
+            remedy=f"stop what listens there, or pagewire serve --{name.replace('_', '-')} 0",
+        )

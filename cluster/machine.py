@@ -1,0 +1,83 @@
+"""What this machine has, as plain values. The judgement is `doctor`'s."""
+
+import importlib.util
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from pagewire.cluster.config import ServeConfig
+from pagewire.cluster.placement import available_cores
+from pagewire.engine.loading.resolve import DEFAULT_PACKAGE
+from pagewire.kv_transfer.select import UcxProbe, probe
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One machine, as `doctor` sees it. Memory in bytes."""
+
+    python: tuple[int, int]
+    system: str
+    cores: int
+    memory_available: int
+    shared_memory_free: int | None  # None: there is no /dev/shm
+    torch: str | None  # version
+    gpus: tuple[str, ...]
+    ray: str | None  # version
+    ray_has_dashboard: bool
+    ucx: UcxProbe
+    has_default_model: bool
+    ports: Mapping[str, int]  # that `pagewire serve` wants by default, by parameter
+    taken_ports: frozenset[int]
+
+
+def inspect_machine() -> Machine:
+    """Look at this machine. Loads torch and UCX; takes a few seconds."""
+    parameters = ("port", "dashboard_port")
+    ports = {name: int(ServeConfig.model_fields[name].default) for name in parameters}
+    return Machine(
+        python=sys.version_info[:2],
+        system=platform.system(),
+        cores=available_cores(),
+        memory_available=psutil.virtual_memory().available,
+        shared_memory_free=(
+            shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
+        ),
+        torch=_version("torch"),
+        gpus=_gpus(),
+        ray=_version("ray"),
+        ray_has_dashboard=importlib.util.find_spec("aiohttp_cors") is not None,
+        ucx=probe(),
+        has_default_model=importlib.util.find_spec(DEFAULT_PACKAGE) is not None,
+        ports=ports,
+        taken_ports=frozenset(port for port in ports.values() if _is_taken(port)),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[str, ...]:
+    try:
+        import torch
+    except ImportError:
+        return ()
+    count = torch.cuda.device_count()
+    return tuple(torch.cuda.get_device_name(index) for index in range(count))
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

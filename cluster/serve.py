@@ -1,0 +1,210 @@
+"""One instance: Ray, its workers, and the router in this process, from start to stop.
+
+Each part is a context; leaving them in reverse order stops HTTP first, then the workers, the
+control plane and Ray.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from pagewire.cluster import processes
+from pagewire.cluster.config import ServeConfig
+from pagewire.cluster.errors import StartError
+from pagewire.cluster.http_server import HttpServer
+from pagewire.cluster.launcher import Launcher, WorkerExit
+from pagewire.cluster.local_ray import LocalRay
+from pagewire.cluster.placement import available_cores, worker_configs
+from pagewire.cluster.ports import bind, require_free
+from pagewire.cluster.self_test import self_test
+from pagewire.cluster.subprocess_launcher import SubprocessLauncher
+from pagewire.cluster.supervisor import Supervisor
+from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
+from pagewire.engine.errors import EngineError
+from pagewire.engine.loading.resolve import resolve_model, served_name
+from pagewire.router.app import create_app
+from pagewire.router.chat import ChatTemplate, ChatTemplateError
+from pagewire.router.control import RouterControl
+from pagewire.router.request import WorkerView
+from pagewire.router.settings import RouterSettings
+from pagewire.router.tokenizer import Tokenizer, TokenizerError
+from pagewire.router.tokenizer_loading import load_tokenizer
+
+_POLL_S = 0.1
+
+Exits = asyncio.Queue[tuple[str, WorkerExit]]  # of workers that ended without being asked
+
+
+async def serve(config: ServeConfig, terminal: Terminal) -> None:
+    """Start an instance, and keep it running until cancelled. Raises ClusterError."""
+    with bind(config.host, config.port, option="--port") as listener:
+        model = _resolve(config.model)
+        served_model = config.served_model or served_name(config.model)
+        terminal.say(
+            f"serving {served_model} with {config.prefill} prefill, {config.decode} decode"
+        )
+        async with AsyncExitStack() as stack:
+            ray = await _enter_ray(stack, config)
+            tokenizer_task = asyncio.create_task(asyncio.to_thread(_load_tokenizer, model))
+            stack.callback(tokenizer_task.cancel)
+            control = RouterControl(max_queued=config.max_queued)
+            stack.push_async_callback(control.stop)
+            router = await control.start()
+            with terminal.step("starting Ray" if ray else "loading the tokenizer"):
+                launcher = await _launcher(ray)
+                tokenizer = await tokenizer_task
+            workers = worker_configs(
+                config,
+                model=model,
+                served_model=served_model,
+                router=router,
+                cores=available_cores(),
+            )
+            exits: Exits = asyncio.Queue()
+            await stack.enter_async_context(
+                Supervisor(
+                    launcher,
+                    workers,
+                    on_exit=lambda name, end: exits.put_nowait((name, end)),
+                    grace_s=config.stop_timeout_s,
+                )
+            )
+            with terminal.step(f"starting {', '.join(worker.name for worker in workers)}"):
+                views = await _all_registered(control, len(workers), exits, config.start_timeout_s)
+            app = _app(config, control, tokenizer, served_model)
+            await stack.enter_async_context(
+                HttpServer(app, listener, grace_s=config.stop_timeout_s)
+            )
+            url = _url(listener)
+            with terminal.step("sending a first prompt"):
+                await self_test(url)
+            dashboard_url = ray.dashboard_url if ray else None
+            terminal.show(_banner(config, served_model, views, url, dashboard_url))
+            await _report(exits, terminal)
+
+
+def _resolve(model: str | None) -> Path:
+    try:
+        return resolve_model(model)
+    except EngineError as error:
+        raise StartError(str(error)) from error
+
+
+def _load_tokenizer(model: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(model)
+    except (TokenizerError, OSError) as error:
+        raise StartError(f"the tokenizer of {model.name} cannot be loaded: {error}") from error
+
+
+async def _enter_ray(stack: AsyncExitStack, config: ServeConfig) -> LocalRay | None:
+    """Begin to start Ray, unless the workers do without it."""
+    if config.launcher != "ray":
+        return None
+    port = require_free("127.0.0.1", config.dashboard_port, option="--dashboard-port")
+    return await stack.enter_async_context(LocalRay(dashboard_port=port))
+
+
+async def _launcher(ray: LocalRay | None) -> Launcher:
+    if ray is None:
+        return SubprocessLauncher()
+    await ray.ready()
+    # Only now: Ray reads its environment, which LocalRay sets, when it is imported.
+    from pagewire.cluster.ray_launcher import RayLauncher
+
+    return RayLauncher()
+
+
+async def _all_registered(
+    control: RouterControl, num_workers: int, exits: Exits, timeout_s: float
+) -> list[WorkerView]:
+    """The workers, once all are there. Raises StartError when one ends, or at the time-out."""
+    first_exit = asyncio.create_task(exits.get())
+    deadline = time.monotonic() + timeout_s
+    try:
+        while len(views := await control.inspect()) < num_workers:
+            if time.monotonic() > deadline:
+                raise StartError(
+                    f"{len(views)} of {num_workers} workers were ready after {timeout_s:.0f} s; "
+                    "raise start_timeout_s, or see `pagewire doctor`"
+                )
+            await asyncio.wait({first_exit}, timeout=_POLL_S)
+            if first_exit.done():
+                name, end = first_exit.result()
+                raise StartError(f"{name} did not start: {end.reason}")
+        return views
+    finally:
+        first_exit.cancel()
+
+
+def _app(
+    config: ServeConfig, control: RouterControl, tokenizer: Tokenizer, served_model: str
+) -> FastAPI:
+    settings = RouterSettings(
+        served_model=served_model,
+        max_model_len=control.max_model_len(),
+        queue_timeout_s=config.queue_timeout_s,
+        request_timeout_s=config.request_timeout_s,
+    )
+    return create_app(
+        dispatcher=control,
+        tokenizer=tokenizer,
+        chat_template=_chat_template(tokenizer, settings),
+        settings=settings,
+    )
+
+
+def _chat_template(tokenizer: Tokenizer, settings: RouterSettings) -> ChatTemplate | None:
+    source = tokenizer.config.chat_template
+    if source is None:
+        return None
+    try:
+        return ChatTemplate(source, tokenizer.config, max_chars=settings.max_body_bytes)
+    except ChatTemplateError as error:
+        raise StartError(str(error)) from error
+
+
+def _url(listener: socket.socket) -> str:
+    """Where a client on this machine reaches the API."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _banner(
+    config: ServeConfig,
+    served_model: str,
+    views: Sequence[WorkerView],
+    url: str,
+    dashboard_url: str | None,
+) -> Banner:
+    return Banner(
+        model=served_model,
+        dtype=config.dtype,
+        page_size=config.page_size,
+        workers=[
+            WorkerLine(
+                name=view.name,
+                pid=view.pid,
+                device=view.device,
+                num_pages=view.state.pages.total,
+            )
+            for view in views
+        ],
+        url=url,
+        dashboard_url=dashboard_url,
+        ready_s=processes.age_s(),
+    )
+
+
+async def _report(exits: Exits, terminal: Terminal) -> None:
+    """Say which workers ended; the supervisor starts them again. Runs until cancelled."""
+    while True:
+        name, end = await exits.get()
+        terminal.say(f"{name} ended: {end.reason}; starting it again")

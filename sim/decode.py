@@ -1,0 +1,35 @@
+"""A decode worker under virtual time."""
+
+from pagewire.decode_worker.core import DecodeCore
+from pagewire.kv_transfer.checksum import checksum
+from pagewire.kv_transfer.messages import Frame, decode
+from pagewire.proto import worker_pb2 as pb
+from pagewire.sim.worker import SimWorker
+from pagewire.worker.effects import Scatter
+
+
+class SimDecodeWorker(SimWorker[DecodeCore]):
+    """Receives frames into staging slots, which keep their bytes until the next frame lands."""
+
+    role = pb.ROLE_DECODE
+
+    def place(self, peer: bytes, header: bytes, length: int) -> int | None:
+        frame = decode(header)
+        assert isinstance(frame, Frame), "only frames have a payload"
+        slot, effects = self.core.place(peer, frame, length)
+        self.carry_out(effects)
+        return slot
+
+    def land(self, slot: int, payload: bytes) -> None:
+        self._slots[slot] = payload
+
+    def _scatter(self, effect: Scatter) -> None:
+        frame = effect.frame
+        payload = self._slots[frame.slot]
+        is_sound = checksum(payload) == frame.checksum
+        if is_sound:
+            self.memory.scatter(frame.part, effect.page_table, payload)
+        self.carry_out(self.core.on_scattered(frame, is_sound))
+
+    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+        raise AssertionError("a decode worker sends no frames")

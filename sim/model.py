@@ -1,0 +1,76 @@
+"""A model that a simulation can check: its tokens depend on every byte of KV, and nothing else.
+
+Attention is a weighted sum over all words of the sequence's pages. A page that is stale, missing,
+in the wrong place or somebody else's changes the token.
+"""
+
+from collections.abc import Sequence
+
+from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.sim.kv_memory import LANES, LAYOUT, KvMemory
+
+VOCAB_SIZE = 50_000
+_MASK = 0xFFFFFFFF
+_LANE_STEP = 0x9E3779B9
+
+
+class SimModel:
+    """Runs batches over one worker's pages."""
+
+    def __init__(self, memory: KvMemory) -> None:
+        self._memory = memory
+
+    def execute(self, batch: Batch) -> list[int | None]:
+        """Write the KV of every row; sample where the row says so."""
+        return [self._run(row) for row in batch.rows]
+
+    def _run(self, row: BatchRow) -> int | None:
+        state = self._memory.read(row.page_table, row.start - 1, 0) if row.start else 0
+        for position, token in enumerate(row.token_ids, row.start):
+            state = _mix(state ^ token)
+            for lane in range(LANES):
+                word = (state + lane * _LANE_STEP) & _MASK  # lane 0 holds the state itself
+                self._memory.write(row.page_table, position, lane, word)
+        if row.sampling is None:
+            return None
+        return self._attend(row.page_table, row.start + len(row.token_ids)) % VOCAB_SIZE
+
+    def _attend(self, page_table: Sequence[int], num_tokens: int) -> int:
+        total = 0
+        for index in range(LAYOUT.num_pages(num_tokens)):
+            num_slots = min(LAYOUT.page_size, num_tokens - index * LAYOUT.page_size)
+            for lane in range(LANES):
+                weight = index * LANES + lane + 1
+                total += weight * self._memory.lane_sum(page_table[index], lane, num_slots)
+        return _mix(total & _MASK)
+
+
+def reference_tokens(prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
+    """The output of one worker that does nothing else: what every stream must equal."""
+    num_pages = LAYOUT.num_pages(len(prompt) + sampling.max_tokens)
+    model = SimModel(KvMemory(num_pages))
+    output: list[int] = []
+    inputs, start = list(prompt), 0
+    while len(output) < sampling.max_tokens:
+        row = BatchRow(
+            request_id="reference",
+            token_ids=inputs,
+            start=start,
+            page_table=range(num_pages),
+            sampling=sampling,
+        )
+        (token,) = model.execute(Batch(rows=(row,)))
+        assert token is not None, "a row with sampling yields a token"
+        output.append(token)
+        start += len(inputs)
+        inputs = [token]
+        if token in sampling.stop_token_ids:
+            break
+    return output
+
+
+def _mix(value: int) -> int:
+    """A 32-bit hash."""
+    value = ((value ^ (value >> 16)) * 0x45D9F3B) & _MASK
+    value = ((value ^ (value >> 16)) * 0x45D9F3B) & _MASK
+    return value ^ (value >> 16)

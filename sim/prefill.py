@@ -1,0 +1,25 @@
+"""A prefill worker under virtual time."""
+
+from pagewire.kv_transfer.messages import Frame
+from pagewire.prefill_worker.core import PrefillCore
+from pagewire.proto import worker_pb2 as pb
+from pagewire.sim.worker import SimWorker
+from pagewire.worker.effects import Scatter
+
+
+class SimPrefillWorker(SimWorker[PrefillCore]):
+    """Sends frames; takes none."""
+
+    role = pb.ROLE_PREFILL
+
+    def place(self, peer: bytes, header: bytes, length: int) -> int | None:
+        raise AssertionError("a prefill worker takes no frames")
+
+    def land(self, slot: int, payload: bytes) -> None:
+        raise AssertionError("a prefill worker takes no frames")
+
+    def _scatter(self, effect: Scatter) -> None:
+        raise AssertionError("a prefill worker takes no frames")
+
+    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+        self.carry_out(self.core.on_frame_sent(frame, checksum, self.process.now))
