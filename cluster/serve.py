@@ -1,7 +1,7 @@
 """One instance: Ray, its workers, and the router in this process, from start to stop.
 
-Each part is a context; leaving them in reverse order stops HTTP first, then the workers, the
-control plane and Ray.
+Each part is a context; leaving them in reverse order stops HTTP first, then the control plane, the
+workers and Ray.
 """
 
 import asyncio
@@ -52,12 +52,12 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             ray = await _enter_ray(stack, config)
             tokenizer_task = asyncio.create_task(asyncio.to_thread(_load_tokenizer, model))
             stack.callback(tokenizer_task.cancel)
-            control = RouterControl(max_queued=config.max_queued)
-            stack.push_async_callback(control.stop)
-            router = await control.start()
             with terminal.step("starting Ray" if ray else "loading the tokenizer"):
                 launcher = await _launcher(ray)
                 tokenizer = await tokenizer_task
+            # Not before Ray runs: it forks, which gRPC's threads in this process do not like.
+            control = RouterControl(max_queued=config.max_queued)
+            router = await control.start()
             workers = worker_configs(
                 config,
                 model=model,
@@ -74,6 +74,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                     grace_s=config.stop_timeout_s,
                 )
             )
+            stack.push_async_callback(control.stop)
             with terminal.step(f"starting {', '.join(worker.name for worker in workers)}"):
                 views = await _all_registered(control, len(workers), exits, config.start_timeout_s)
             app = _app(config, control, tokenizer, served_model)

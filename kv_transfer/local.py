@@ -10,7 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from pagewire.kv_transfer.framing import Kind, Prefix
-from pagewire.kv_transfer.peers import Peers, place
+from pagewire.kv_transfer.peers import CLOSED_HERE, Peers, place
+from pagewire.kv_transfer.socket_io import PEER_CLOSED
 from pagewire.kv_transfer.transport import (
     ConnectionLost,
     Handler,
@@ -106,7 +107,7 @@ class LocalConnection:
                 self._inbox.popleft()
             if not self._ended:
                 await self._arrived.wait()
-        return "closed by this worker" if self.closed_here else "the peer closed the connection"
+        return CLOSED_HERE if self.closed_here else PEER_CLOSED
 
     async def release(self) -> None:
         """Fail the sends that the other end still waits for."""

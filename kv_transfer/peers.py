@@ -9,6 +9,8 @@ from typing import Generic, Protocol, TypeVar
 
 from pagewire.kv_transfer.transport import Connection, Handler, TransferStats
 
+CLOSED_HERE = "closed by this worker"
+
 logger = logging.getLogger(__name__)
 
 

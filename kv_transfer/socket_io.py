@@ -3,6 +3,8 @@
 import asyncio
 import socket
 
+PEER_CLOSED = "the peer closed the connection"
+
 
 def tune(sock: socket.socket) -> None:
     """Prepare a connected socket for small messages between large ones.
@@ -31,7 +33,7 @@ async def receive_into(sock: socket.socket, buffer: bytearray | memoryview) -> N
     while num_received < len(view):
         count = await loop.sock_recv_into(sock, view[num_received:])
         if count == 0:
-            raise ConnectionResetError("the peer closed the connection")
+            raise ConnectionResetError(PEER_CLOSED)
         num_received += count
 
 
@@ -55,3 +57,10 @@ async def send(sock: socket.socket, *buffers: bytes | memoryview) -> None:
             continue
         await loop.sock_sendall(sock, memoryview(buffer)[num_sent:])
         num_sent = 0
+
+
+def why_ended(error: Exception) -> str:
+    """What to tell the Handler about a connection that ended with `error`."""
+    if isinstance(error, (ConnectionResetError, BrokenPipeError, asyncio.IncompleteReadError)):
+        return PEER_CLOSED
+    return str(error)

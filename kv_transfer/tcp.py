@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pagewire.kv_transfer.framing import PREFIX_BYTES, FramingError, Kind, Prefix
 from pagewire.kv_transfer.handshake import Hello
-from pagewire.kv_transfer.peers import place
-from pagewire.kv_transfer.socket_io import receive, receive_into, send
+from pagewire.kv_transfer.peers import CLOSED_HERE, place
+from pagewire.kv_transfer.socket_io import receive, receive_into, send, why_ended
 from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats
 
@@ -67,7 +67,7 @@ class TcpConnection:
             while True:
                 await self._receive_message()
         except (OSError, FramingError) as error:
-            return "closed by this worker" if self.closed_here else str(error)
+            return CLOSED_HERE if self.closed_here else why_ended(error)
 
     async def release(self) -> None:
         self._shut_down()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from pagewire.kv_transfer.framing import PREFIX_BYTES, FramingError, Kind, Prefix
 from pagewire.kv_transfer.handshake import Hello
-from pagewire.kv_transfer.peers import place
+from pagewire.kv_transfer.peers import CLOSED_HERE, place
+from pagewire.kv_transfer.socket_io import why_ended
 from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats, TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary, open_library
@@ -105,7 +106,7 @@ class UcxConnection:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         reasons = [task.result() for task in done]
-        return "closed by this worker" if self.closed_here else reasons[0]
+        return CLOSED_HERE if self.closed_here else reasons[0]
 
     async def release(self) -> None:
         self._end()
@@ -134,10 +135,8 @@ class UcxConnection:
                 prefix = Prefix.decode(await self._reader.readexactly(PREFIX_BYTES))
                 header = await self._reader.readexactly(prefix.header_bytes)
                 await self._on_prefix(prefix, header)
-        except asyncio.IncompleteReadError:
-            return "the peer closed the connection"
-        except (OSError, FramingError) as error:
-            return str(error)
+        except (OSError, EOFError, FramingError) as error:
+            return why_ended(error)
         return "the connection has ended"
 
     async def _on_prefix(self, prefix: Prefix, header: bytes) -> None:
@@ -169,6 +168,8 @@ class UcxConnection:
     async def _on_announce(self, header: bytes, num_bytes: int) -> None:
         started = time.perf_counter()
         target = place(self._handler, self._peer, header, num_bytes)
+        if self._ended:  # closed by the callback
+            return
         if target is None:
             self._writer.write(Prefix(kind=Kind.DISCARD).encode())
             return

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from pagewire.router.request import FinishReason, RequestFailed, TokenUpdate
-from pagewire.sim.invariants import require
+from pagewire.sim.violation import require
 
 
 class Outcome(Enum):

@@ -58,11 +58,6 @@ class Registration:
             self._session = None
             self._worker.process.after(_RETRY_S, self.start)
 
-    def lose_session(self) -> None:
-        """The worker is gone, and with it its session."""
-        if self._session is not None:
-            self._session.lose()
-
     def _start_unless_done(self, attempt: int) -> None:
         if self._session is None and attempt == self._num_attempts:
             self.start()

@@ -40,6 +40,9 @@ class Fabric:
     def add(self, transport: "SimTransport") -> None:
         self._transports[transport.incarnation] = transport
 
+    def remove(self, transport: "SimTransport") -> None:
+        del self._transports[transport.incarnation]
+
     def get(self, incarnation: bytes) -> "SimTransport | None":
         return self._transports.get(incarnation)
 
@@ -76,7 +79,7 @@ class SimTransport:
         environment = self.process.environment
         latency = environment.costs.latency.draw(environment.random)
         target = self._fabric.get(peer)
-        if target is None or not target.process.is_alive:
+        if target is None:
             self.process.after(latency, partial(done, False))
             return
         attempt = _Attempt(SimConnection(environment, self, target), done)
@@ -88,6 +91,10 @@ class SimTransport:
 
     def knows(self, connection: "SimConnection") -> bool:
         return connection in self._connections.get(connection.other(self).incarnation, ())
+
+    def leave(self) -> None:
+        """The process is gone."""
+        self._fabric.remove(self)
 
     def on_ended(self, connection: "SimConnection") -> None:
         """This end has noticed. Connections to the same peer fall together."""

@@ -84,8 +84,8 @@ class SimWorker(SimHandler, Generic[Core]):
         self.process.kill()
         for connection in self.transport.connections:
             connection.lose()
-        for registration in self._registrations:
-            registration.lose_session()
+        for session in self.sessions.values():
+            session.lose()
         self.transport.leave()
 
     def registration_info(self) -> pb.RegisterRequest:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pagewire.kv_transfer.framing import FramingError
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
@@ -90,8 +91,9 @@ async def pair(kind: str) -> AsyncIterator[Pair]:
     def create(incarnation: bytes, inbox: Inbox) -> Transport:
         if kind == "local":
             return LocalTransport(hub=hub, incarnation=incarnation, handler=inbox)
-        transport = {"tcp": TcpTransport, "ucx": UcxTransport}[kind]
-        return transport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
+        if kind == "tcp":
+            return TcpTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
+        return UcxTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
 
     a, b = create(A, inbox_a), create(B, inbox_b)
     await a.start()

@@ -4,16 +4,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import save_tiny_model
+from tiny_models import SavedModel, make_model
 
 
 @pytest.fixture(scope="session")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    saved: dict[str, Path] = {}
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SavedModel]:
+    """saved_model(family): made at the first call."""
+    saved: dict[str, SavedModel] = {}
 
-    def path(family: str) -> Path:
+    def get(family: str) -> SavedModel:
         if family not in saved:
-            saved[family] = save_tiny_model(family, tmp_path_factory.mktemp(family))
+            path = tmp_path_factory.mktemp("model")
+            saved[family] = SavedModel(path=path, reference=make_model(family, path))
         return saved[family]
 
-    return path
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(saved_model: Callable[[str], SavedModel]) -> Path:
+    return saved_model("llama").path

@@ -13,14 +13,12 @@ from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import RequestFailed
 
-ModelPath = Callable[[str], Path]
-
-LONG = pb.SamplingParams(max_tokens=1500, top_p=1.0)
+LONG = pb.SamplingParams(max_tokens=500, top_p=1.0)
 SHORT = pb.SamplingParams(max_tokens=4, top_p=1.0)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
-def test_cancelling_frees_every_page(num_tokens: int, model_path: ModelPath) -> None:
+def test_cancelling_frees_every_page(num_tokens: int, llama: Path) -> None:
     """Before the first token, at it, and while decoding."""
 
     async def run(cluster: Pipeline) -> None:
@@ -36,15 +34,15 @@ def test_cancelling_frees_every_page(num_tokens: int, model_path: ModelPath) -> 
         await cluster.until_idle()
         assert await cluster.generate(range(10), SHORT)
 
-    run_with_pipeline(model_path, run)
+    run_with_pipeline(llama, run)
 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
-def test_streams_of_a_lost_worker_end_with_an_error(name: str, model_path: ModelPath) -> None:
+def test_streams_of_a_lost_worker_end_with_an_error(name: str, llama: Path) -> None:
     async def run(cluster: Pipeline) -> None:
         streams = [
             asyncio.create_task(
-                cluster.generate([index % 199 for index in range(500 + index)], LONG)
+                cluster.generate([length % 100 for length in range(500 + index)], LONG)
             )
             for index in range(4)
         ]
@@ -58,17 +56,17 @@ def test_streams_of_a_lost_worker_end_with_an_error(name: str, model_path: Model
         survivor = {"prefill-0": "decode-0", "decode-0": "prefill-0"}[name]
         await cluster.until_idle([survivor])
 
-    run_with_pipeline(model_path, run)
+    run_with_pipeline(llama, run)
 
 
-def test_a_flipped_bit_in_a_frame_never_becomes_a_token(model_path: ModelPath) -> None:
+def test_a_flipped_bit_in_a_frame_never_becomes_a_token(llama: Path) -> None:
     async def run(cluster: Pipeline) -> None:
         error = await outcome(cluster.generate(range(100), SHORT))
         assert error is not None
         assert error.code == "handoff_corrupt"
         await cluster.until_idle()
 
-    run_with_pipeline(model_path, run, flipping_tcp)
+    run_with_pipeline(llama, run, flipping_tcp)
 
 
 class _FlippingHandler:
@@ -97,12 +95,12 @@ def flipping_tcp(incarnation: bytes, handler: Handler) -> list[Transport]:
 
 
 def run_with_pipeline(
-    model_path: ModelPath,
+    llama: Path,
     scenario: Callable[[Pipeline], Awaitable[None]],
     make_transports: Callable[[bytes, Handler], list[Transport]] = tcp,
 ) -> None:
     async def run() -> None:
-        async with pipeline(model_path("llama"), make_transports) as cluster:
+        async with pipeline(llama, make_transports) as cluster:
             await scenario(cluster)
 
     asyncio.run(run())

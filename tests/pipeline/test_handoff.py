@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from pipeline import Pipeline, pipeline, tcp
-from tiny_models import FAMILIES, VOCAB_SIZE, greedy_tokens
+from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import SamplingParams
@@ -20,7 +20,6 @@ from pagewire.router.request import FinishReason
 
 PROMPT_LENGTHS = (1, 63, 64, 65, 200, 1000)
 
-ModelPath = Callable[[str], Path]
 Result = tuple[list[int], FinishReason]
 
 
@@ -49,54 +48,55 @@ async def generate_all(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_disaggregated_equals_aggregated_equals_transformers(
-    family: str, model_path: ModelPath
+    family: str, saved_model: Callable[[str], SavedModel]
 ) -> None:
+    model = saved_model(family)
     inputs = prompts(PROMPT_LENGTHS)
 
     async def run() -> list[Result]:
-        async with pipeline(model_path(family), tcp) as cluster:
+        async with pipeline(model.path, tcp) as cluster:
             return await generate_all(cluster, inputs, greedy(8))
 
     results = asyncio.run(run())
     assert {reason for _, reason in results} == {FinishReason.LENGTH}
     tokens = [tokens for tokens, _ in results]
-    assert tokens == aggregated(model_path(family), inputs, SamplingParams(max_tokens=8))
-    assert tokens == [greedy_tokens(family, prompt, 8) for prompt in inputs]
+    assert tokens == aggregated(model.path, inputs, SamplingParams(max_tokens=8))
+    assert tokens == [greedy_tokens(model.reference, prompt, 8) for prompt in inputs]
 
 
-def test_many_streams_over_two_pairs_all_finish_right(model_path: ModelPath) -> None:
+def test_many_streams_over_two_pairs_all_finish_right(llama: Path) -> None:
     inputs = prompts([1 + 23 * index for index in range(32)])
 
     async def run() -> list[Result]:
-        async with pipeline(model_path("llama"), tcp, prefill=2, decode=2) as cluster:
+        async with pipeline(llama, tcp, prefill=2, decode=2) as cluster:
             results = await generate_all(cluster, inputs, greedy(12))
             assert all(item.num_generated() for item in cluster.workers.values())
             return results
 
     results = asyncio.run(run())
-    expected = aggregated(model_path("llama"), inputs, SamplingParams(max_tokens=12))
+    expected = aggregated(llama, inputs, SamplingParams(max_tokens=12))
     assert [tokens for tokens, _ in results] == expected
 
 
-def test_seeded_sampling_is_the_same_wherever_it_runs(model_path: ModelPath) -> None:
+def test_seeded_sampling_is_the_same_wherever_it_runs(llama: Path) -> None:
     inputs = prompts((5, 70))
     drawn = SamplingParams(max_tokens=16, temperature=0.9, top_p=0.95, top_k=40, seed=11)
     asked = pb.SamplingParams(max_tokens=16, temperature=0.9, top_p=0.95, top_k=40, seed=11)
 
     async def run() -> list[Result]:
-        async with pipeline(model_path("llama"), tcp) as cluster:
+        async with pipeline(llama, tcp) as cluster:
             return await generate_all(cluster, inputs, asked)
 
     tokens = [tokens for tokens, _ in asyncio.run(run())]
-    assert tokens == aggregated(model_path("llama"), inputs, drawn)
+    assert tokens == aggregated(llama, inputs, drawn)
 
 
-def test_a_request_that_ends_at_token_0_makes_no_hand_off(model_path: ModelPath) -> None:
+def test_a_request_that_ends_at_token_0_makes_no_hand_off(llama: Path) -> None:
     [prompt] = prompts((30,))
-    [[first]] = aggregated(model_path("llama"), [prompt], SamplingParams(max_tokens=1))
+    [[first]] = aggregated(llama, [prompt], SamplingParams(max_tokens=1))
 
     async def run() -> tuple[Result, Result, int]:
-        async with pipeline(model_path("llama"), tcp) as cluster:
+        async with pipeline(llama, tcp) as cluster:
             by_length = await cluster.generate(prompt, greedy(1))
             by_stop = await cluster.generate(prompt, greedy(5, stop=[first]))
             await cluster.until_idle()
@@ -108,25 +108,25 @@ def test_a_request_that_ends_at_token_0_makes_no_hand_off(model_path: ModelPath)
     assert num_decoded == 0
 
 
-def test_a_stop_token_ends_a_stream_on_the_decode_worker(model_path: ModelPath) -> None:
+def test_a_stop_token_ends_a_stream_on_the_decode_worker(llama: Path) -> None:
     [prompt] = prompts((30,))
-    [tokens] = aggregated(model_path("llama"), [prompt], SamplingParams(max_tokens=12))
+    [tokens] = aggregated(llama, [prompt], SamplingParams(max_tokens=12))
     end = next(index for index in range(1, 12) if tokens[index] not in tokens[:index])
 
     async def run() -> Result:
-        async with pipeline(model_path("llama"), tcp) as cluster:
+        async with pipeline(llama, tcp) as cluster:
             return (await generate_all(cluster, [prompt], greedy(12, stop=[tokens[end]])))[0]
 
     assert asyncio.run(run()) == (tokens[: end + 1], FinishReason.STOP)
 
 
-def test_streams_wait_their_turn_when_the_pool_is_small(model_path: ModelPath) -> None:
+def test_streams_wait_their_turn_when_the_pool_is_small(llama: Path) -> None:
     """Six requests of three pages each pass through pools that hold two of them."""
     inputs = prompts([150] * 6)
 
     async def run() -> list[Result]:
-        async with pipeline(model_path("llama"), tcp, num_pages=7, num_slots=1) as cluster:
+        async with pipeline(llama, tcp, num_pages=7, num_slots=1) as cluster:
             return await generate_all(cluster, inputs, greedy(10))
 
     tokens = [tokens for tokens, _ in asyncio.run(run())]
-    assert tokens == aggregated(model_path("llama"), inputs, SamplingParams(max_tokens=10))
+    assert tokens == aggregated(llama, inputs, SamplingParams(max_tokens=10))

@@ -60,3 +60,13 @@ def app(make_app: AppFactory) -> FastAPI:
 @pytest.fixture
 def client(app: FastAPI) -> TestClient:
     return TestClient(app)
+
+
+@pytest.fixture
+def app_without_template(dispatcher: ScriptedDispatcher, tokenizer: Tokenizer) -> FastAPI:
+    return create_app(
+        dispatcher=dispatcher,
+        tokenizer=tokenizer,
+        chat_template=None,
+        settings=RouterSettings(served_model="smollm2", max_model_len=2048),
+    )

@@ -27,7 +27,11 @@ def render(source: str, messages: list[dict[str, str]] | None = None) -> str:
     [
         USER,
         [{"role": "system", "content": "Be brief."}, *USER],
-        [*USER, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "\u00e9 <b>"}],
+        [
+            *USER,
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "\u00e9 <b>"},
+        ],
     ],
 )
 def test_renders_the_template_of_the_model(

@@ -44,10 +44,10 @@ def test_reads_every_kind_of_value(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("length", range(len(FILE)))
-def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, length: int) -> None:
-    with pytest.raises(GGUFError):
-        read(tmp_path, FILE[:length])
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    for length in range(len(FILE)):
+        with pytest.raises(GGUFError):
+            read(tmp_path, FILE[:length])
 
 
 @pytest.mark.parametrize(

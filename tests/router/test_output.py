@@ -20,9 +20,7 @@ def output_text(stop: Sequence[str] = (), stop_token_ids: Sequence[int] = ()) ->
 
 
 def push(output: OutputText, data: bytes, reason: FinishReason | None = None) -> str:
-    update = TokenUpdate(
-        position=output.num_tokens, token_ids=tuple(data), finish_reason=reason
-    )
+    update = TokenUpdate(position=output.num_tokens, token_ids=tuple(data), finish_reason=reason)
     return output.push(update)
 
 
