@@ -9,7 +9,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,9 +40,7 @@ _ENVIRONMENT = {
     # An actor without a GPU of Ray's must not lose sight of the machine's GPUs.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# Token authentication is Ray's default and would ask for the token in the browser. On loopback it
-# is off, unless the environment asks for it.
-_ENVIRONMENT_DEFAULTS = {"RAY_AUTH_MODE": "disabled"}
+_HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LocalRay:
@@ -76,6 +76,7 @@ class LocalRay:
         """Wait until workers can be started. Raises LaunchError."""
         assert self._start is not None, "enter the context first"
         await asyncio.shield(self._start)
+        _restore_signal_handlers()
 
     async def __aexit__(self, *_: object) -> None:
         assert self._start is not None
@@ -84,28 +85,30 @@ class LocalRay:
         self._thread.shutdown()
 
     def _init(self) -> None:
-        for name, value in _ENVIRONMENT_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        os.environ.update(_ENVIRONMENT)
-        import ray
+        # Token authentication is Ray's default and would ask for the token in the browser. On
+        # loopback it is off, unless the environment asks for it.
+        auth_mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+        extra = {"RAY_AUTH_MODE": auth_mode, "TMPDIR": str(self._directory)}
+        with _environment(_ENVIRONMENT | extra):
+            import ray
 
-        if ray.is_initialized():
-            raise LaunchError("this process already uses Ray; start the instance in its own")
-        try:
-            ray.init(
-                address="local",
-                namespace=NAMESPACE,
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=self._dashboard_port,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                # One level down: Ray opens its directory to all users, ours stays private.
-                _temp_dir=str(self._directory / "ray"),
-            )
-        except (OSError, RuntimeError, TimeoutError, ValueError) as error:
-            raise LaunchError(f"Ray does not start: {error}; see `pagewire doctor`") from error
+            if ray.is_initialized():
+                raise LaunchError("this process already uses Ray; start the instance in its own")
+            try:
+                ray.init(
+                    address="local",
+                    namespace=NAMESPACE,
+                    include_dashboard=True,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=self._dashboard_port,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    # One level down: Ray opens its directory to all users, ours stays private.
+                    _temp_dir=str(self._directory / "ray"),
+                )
+            except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+                raise LaunchError(f"Ray does not start: {error}; see `pagewire doctor`") from error
 
     def _shutdown(self) -> None:
         import ray
@@ -117,6 +120,32 @@ class LocalRay:
         processes.kill(left)
         processes.wait_gone(left, _KILL_TIMEOUT_S)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for Ray's processes, which inherit those of this one while they are started."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _restore_signal_handlers() -> None:
+    """Put Python's handlers back in the place of those that Ray's C++ installs below them.
+
+    Ray's print a stack trace and abort the process.
+    """
+    for number in _HANDLED_SIGNALS:
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 def _remove_stale_directories() -> None:

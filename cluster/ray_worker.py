@@ -30,8 +30,16 @@ class RayWorker:
 
     def run(self, config_json: str) -> None:
         """Serve until `stop`. Raises what run_worker does."""
+        # Only now: they load torch, which must see the environment that `prepare` was given.
+        from pagewire.cluster.ray_metrics import RayMetrics
+        from pagewire.cluster.worker_process import run_worker
+
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-        asyncio.run(self._run(WorkerConfig.from_json(config_json)))
+        config = WorkerConfig.from_json(config_json)
+        # No method here may be a coroutine: Ray would run them all on an event loop of its own.
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            runner.run(run_worker(config, self._stop, on_state=RayMetrics(config).report))
 
     def stop(self) -> None:
         """Make `run` return once what is under way has ended."""
@@ -39,11 +47,3 @@ class RayWorker:
             self._stop.set()
         else:
             self._loop.call_soon_threadsafe(self._stop.set)
-
-    async def _run(self, config: WorkerConfig) -> None:
-        # Only now: they load torch, which must see the environment that `prepare` was given.
-        from pagewire.cluster.ray_metrics import RayMetrics
-        from pagewire.cluster.worker_process import run_worker
-
-        self._loop = asyncio.get_running_loop()
-        await run_worker(config, self._stop, on_state=RayMetrics(config).report)

@@ -34,6 +34,7 @@ from pagewire.router.request import WorkerView
 from pagewire.router.settings import RouterSettings
 from pagewire.router.tokenizer import Tokenizer, TokenizerError
 from pagewire.router.tokenizer_loading import load_tokenizer
+from pagewire.worker.config import Role
 
 _POLL_S = 0.1
 
@@ -196,7 +197,7 @@ def _banner(
                 device=view.device,
                 num_pages=view.state.pages.total,
             )
-            for view in views
+            for view in sorted(views, key=lambda view: (view.role != Role.PREFILL, view.name))
         ],
         url=url,
         dashboard_url=dashboard_url,

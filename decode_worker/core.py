@@ -193,8 +193,8 @@ class DecodeCore:
         self.pool.unpin(self._scattering.pop((key, frame.seq)))
         self.slots.free(frame.slot)
         sequence = self._addressee(frame.id)
-        if sequence is None:
-            return self._grant_slots()
+        if sequence is None:  # its pages were quarantined until now
+            return self._admit_waiting()
         if not is_sound:
             return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
         fault = sequence.receiver.on_scattered(frame)
@@ -402,6 +402,11 @@ class DecodeCore:
     def tick(self, now: float) -> list[Effect]:
         """Nothing waits on a clock here: senders watch for stalls, the router for deadlines."""
         return []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left: no attempt, no step, no slot that a frame may still reach."""
+        return not (self._sequences or self._batch) and self.slots.num_free == self.slots.num_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""

@@ -76,29 +76,11 @@ class SlotPool:
 
     def begin_landing(self, credit: SlotCredit, holder: SlotHolder) -> bool:
         """Whether a frame of `holder` may be written into the slot now; if so, it is."""
-        if not 0 <= credit.slot < len(self._slots):
-            return False
-        slot = self._slots[credit.slot]
-        if (slot.state, slot.generation, slot.holder) != (
-            SlotState.GRANTED,
-            credit.generation,
-            holder,
-        ):
-            return False
-        slot.state = SlotState.LANDING
-        return True
+        return self._advance(credit, holder, SlotState.GRANTED, SlotState.LANDING)
 
     def begin_scatter(self, credit: SlotCredit, holder: SlotHolder) -> bool:
         """Whether this very frame was landing; if so, its bytes are complete now."""
-        slot = self._slots[credit.slot]
-        if (slot.state, slot.generation, slot.holder) != (
-            SlotState.LANDING,
-            credit.generation,
-            holder,
-        ):
-            return False
-        slot.state = SlotState.SCATTERING
-        return True
+        return self._advance(credit, holder, SlotState.LANDING, SlotState.SCATTERING)
 
     def free(self, index: int) -> None:
         """The frame in a slot is dealt with."""
@@ -131,6 +113,18 @@ class SlotPool:
         held = Counter(slot.holder for slot in self._slots if slot.holder is not None)
         if held != +self._held:
             raise IntegrityError("the count of held slots does not match their holders")
+
+    def _advance(
+        self, credit: SlotCredit, holder: SlotHolder, before: SlotState, after: SlotState
+    ) -> bool:
+        """Move a slot on, if it is what a message from outside believes it to be."""
+        if not 0 <= credit.slot < len(self._slots):
+            return False
+        slot = self._slots[credit.slot]
+        if (slot.state, slot.generation, slot.holder) != (before, credit.generation, holder):
+            return False
+        slot.state = after
+        return True
 
     def _free_slot(self, index: int) -> None:
         slot = self._slots[index]

@@ -8,7 +8,7 @@ from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.kv_transfer.ucx_library import open_library, versions
 
-PREFERENCE = ("ucx", "tcp")  # best first
+PREFERENCE = ("local", "ucx", "tcp")  # best first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

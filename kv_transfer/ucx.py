@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pagewire.kv_transfer.framing import PREFIX_BYTES, FramingError, Kind, Prefix
 from pagewire.kv_transfer.handshake import Hello
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
-from pagewire.kv_transfer.socket_io import why_ended
+from pagewire.kv_transfer.socket_io import PEER_CLOSED, why_ended
 from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats, TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary, open_library
@@ -79,8 +79,8 @@ class UcxConnection:
         if self._ended:
             raise ConnectionLost("the connection has ended")
         started = time.perf_counter()
-        self._writer.write(prefix.encode() + header)
         try:
+            self._write(prefix, header)
             if payload is None or not num_bytes:
                 await self._writer.drain()
             else:
@@ -122,6 +122,11 @@ class UcxConnection:
         self._link.close()
         while self._unanswered:
             fail(self._unanswered.popleft().done, "the connection has ended")
+
+    def _write(self, prefix: Prefix, header: bytes = b"") -> None:
+        if self._writer.is_closing():  # the reader will notice, too
+            raise ConnectionResetError(PEER_CLOSED)
+        self._writer.write(prefix.encode() + header)
 
     async def _send_payload(self, payload: memoryview) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -171,12 +176,12 @@ class UcxConnection:
         if self._ended:  # closed by the callback
             return
         if target is None:
-            self._writer.write(Prefix(kind=Kind.DISCARD).encode())
+            self._write(Prefix(kind=Kind.DISCARD))
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._link.receive(target, self._num_received, done)
         self._num_received += 1
-        self._writer.write(Prefix(kind=Kind.READY).encode())
+        self._write(Prefix(kind=Kind.READY))
         await self._arrivals.put(
             _Arrival(header=header, num_bytes=num_bytes, done=done, started=started)
         )
@@ -211,7 +216,7 @@ class _UcxOpening:
         return self._link.address
 
     async def finish(self, sock: socket.socket, hello: Hello) -> UcxConnection:
-        self._link.connect(hello.note)
+        await self._link.connect(hello.note)
         reader, writer = await asyncio.open_connection(sock=sock)
         return UcxConnection(
             reader,

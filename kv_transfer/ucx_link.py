@@ -18,6 +18,7 @@ _STEPS_TO_END = 10
 # asked again at once a few times, and then this often, for a peer may be slow or stopped.
 _NUM_BUSY_TURNS = 100
 _POLL_S = 0.001
+_FIRST_BYTE = 1 << 63  # a number that no payload has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,20 +48,17 @@ class UcxLink:
         self._num_idle_turns = 0  # since UCX last had something to do
         self.address = bytes(self._worker.address)
 
-    def connect(self, address: bytes) -> None:
-        """Reach the worker of that address. Raises TransportError."""
-        api = self._library.api
-        try:
-            self._endpoint = api.UCXEndpoint.create_from_worker_address(
-                self._worker, api.UCXAddress.create_from_buffer(address), True
-            )
-        except self._library.error as error:
-            raise TransportError(
-                f"UCX cannot reach the peer: {error}; check that both machines have a network "
-                "that UCX can use, or use tcp"
-            ) from error
-        self._loop.add_reader(self._descriptor, self._run_turn)
-        self._run_soon()
+    async def connect(self, address: bytes) -> None:
+        """Reach the worker of that address, whose end calls this too. Raises TransportError.
+
+        One byte goes each way: UCX has then set everything up, and is known to work.
+        """
+        self._create_endpoint(address)
+        byte_in, byte_out = memoryview(bytearray(1)), memoryview(bytearray(1))
+        received, sent = self._loop.create_future(), self._loop.create_future()
+        self.receive(byte_in, _FIRST_BYTE, received)
+        self.send(byte_out, _FIRST_BYTE, sent)
+        await asyncio.gather(received, sent)
 
     def send(self, payload: memoryview, number: int, done: asyncio.Future[None]) -> None:
         """Send `payload` to the receive of the same `number` at the peer."""
@@ -88,6 +86,20 @@ class UcxLink:
         # Dropping a request cancels it; dropping the worker destroys it.
         self._transfers.clear()
         self._worker = None
+
+    def _create_endpoint(self, address: bytes) -> None:
+        api = self._library.api
+        try:
+            self._endpoint = api.UCXEndpoint.create_from_worker_address(
+                self._worker, api.UCXAddress.create_from_buffer(address), True
+            )
+        except self._library.error as error:
+            raise TransportError(
+                f"UCX cannot reach the peer: {error}; check that both machines have a network "
+                "that UCX can use, or use tcp"
+            ) from error
+        self._loop.add_reader(self._descriptor, self._run_turn)
+        self._run_soon()
 
     def _close_endpoint(self) -> None:
         """Close by force: what had begun to arrive then ends with an error, at once."""

@@ -11,6 +11,7 @@ from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import (
+    Closed,
     Committed,
     Frame,
     FrameAck,
@@ -172,10 +173,13 @@ class PrefillCore:
 
     def on_message(self, peer: bytes, message: Message, now: float) -> list[Effect]:
         """A message from the worker `peer`."""
-        sequence = self._addressee(message.id)
-        if sequence is None or message.id.sender != peer:
+        if (message.id.sender, message.id.receiver) != (peer, self.incarnation):
             self._num_dropped += 1
             return []
+        sequence = self._addressee(message.id)
+        if sequence is None:
+            self._num_dropped += 1
+            return self._confirm_closed(message)
         match message:
             case Grant():
                 return self._carry_out(sequence, sequence.sender.on_grant(message, now))
@@ -218,6 +222,16 @@ class PrefillCore:
         if sequence is not None:
             return self._carry_out(sequence, messages)
         return [Send(message=message) for message in messages]
+
+    def _confirm_closed(self, message: Message) -> list[Effect]:
+        """Answer the refusal of a hand-off that is forgotten here: its slots are still granted.
+
+        While one of its frames is being sent, Closed will follow that frame anyway.
+        """
+        key = AttemptKey.of(message.id)
+        if not isinstance(message, Refused) or any(item == key for item, _ in self._sending):
+            return []
+        return [Send(message=Closed(id=message.id.reply()))]
 
     def _addressee(self, id: HandoffId) -> PrefillSequence | None:
         sequence = self._sequences.get(AttemptKey.of(id))
@@ -306,6 +320,11 @@ class PrefillCore:
                     )
                 )
         return effects
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left: no attempt, no step, no frame that is being sent."""
+        return not (self._sequences or self._batch or self._sending)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""

@@ -65,6 +65,7 @@ def _describe(view: WorkerView) -> dict[str, Any]:
         "incarnation": view.incarnation,
         "device": view.device,
         "address": view.address,
+        "is_responding": view.is_responding,
         "pages": _members(state.pages),
         "queued": state.queued,
         "running": state.running,

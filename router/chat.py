@@ -20,6 +20,7 @@ from pagewire.router.tokenizer import TokenizerConfig
 # What the expressions of a template raise on messages that it was not written for.
 _EXPRESSION_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 
+MAX_CHARS = 8 * 1024 * 1024  # of a rendered prompt; twice the largest body by default
 _MAX_REASON_CHARS = 200
 
 
@@ -34,7 +35,7 @@ class _Refusal(jinja2.TemplateError):
 class ChatTemplate:
     """A compiled template; immutable, safe to use from several threads."""
 
-    def __init__(self, source: str, config: TokenizerConfig, *, max_chars: int) -> None:
+    def __init__(self, source: str, config: TokenizerConfig, *, max_chars: int = MAX_CHARS) -> None:
         """`max_chars` limits the length of a rendered prompt."""
         try:
             self._template = _environment().from_string(source)

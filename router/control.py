@@ -73,6 +73,7 @@ class RouterControl:
         if self._ticker is not None:
             self._ticker.cancel()
         sessions = list(self._sessions.values())
+        self._sessions.clear()  # none of them is lost, all are left
         for session in sessions:
             session.close()
         await asyncio.gather(*(session.task for session in sessions), return_exceptions=True)

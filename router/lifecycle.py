@@ -10,6 +10,7 @@
     HANDOFF     Ready or Tokens                DECODING     delivers the tokens
     DECODING    Tokens                         DECODING     delivers them
     DECODING    Tokens, finished               DONE         delivers them
+    DECODING    Failed by P, P lost            DECODING     nothing: D has all that it needs
     any live    Failed, worker lost, deadline  FAILED       tells the client, Abort to the others
     any live    cancel                         CANCELLED    Abort to both
 
@@ -135,7 +136,7 @@ class Lifecycle:
                 return self._on_tokens(
                     tokens.position, tuple(tokens.token_ids), tokens.finish_reason, State.DECODING
                 )
-            case "failed" if is_prefill or is_decode:
+            case "failed" if is_decode or (is_prefill and self.state is not State.DECODING):
                 return self.fail(worker_failure(event.failed), gone=event.route.sender)
             case _:
                 return []

@@ -193,6 +193,12 @@ def _gauge(name: str, help_text: str, model_name: str, value: float) -> Metric:
 
 
 def _worker_families(workers: Sequence[WorkerView]) -> Iterable[Metric]:
+    up = GaugeMetricFamily(
+        "pagewire_worker_up", "1 when the worker answered just now.", labels=["worker", "role"]
+    )
+    for worker in workers:
+        up.add_metric([worker.name, worker.role], worker.is_responding)
+    yield up
     yield _worker_pages(workers)
     gauges = {
         "queued": "Requests that have not started.",

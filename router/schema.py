@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+_MAX_INT32 = 2**31 - 1
+
 
 def _well_formed(text: str) -> str:
     # JSON can escape half of a surrogate pair, which no encoding of text can carry.
@@ -101,10 +103,10 @@ class GenerationRequest(RequestModel):
     """What chat and plain completions have in common."""
 
     model: Text
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=2**31 - 1)
+    top_k: int = Field(0, ge=-1, le=_MAX_INT32)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Annotated[list[Text], FailFast(), BeforeValidator(_as_list)] = []
     stop_token_ids: Annotated[list[int], FailFast()] = []
@@ -128,7 +130,7 @@ class ChatCompletionRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
 
 
 def request_body_schema(model: type[RequestModel], path: str) -> dict[str, Any]:

@@ -11,9 +11,7 @@ _OVERTAKEN_S = 0.03  # how long a message that may be overtaken takes longer, at
 class Channel:
     """Says when messages arrive."""
 
-    def __init__(
-        self, environment: Environment, faults: Callable[[Faults], MessageFaults]
-    ) -> None:
+    def __init__(self, environment: Environment, faults: Callable[[Faults], MessageFaults]) -> None:
         self._environment = environment
         self._select = faults
         self._clear_at = 0.0  # when the message sent last will have arrived

@@ -34,12 +34,13 @@ class Clients:
     def __init__(self) -> None:
         self.streams: dict[str, ClientStream] = {}
 
-    @property
-    def num_open(self) -> int:
-        return sum(stream.outcome is None for stream in self.streams.values())
+    def open(self) -> list[ClientStream]:
+        """Streams that have not ended."""
+        return [stream for stream in self.streams.values() if stream.outcome is None]
 
-    def outcomes(self) -> list[Outcome | None]:
-        return [stream.outcome for stream in self.streams.values()]
+    def with_outcome(self, *outcomes: Outcome) -> list[ClientStream]:
+        """Streams that have ended in one of these ways."""
+        return [stream for stream in self.streams.values() if stream.outcome in outcomes]
 
     def add(self, stream: ClientStream) -> None:
         self.streams[stream.request_id] = stream

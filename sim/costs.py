@@ -35,3 +35,6 @@ class Costs:
         """Seconds of one step of the model."""
         work = self.step_s + self.sequence_s * len(batch.rows)
         return (work + self.prompt_token_s * batch.num_tokens) * self.jitter.draw(random)
+
+
+SMALL_CLUSTER = Costs()

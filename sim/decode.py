@@ -1,9 +1,14 @@
 """A decode worker under virtual time."""
 
+from collections.abc import Sequence
+
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.kv_transfer.checksum import checksum
 from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.proto import worker_pb2 as pb
+from pagewire.sim.process import Process
+from pagewire.sim.registration import RegistrationDesk
+from pagewire.sim.transport import Fabric
 from pagewire.sim.worker import SimWorker
 from pagewire.worker.effects import Scatter
 
@@ -12,6 +17,17 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
     """Receives frames into staging slots, which keep their bytes until the next frame lands."""
 
     role = pb.ROLE_DECODE
+
+    def __init__(
+        self,
+        *,
+        process: Process,
+        core: DecodeCore,
+        fabric: Fabric,
+        routers: Sequence[RegistrationDesk],
+    ) -> None:
+        super().__init__(process=process, core=core, fabric=fabric, routers=routers)
+        self._slots: dict[int, bytes] = {}
 
     def place(self, peer: bytes, header: bytes, length: int) -> int | None:
         frame = decode(header)

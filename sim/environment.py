@@ -19,7 +19,9 @@ class Environment:
     random: Random
     costs: Costs
     faults: Faults
-    trace: deque[tuple[float, str, str]] = field(default_factory=lambda: deque(maxlen=_TRACE_LENGTH))
+    trace: deque[tuple[float, str, str]] = field(
+        default_factory=lambda: deque(maxlen=_TRACE_LENGTH)
+    )
 
     @property
     def now(self) -> float:

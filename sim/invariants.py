@@ -1,4 +1,4 @@
-"""What must hold after every event, and what must hold when everything is over."""
+"""What must hold after every event, and what must be gone when everything is over."""
 
 from collections.abc import Iterable
 
@@ -34,25 +34,37 @@ def check_router(router: SimRouter) -> None:
         )
 
 
-def check_settled(routers: Iterable[SimRouter], workers: Iterable[AnyWorker]) -> None:
-    """Nothing is left of any request. Raises InvariantViolation that says what is, and where."""
+def leftovers(routers: Iterable[SimRouter], workers: Iterable[AnyWorker]) -> list[str]:
+    """What is left of requests that are over, and who does not know whom; empty if all is well."""
     workers = list(workers)
-    for worker in workers:
-        check_worker(worker)
-        counts = worker.core.pool.counts()
-        require(counts.free == counts.total, f"{worker.process.name} has lost pages: {counts}")
-        require(worker.core.is_idle, f"{worker.process.name} is not idle")
-    for router in routers:
-        check_router(router)
-        name = router.process.name
-        require(router.core.is_idle, f"{name} has live requests: {router.core.counts()}")
-        members = {member.incarnation for member in router.core.members}
-        require(
-            members == {worker.incarnation for worker in workers},
-            f"{name} does not know the workers that live",
-        )
-        for member in router.core.members:
-            require(
-                (member.num_projected_pages, member.num_projected_tokens) == (0, 0),
-                f"{name} still counts on {member.info.name}",
-            )
+    return [
+        *(text for worker in workers for text in _worker_leftovers(worker)),
+        *(text for router in routers for text in _router_leftovers(router, workers)),
+    ]
+
+
+def _worker_leftovers(worker: AnyWorker) -> list[str]:
+    name = worker.process.name
+    counts = worker.core.pool.counts()
+    found = []
+    if counts.free != counts.total:
+        found.append(f"{name} has not freed every page: {counts}")
+    if not worker.core.is_idle:
+        found.append(f"{name} is not idle: {worker.core.state()}")
+    return found
+
+
+def _router_leftovers(router: SimRouter, workers: list[AnyWorker]) -> list[str]:
+    name = router.process.name
+    found = []
+    if any(router.core.counts().values()):
+        found.append(f"{name} has live requests: {router.core.counts()}")
+    members = list(router.core.members)
+    if {member.incarnation for member in members} != {worker.incarnation for worker in workers}:
+        found.append(f"{name} knows {len(members)} workers, not the {len(workers)} that live")
+    found += [
+        f"{name} still counts on {member.info.name}"
+        for member in members
+        if member.num_projected_pages or member.num_projected_tokens
+    ]
+    return found

@@ -1,13 +1,12 @@
 """A router process under virtual time: `router.control` without its sockets."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Deliver, Effect, Fail, SendCommand
 from pagewire.router.request import Request, RequestFailed
 from pagewire.sim.clients import Clients
-from pagewire.sim.environment import Environment
 from pagewire.sim.process import Process
 from pagewire.sim.registration import RegisteringWorker
 from pagewire.sim.session import Session
@@ -18,22 +17,15 @@ _TICK_S = 0.25
 class SimRouter:
     """Feeds the real DispatchCore with clients' requests and workers' sessions."""
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        max_queued: int,
-        environment: Environment,
-        observe: Callable[[Process], None],
-        clients: Clients,
-    ) -> None:
-        self.process = Process(name, environment, observe)
-        self._environment = environment
+    def __init__(self, *, process: Process, max_queued: int, clients: Clients) -> None:
+        self.process = process
+        self._environment = process.environment
         self._clients = clients
+        random = process.environment.random
         self.core = DispatchCore(
-            incarnation=environment.random.randbytes(16),
+            incarnation=random.randbytes(16),
             max_queued=max_queued,
-            make_ticket=lambda: environment.random.randbytes(16),
+            make_ticket=lambda: random.randbytes(16),
         )
         self._sessions: dict[bytes, Session] = {}  # by incarnation of the worker
 
@@ -80,7 +72,8 @@ class SimRouter:
 
     def on_event(self, session: Session, event: pb.WorkerEvent) -> None:
         if self._sessions.get(session.worker.incarnation) is session:
-            self._environment.note(self.process.name, f"heard {event.WhichOneof('body')}")
+            if not event.HasField("heartbeat"):
+                self._environment.note(self.process.name, f"heard {event.WhichOneof('body')}")
             self._carry_out(self.core.on_event(event, self.process.now))
 
     def on_session_ended(self, session: Session) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from random import Random
 
-from pagewire.sim.costs import Costs
+from pagewire.sim.costs import SMALL_CLUSTER, Costs
 from pagewire.sim.faults import NO_FAULTS, Faults
 from pagewire.sim.kv_memory import LAYOUT
 
@@ -30,7 +30,7 @@ class Scenario:
     max_queued: int = 64
     queue_deadline_s: float = 30.0
     deadline_s: float = 60.0
-    costs: Costs = Costs()
+    costs: Costs = SMALL_CLUSTER
     faults: Faults = NO_FAULTS
 
     @property

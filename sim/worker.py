@@ -4,14 +4,14 @@ It feeds the real core and does what it says, in the same order and with the sam
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from pagewire.engine.batch import Batch
+from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.proto import worker_pb2 as pb
-from pagewire.sim.environment import Environment
 from pagewire.sim.kv_memory import LAYOUT, KvMemory
 from pagewire.sim.model import SimModel
 from pagewire.sim.outbox import Outbox
@@ -27,7 +27,14 @@ _TICK_S = 0.25
 MODEL_NAME = "sim"
 TRANSPORT_KIND = "sim"
 
-Core = TypeVar("Core", bound=WorkerCore)
+
+class SimCore(WorkerCore, Protocol):
+    """What a simulation wants to know beyond what the shell does."""
+
+    pool: PagePool
+
+
+Core = TypeVar("Core", bound=SimCore)
 
 
 class SimWorker(SimHandler, Generic[Core]):
@@ -38,29 +45,23 @@ class SimWorker(SimHandler, Generic[Core]):
     def __init__(
         self,
         *,
-        name: str,
+        process: Process,
         core: Core,
-        num_pages: int,
-        max_model_len: int,
-        environment: Environment,
-        observe: Callable[[Process], None],
         fabric: Fabric,
-        routers: list[RegistrationDesk],
+        routers: Sequence[RegistrationDesk],
     ) -> None:
-        self.process = Process(name, environment, observe)
+        self.process = process
         self.core = core
-        self.memory = KvMemory(num_pages)
+        self.memory = KvMemory(core.pool.num_pages)
         self.transport = SimTransport(
-            process=self.process, incarnation=core.incarnation, fabric=fabric, handler=self
+            process=process, incarnation=core.incarnation, fabric=fabric, handler=self
         )
         self.sessions: dict[bytes, Session] = {}  # by incarnation of the router
-        self._environment = environment
-        self._num_pages = num_pages
-        self._max_model_len = max_model_len
+        self._environment = process.environment
         self._model = SimModel(self.memory)
         self._is_stepping = False
         self._outbox = Outbox(
-            process=self.process,
+            process=process,
             transport=self.transport,
             memory=self.memory,
             on_frame_sent=self._on_frame_sent,
@@ -94,8 +95,7 @@ class SimWorker(SimHandler, Generic[Core]):
             role=self.role,
             incarnation=self.incarnation,
             model=MODEL_NAME,
-            max_model_len=self._max_model_len,
-            num_pages=self._num_pages,
+            num_pages=self.core.pool.num_pages,
             layout=pb.KVLayout(
                 page_size=LAYOUT.page_size,
                 num_layers=LAYOUT.num_layers,

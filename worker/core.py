@@ -40,5 +40,9 @@ class WorkerCore(Protocol):
     def state(self) -> pb.WorkerState:
         """Counts as of now; cheap."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left of any attempt."""
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pages and slots add up; looks at each of them."""

@@ -15,6 +15,10 @@ from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import SamplingParams
 from pagewire.engine.load import load_engine
+from pagewire.kv_transfer.local import LocalHub, LocalTransport
+from pagewire.kv_transfer.select import probe
+from pagewire.kv_transfer.transport import Handler, Transport
+from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason
 
@@ -62,6 +66,30 @@ def test_disaggregated_equals_aggregated_equals_transformers(
     tokens = [tokens for tokens, _ in results]
     assert tokens == aggregated(model.path, inputs, SamplingParams(max_tokens=8))
     assert tokens == [greedy_tokens(model.reference, prompt, 8) for prompt in inputs]
+
+
+@pytest.mark.parametrize("kind", ["local", "ucx"])
+def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
+    if kind == "ucx" and not probe().usable:
+        pytest.skip(probe().explanation)
+    hub = LocalHub()
+    inputs = prompts((1, 65, 300))
+
+    def make(incarnation: bytes, handler: Handler) -> list[Transport]:
+        if kind == "local":
+            return [LocalTransport(hub=hub, incarnation=incarnation, handler=handler)]
+        return [UcxTransport(incarnation=incarnation, handler=handler, host="127.0.0.1")]
+
+    async def run() -> list[Result]:
+        async with pipeline(llama, make) as cluster:
+            results = await generate_all(cluster, inputs, greedy(6))
+            [totals] = cluster.workers["decode-0"].worker.state().transfers
+            assert (totals.kind, totals.failures) == (kind, 0)
+            assert totals.bytes_received > 0
+            return results
+
+    tokens = [tokens for tokens, _ in asyncio.run(run())]
+    assert tokens == aggregated(llama, inputs, SamplingParams(max_tokens=6))
 
 
 def test_many_streams_over_two_pairs_all_finish_right(llama: Path) -> None:

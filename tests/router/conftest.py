@@ -70,3 +70,16 @@ def app_without_template(dispatcher: ScriptedDispatcher, tokenizer: Tokenizer) -
         chat_template=None,
         settings=RouterSettings(served_model="smollm2", max_model_len=2048),
     )
+
+
+@pytest.fixture(scope="module")
+def app_and_dispatcher(tokenizer: Tokenizer) -> tuple[FastAPI, ScriptedDispatcher]:
+    """For property tests, which must not share a fixture of one test between examples."""
+    dispatcher = ScriptedDispatcher()
+    app = create_app(
+        dispatcher=dispatcher,
+        tokenizer=tokenizer,
+        chat_template=None,
+        settings=RouterSettings(served_model="smollm2", max_model_len=2048),
+    )
+    return app, dispatcher

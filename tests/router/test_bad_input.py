@@ -12,99 +12,102 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 NAN, INFINITY = float("nan"), float("inf")
 
-# Values that both endpoints refuse, by the parameter that the answer must name.
-REFUSED: list[tuple[str, Any]] = [
-    *[("model", value) for value in (None, 1, True, [], "\ud800")],
-    *[("max_tokens", value) for value in (0, -1, 1.5, "5", True, NAN, 10**9, 10**30, [1])],
-    *[("temperature", value) for value in (-0.1, 2.1, NAN, INFINITY, -INFINITY, True, "1", {})],
-    *[("top_p", value) for value in (0, -1, 1.1, NAN, False, "x")],
-    *[("top_k", value) for value in (-2, 2**31, 1.5, True, NAN)],
-    *[("seed", value) for value in (2**64, -(2**63) - 1, 1.5, "x", True)],
-    *[("stop", value) for value in ("", [""], ["x"] * 17, "x" * 257, 5, {"a": 1}, "\udc00")],
-    ("stop[0]", [5]),
-    ("stop[1]", ["x", None]),
-    *[("stop_token_ids", value) for value in ([49_152], [-1], [2**40], [1] * 129, "1", 1)],
-    *[("stop_token_ids[0]", value) for value in ([True], [1.5], ["1"])],
-    *[("ignore_eos", value) for value in (1, "true", [])],
-    *[("stream", value) for value in (1, "true", {})],
-    *[("stream_options", value) for value in ({}, {"include_usage": True}, 5, [])],
-    ("stream_options.include_usage", {"include_usage": 1}),
-    ("stream_options.continuous_usage_stats", {"continuous_usage_stats": True}),
-    *[("n", value) for value in (0, 2, -1, True, "1", 10**12)],
-    *[("best_of", value) for value in (0, 2, True)],
-    *[("presence_penalty", value) for value in (0.5, NAN, "0", False)],
-    *[("frequency_penalty", value) for value in (0.5, -2)],
-    ("repetition_penalty", 1.1),
-    ("min_p", 0.1),
-    ("min_tokens", 1),
-    *[("logit_bias", value) for value in ({"5": 1}, [], 5)],
-    ("prompt_logprobs", 1),
-    *[("response_format", value) for value in ({"type": "json_object"}, {}, "text")],
-    ("guided_json", {}),
-    ("structured_outputs", {"json": {}}),
-    ("include_stop_str_in_output", True),
-    ("skip_special_tokens", False),
-    ("priority", 1),
-    ("cache_salt", "x"),
-    ("kv_transfer_params", {}),
-    ("bootstrap_room", 1),
+# Refused values by the parameter that the answer must name; first those of both endpoints.
+REFUSED: dict[str, list[Any]] = {
+    "model": [None, 1, True, [], "\ud800"],
+    "max_tokens": [0, -1, 1.5, "5", True, NAN, 10**9, 10**4000, [1]],
+    "temperature": [-0.1, 2.1, NAN, INFINITY, -INFINITY, True, "1", {}],
+    "top_p": [0, -1, 1.1, NAN, False, "x"],
+    "top_k": [-2, 2**31, 1.5, True, NAN],
+    "seed": [2**64, -(2**63) - 1, 1.5, "x", True],
+    "stop": ["", [""], ["x"] * 17, "x" * 257, 5, {"a": 1}],
+    "stop[0]": [[5], "\udc00"],
+    "stop[1]": [["x", None]],
+    "stop_token_ids": [[49_152], [-1], [2**40], [1] * 129, "1", 1],
+    "stop_token_ids[0]": [[True], [1.5], ["1"]],
+    "ignore_eos": [1, "true", []],
+    "stream": [1, "true", {}],
+    "stream_options": [{}, {"include_usage": True}, 5, []],
+    "stream_options.include_usage": [{"include_usage": 1}],
+    "stream_options.continuous_usage_stats": [{"continuous_usage_stats": True}],
+    "n": [0, 2, -1, True, "1", 10**12],
+    "best_of": [0, 2, True],
+    "presence_penalty": [0.5, NAN, "0", False],
+    "frequency_penalty": [0.5, -2],
+    "repetition_penalty": [1.1],
+    "min_p": [0.1],
+    "min_tokens": [1],
+    "logit_bias": [{"5": 1}, [], 5],
+    "prompt_logprobs": [1],
+    "response_format": [{"type": "json_object"}, {}, "text"],
+    "guided_json": [{}],
+    "structured_outputs": [{"json": {}}],
+    "include_stop_str_in_output": [True],
+    "skip_special_tokens": [False],
+    "priority": [1],
+    "cache_salt": ["x"],
+    "kv_transfer_params": [{}],
+    "bootstrap_room": [1],
+}
+
+REFUSED_CONTENT: list[Any] = [
+    None,
+    5,
+    True,
+    {"type": "text", "text": "x"},
+    "\ud83d",
+    ["x"],
+    [{}],
+    [{"type": "text"}],
+    [{"type": "text", "text": 5}],
+    [{"type": 5}],
+    [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}],
+    [{"type": "input_audio", "input_audio": {}}],
 ]
 
-REFUSED_CHAT: list[tuple[str, Any]] = [
-    *[("messages", value) for value in (None, [], "hi", {}, 5)],
-    *[("messages[0]", value) for value in (["hi"], [None], [[]])],
-    ("messages[0].role", [{"content": "x"}]),
-    *[
-        ("messages[0].role", [{"role": role, "content": "x"}])
-        for role in ("tool", "function", "root", 1, None)
+REFUSED_CHAT: dict[str, list[Any]] = {
+    "messages": [None, [], "hi", {}, 5],
+    "messages[0]": [["hi"], [None], [[]]],
+    "messages[0].role": [
+        [{"content": "x"}],
+        *([{"role": role, "content": "x"}] for role in ("tool", "function", "root", 1, None)),
     ],
-    ("messages[0].content", [{"role": "user"}]),
-    *[
-        ("messages[0].content", [{"role": "user", "content": content}])
-        for content in (
-            None,
-            5,
-            True,
-            {"type": "text", "text": "x"},
-            "\ud83d",
-            ["x"],
-            [{}],
-            [{"type": "text"}],
-            [{"type": "text", "text": 5}],
-            [{"type": 5}],
-            [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}],
-            [{"type": "input_audio", "input_audio": {}}],
-        )
+    "messages[0].content": [
+        [{"role": "user"}],
+        *([{"role": "user", "content": content}] for content in REFUSED_CONTENT),
     ],
-    (
-        "messages[1].tool_calls",
+    "messages[1].tool_calls": [
         [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [1]}],
-    ),
-    ("max_completion_tokens", 0),
-    ("max_completion_tokens", 10**6),
-    ("logprobs", True),
-    ("top_logprobs", 5),
-    *[("tools", value) for value in ([], [{"type": "function"}])],
-    *[("tool_choice", value) for value in ("auto", "required", {})],
-    ("functions", []),
-    ("modalities", ["audio"]),
-    ("reasoning_effort", "high"),
-    ("chat_template", "{{ x }}"),
-    ("chat_template_kwargs", {"x": 1}),
-    ("add_generation_prompt", False),
-    ("continue_final_message", True),
-]
+    ],
+    "max_completion_tokens": [0, 10**6],
+    "logprobs": [True],
+    "top_logprobs": [5],
+    "tools": [[], [{"type": "function"}]],
+    "tool_choice": ["auto", "required", {}],
+    "functions": [[]],
+    "modalities": [["audio"]],
+    "reasoning_effort": ["high"],
+    "chat_template": ["{{ x }}"],
+    "chat_template_kwargs": [{"x": 1}],
+    "add_generation_prompt": [False],
+    "continue_final_message": [True],
+}
 
-REFUSED_COMPLETION: list[tuple[str, Any]] = [
-    *[("prompt", value) for value in (None, "", [], 5, True, {}, [""], [None], [[]], "\ud800")],
-    *[("prompt", value) for value in (["a", "b"], [[1], [2]], [1, "a"], ["a", 1], [[1], "a"])],
-    *[("prompt", value) for value in ([-1], [49_152], [1.5], [True], [2**70], [[49_152]])],
-    ("logprobs", 0),
-    ("logprobs", 5),
-    ("echo", True),
-    ("suffix", "x"),
-    ("prompt_embeds", "x"),
-]
+REFUSED_COMPLETION: dict[str, list[Any]] = {
+    "prompt": [
+        *(None, "", [], 5, True, {}, [""], [None], [[]], "\ud800"),
+        *(["a", "b"], [[1], [2]], [1, "a"], ["a", 1], [[1], "a"]),
+        *([-1], [49_152], [1.5], [True], [2**70], [[49_152]]),
+    ],
+    "logprobs": [0, 5],
+    "echo": [True],
+    "suffix": ["x"],
+    "prompt_embeds": ["x"],
+}
+
+
+def cases(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(param, value) for param, values in table.items() for value in values]
 
 
 @pytest.fixture
@@ -134,7 +137,7 @@ def assert_refused(
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-@pytest.mark.parametrize(("param", "value"), REFUSED)
+@pytest.mark.parametrize(("param", "value"), cases(REFUSED))
 def test_common_parameters(
     client: TestClient, dispatcher: ScriptedDispatcher, path: str, param: str, value: Any
 ) -> None:
@@ -146,7 +149,7 @@ def test_common_parameters(
     assert_refused(post(client, path, body), dispatcher, 400, param)
 
 
-@pytest.mark.parametrize(("param", "value"), REFUSED_CHAT)
+@pytest.mark.parametrize(("param", "value"), cases(REFUSED_CHAT))
 def test_chat_parameters(
     client: TestClient, dispatcher: ScriptedDispatcher, param: str, value: Any
 ) -> None:
@@ -155,7 +158,7 @@ def test_chat_parameters(
     assert_refused(post(client, CHAT, body), dispatcher, 400, param)
 
 
-@pytest.mark.parametrize(("param", "value"), REFUSED_COMPLETION)
+@pytest.mark.parametrize(("param", "value"), cases(REFUSED_COMPLETION))
 def test_completion_parameters(
     client: TestClient, dispatcher: ScriptedDispatcher, param: str, value: Any
 ) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import struct
 from pathlib import Path
 
@@ -76,7 +77,5 @@ def test_a_changed_byte_never_causes_another_exception(
     damaged[position] = value
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     path.write_bytes(damaged)
-    try:
+    with contextlib.suppress(GGUFError):
         read_metadata(path)
-    except GGUFError:
-        pass

@@ -19,7 +19,7 @@ TEXTS = [
     "  two spaces\n\n\nthree lines\t\ttabs  ",
     "It's 2024-01-31, isn't it? 3.14159 1234567890",
     "x  12   345",
-    "na\u00efve caf\u00e9 \u4f60\u597d\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947",
+    "na\u00efve caf\u00e9 \u4f60\u597d\u4e16 \u0645\u0631\u062d \u0928\u092e\u0938\u094d\u0924",
     "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",
     "e\u0301 \u00e9 \u212b",
     "def f(x):\n    return x**2  # \u03c0\r\n",
@@ -142,7 +142,7 @@ def test_tokenizer_json_alone_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
@@ -196,7 +196,7 @@ def test_splits_words_as_the_model_was_trained(
     # Every expected word is a token, reached by merging its characters from the left.
     alphabet = sorted(set("".join(words)))
     prefixes = [word[:length] for word in words for length in range(2, len(word) + 1)]
-    longer = list(dict.fromkeys(prefixes + ["\u01202", "\u012020", "\u0120202", "\u01202024"]))
+    longer = list(dict.fromkeys([*prefixes, "\u01202", "\u012020", "\u0120202", "\u01202024"]))
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,

@@ -106,7 +106,8 @@ def make_model(name: str, directory: Path, **options: Any) -> PreTrainedModel:
 
 def greedy_tokens(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:
     """What transformers generates, end-of-sequence tokens ignored."""
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None
     )
     tokens: list[int] = output[0, len(prompt) :].tolist()
