@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -21,10 +21,20 @@ from pydantic_settings import (
 )
 
 from pagewire.cluster.errors import ConfigError
+from pagewire.kv_transfer.layout import PAGE_SIZES
 
 ENV_PREFIX = "PAGEWIRE_"
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+
+
+def _known_page_size(value: int) -> int:
+    if value not in PAGE_SIZES:
+        raise ValueError(f"choose one of {', '.join(map(str, PAGE_SIZES))}")
+    return value
+
+
+PageSize = Annotated[int, AfterValidator(_known_page_size)]
 
 
 class ServeConfig(BaseSettings):
@@ -48,7 +58,7 @@ class ServeConfig(BaseSettings):
     launcher: Literal["ray", "subprocess"] = Field("ray", description="what starts the workers")
     transport: Literal["auto", "ucx", "tcp"] = Field("auto", description="what carries KV pages")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and KV cache")
-    page_size: Literal[16, 32, 64, 128] = Field(64, description="token slots of a page")
+    page_size: PageSize = Field(64, description="token slots of a page")
     num_pages: int | None = Field(None, ge=1, description="pages of a worker; none: by memory")
     max_model_len: int | None = Field(
         None, ge=1, description="tokens, prompt plus output; none: what the model says"
@@ -141,5 +151,6 @@ def _require_known(name: str, place: str, prefix: str) -> None:
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
-    reason = first["msg"][:1].lower() + first["msg"][1:]
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
     return f"{name} ({origins[name]}) is {first['input']!r}: {reason}"

@@ -9,11 +9,11 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import FastAPI
-
 from pagewire.cluster import processes
+from pagewire.cluster.api import build_app, tokenizer_of
 from pagewire.cluster.config import ServeConfig
 from pagewire.cluster.errors import StartError
 from pagewire.cluster.http_server import HttpServer
@@ -27,18 +27,25 @@ from pagewire.cluster.supervisor import Supervisor
 from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
 from pagewire.engine.errors import EngineError
 from pagewire.engine.loading.resolve import resolve_model, served_name
-from pagewire.router.app import create_app
-from pagewire.router.chat import ChatTemplate, ChatTemplateError
 from pagewire.router.control import RouterControl
 from pagewire.router.request import WorkerView
-from pagewire.router.settings import RouterSettings
-from pagewire.router.tokenizer import Tokenizer, TokenizerError
-from pagewire.router.tokenizer_loading import load_tokenizer
-from pagewire.worker.config import Role
+from pagewire.router.tokenizer import Tokenizer
+from pagewire.worker.config import Role, WorkerConfig
 
 _POLL_S = 0.1
+_LOOPBACK = "127.0.0.1"
+_ANY_ADDRESS = ("0.0.0.0", "::")
 
 Exits = asyncio.Queue[tuple[str, WorkerExit]]  # of workers that ended without being asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    """What the workers and the API stand on."""
+
+    launcher: Launcher
+    tokenizer: Tokenizer
+    dashboard_url: str | None
 
 
 async def serve(config: ServeConfig, terminal: Terminal) -> None:
@@ -46,47 +53,28 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
     with bind(config.host, config.port, option="--port") as listener:
         model = _resolve(config.model)
         served_model = config.served_model or served_name(config.model)
-        terminal.say(
-            f"serving {served_model} with {config.prefill} prefill, {config.decode} decode"
-        )
         async with AsyncExitStack() as stack:
-            ray = await _enter_ray(stack, config)
-            tokenizer_task = asyncio.create_task(asyncio.to_thread(_load_tokenizer, model))
-            stack.callback(tokenizer_task.cancel)
-            with terminal.step("starting Ray" if ray else "loading the tokenizer"):
-                launcher = await _launcher(ray)
-                tokenizer = await tokenizer_task
+            base = await _start_base(stack, config, model, terminal)
             # Not before Ray runs: it forks, which gRPC's threads in this process do not like.
             control = RouterControl(max_queued=config.max_queued)
-            router = await control.start()
             workers = worker_configs(
                 config,
                 model=model,
                 served_model=served_model,
-                router=router,
+                router=await control.start(),
                 cores=available_cores(),
             )
-            exits: Exits = asyncio.Queue()
-            await stack.enter_async_context(
-                Supervisor(
-                    launcher,
-                    workers,
-                    on_exit=lambda name, end: exits.put_nowait((name, end)),
-                    grace_s=config.stop_timeout_s,
-                )
-            )
+            exits = await _launch(stack, base.launcher, workers, config)
             stack.push_async_callback(control.stop)
             with terminal.step(f"starting {', '.join(worker.name for worker in workers)}"):
                 views = await _all_registered(control, len(workers), exits, config.start_timeout_s)
-            app = _app(config, control, tokenizer, served_model)
-            await stack.enter_async_context(
-                HttpServer(app, listener, grace_s=config.stop_timeout_s)
-            )
+            app = build_app(config, control, base.tokenizer, served_model)
+            server = HttpServer(app, listener, grace_s=config.stop_timeout_s)
+            await stack.enter_async_context(server)
             url = _url(listener)
             with terminal.step("sending a first prompt"):
                 await self_test(url)
-            dashboard_url = ray.dashboard_url if ray else None
-            terminal.show(_banner(config, served_model, views, url, dashboard_url))
+            terminal.show(_banner(config, served_model, views, url, base.dashboard_url))
             await _report(exits, terminal)
 
 
@@ -97,29 +85,48 @@ def _resolve(model: str | None) -> Path:
         raise StartError(str(error)) from error
 
 
-def _load_tokenizer(model: Path) -> Tokenizer:
-    try:
-        return load_tokenizer(model)
-    except (TokenizerError, OSError) as error:
-        raise StartError(f"the tokenizer of {model.name} cannot be loaded: {error}") from error
+async def _start_base(
+    stack: AsyncExitStack, config: ServeConfig, model: Path, terminal: Terminal
+) -> _Base:
+    """Start Ray, unless the workers do without it, and load the tokenizer meanwhile."""
+    ray = None
+    if config.launcher == "ray":
+        port = require_free(_LOOPBACK, config.dashboard_port, option="--dashboard-port")
+        ray = await stack.enter_async_context(LocalRay(dashboard_port=port))
+    loading = asyncio.create_task(asyncio.to_thread(tokenizer_of, model))
+    stack.callback(loading.cancel)
+    with terminal.step("starting Ray" if ray else "loading the tokenizer"):
+        return _Base(
+            launcher=await _ray_launcher(ray) if ray else SubprocessLauncher(),
+            tokenizer=await loading,
+            dashboard_url=ray.dashboard_url if ray else None,
+        )
 
 
-async def _enter_ray(stack: AsyncExitStack, config: ServeConfig) -> LocalRay | None:
-    """Begin to start Ray, unless the workers do without it."""
-    if config.launcher != "ray":
-        return None
-    port = require_free("127.0.0.1", config.dashboard_port, option="--dashboard-port")
-    return await stack.enter_async_context(LocalRay(dashboard_port=port))
-
-
-async def _launcher(ray: LocalRay | None) -> Launcher:
-    if ray is None:
-        return SubprocessLauncher()
+async def _ray_launcher(ray: LocalRay) -> Launcher:
     await ray.ready()
     # Only now: Ray reads its environment, which LocalRay sets, when it is imported.
     from pagewire.cluster.ray_launcher import RayLauncher
 
     return RayLauncher()
+
+
+async def _launch(
+    stack: AsyncExitStack,
+    launcher: Launcher,
+    workers: Sequence[WorkerConfig],
+    config: ServeConfig,
+) -> Exits:
+    exits: Exits = asyncio.Queue()
+    await stack.enter_async_context(
+        Supervisor(
+            launcher,
+            workers,
+            on_exit=lambda name, end: exits.put_nowait((name, end)),
+            grace_s=config.stop_timeout_s,
+        )
+    )
+    return exits
 
 
 async def _all_registered(
@@ -144,38 +151,11 @@ async def _all_registered(
         first_exit.cancel()
 
 
-def _app(
-    config: ServeConfig, control: RouterControl, tokenizer: Tokenizer, served_model: str
-) -> FastAPI:
-    settings = RouterSettings(
-        served_model=served_model,
-        max_model_len=control.max_model_len(),
-        queue_timeout_s=config.queue_timeout_s,
-        request_timeout_s=config.request_timeout_s,
-    )
-    return create_app(
-        dispatcher=control,
-        tokenizer=tokenizer,
-        chat_template=_chat_template(tokenizer, settings),
-        settings=settings,
-    )
-
-
-def _chat_template(tokenizer: Tokenizer, settings: RouterSettings) -> ChatTemplate | None:
-    source = tokenizer.config.chat_template
-    if source is None:
-        return None
-    try:
-        return ChatTemplate(source, tokenizer.config, max_chars=settings.max_body_bytes)
-    except ChatTemplateError as error:
-        raise StartError(str(error)) from error
-
-
 def _url(listener: socket.socket) -> str:
     """Where a client on this machine reaches the API."""
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
+    if host in _ANY_ADDRESS:
+        host = _LOOPBACK
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

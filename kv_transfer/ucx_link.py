@@ -3,6 +3,10 @@
 A worker per pair makes the end of a pair final: once its endpoint is closed and its worker no
 longer runs, nothing that the peer sent can reach a buffer. It runs on the event loop, woken by its
 file descriptor; an idle link costs nothing.
+
+Known limit: ucxx 0.52 never forgets a send that it cancelled, and with it the worker. A link that
+is closed in the middle of its own sends leaves about eight descriptors behind until the process
+ends.
 """
 
 import asyncio

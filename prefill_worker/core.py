@@ -39,8 +39,8 @@ from pagewire.worker.identity import (
 from pagewire.worker.ledger import EndedAttempts
 
 _REFUSALS = {
-    RefuseReason.UNKNOWN_TICKET: (
-        pb.FAILURE_CODE_INVALID,
+    RefuseReason.UNKNOWN_TICKET: (  # it was expected there, so it was given up there
+        pb.FAILURE_CODE_PEER_LOST,
         "the decode worker does not know the ticket of this hand-off",
     ),
     RefuseReason.LAYOUT: (

@@ -19,7 +19,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """A small machine on a busy network: wide ranges, so that what can overlap does."""
+    """Ranges are wide, so that what can overlap does."""
 
     latency: Range = Range(low=0.0002, high=0.01)  # one way, any message
     gather: Range = Range(low=0.0001, high=0.004)  # until a frame's checksum is known
@@ -37,4 +37,10 @@ class Costs:
         return (work + self.prompt_token_s * batch.num_tokens) * self.jitter.draw(random)
 
 
-SMALL_CLUSTER = Costs()
+BALANCED = Costs()
+SLOW_STEPS = Costs(step_s=0.1)
+SLOW_FRAMES = Costs(
+    gather=Range(low=0.0, high=0.1),
+    wire=Range(low=0.0, high=0.1),
+    scatter=Range(low=0.0, high=0.3),
+)

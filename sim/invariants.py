@@ -45,10 +45,10 @@ def leftovers(routers: Iterable[SimRouter], workers: Iterable[AnyWorker]) -> lis
 
 def _worker_leftovers(worker: AnyWorker) -> list[str]:
     name = worker.process.name
-    counts = worker.core.pool.counts()
+    pool = worker.core.pool
     found = []
-    if counts.free != counts.total:
-        found.append(f"{name} has not freed every page: {counts}")
+    if pool.num_available != pool.num_pages:
+        found.append(f"{name} has not freed every page, or promises some: {pool.counts()}")
     if not worker.core.is_idle:
         found.append(f"{name} is not idle: {worker.core.state()}")
     return found

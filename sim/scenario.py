@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from random import Random
 
-from pagewire.sim.costs import SMALL_CLUSTER, Costs
+from pagewire.sim.costs import BALANCED, SLOW_FRAMES, SLOW_STEPS, Costs
 from pagewire.sim.faults import NO_FAULTS, Faults
 from pagewire.sim.kv_memory import LAYOUT
 
@@ -30,7 +30,7 @@ class Scenario:
     max_queued: int = 64
     queue_deadline_s: float = 30.0
     deadline_s: float = 60.0
-    costs: Costs = SMALL_CLUSTER
+    costs: Costs = BALANCED
     faults: Faults = NO_FAULTS
 
     @property
@@ -65,5 +65,6 @@ def random_scenario(
         cancel_probability=cancel_probability,
         deadline_s=deadline_s,
         queue_deadline_s=deadline_s / 2,
+        costs=random.choice((BALANCED, SLOW_STEPS, SLOW_FRAMES)),
         faults=faults,
     )

@@ -50,6 +50,7 @@ class Session:
         self._down = Channel(environment, lambda faults: faults.session_messages)
         self._up = Channel(environment, lambda faults: faults.session_messages)
         self._is_lost = False
+        self._noticed: set[Process] = set()  # ends that know of the loss
 
     def open(self) -> None:
         """Say Hello."""
@@ -71,7 +72,17 @@ class Session:
         self._is_lost = True
         for end in (self.router, self.worker):
             delay = self._environment.costs.notice.draw(self._environment.random)
-            end.process.after(delay, partial(end.on_session_ended, self))
+            end.process.after(delay, partial(self._notice, end))
+
+    def _notice(self, end: RouterEnd | WorkerEnd) -> None:
+        self._noticed.add(end.process)
+        end.on_session_ended(self)
 
     def _carry(self, at: float, receiver: Process, action: Action) -> None:
-        self._environment.timeline.at(at, lambda: receiver.do(action))
+        """Let `receiver` act at `at`, unless it has noticed that the session is lost."""
+
+        def arrive() -> None:
+            if receiver not in self._noticed:
+                action()
+
+        self._environment.timeline.at(at, lambda: receiver.do(arrive))

@@ -40,6 +40,11 @@ class World:
         )
         self._cluster = Cluster(scenario, self._environment, self.clients)
 
+    @property
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self._environment.now
+
     def run(self) -> None:
         """Run until nothing is left to do.
 

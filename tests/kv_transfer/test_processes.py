@@ -152,7 +152,7 @@ def test_killed_while_it_receives(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losing_peers_leaks_no_descriptors(kind: str) -> None:
+def test_losing_a_sender_leaks_no_descriptors(kind: str) -> None:
     async def lose_a_peer() -> int:
         """Open descriptors afterwards."""
         async with remote(kind, "stream") as r:

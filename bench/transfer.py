@@ -1,0 +1,299 @@
+"""How fast 4 MiB frames travel between two processes of this machine, in GB/s.
+
+Every transport of Pagewire runs beside the bare library under it: sockets with sendmsg and
+recv_into, and UCX without headers, order or an event loop. All take turns in one run, so that a
+busy machine slows all of them; the figures are medians over the rounds.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pagewire.kv_transfer.select import create_transports, probe
+from pagewire.kv_transfer.transport import Connection
+from pagewire.kv_transfer.ucx_library import UcxLibrary, open_library
+
+FRAME_BYTES = 4 << 20
+NUM_BUFFERS = 4  # frames under way at once, and distinct buffers at each end
+BASELINES = {"tcp": "bare socket", "ucx": "bare ucx"}
+SENDER, RECEIVER = b"s" * 16, b"r" * 16
+DONE = b"done"
+
+
+def make_buffers() -> list[memoryview]:
+    return [memoryview(bytearray(os.urandom(FRAME_BYTES))) for _ in range(NUM_BUFFERS)]
+
+
+class Lane(Protocol):
+    """One way to send frames to the process at the other end."""
+
+    def send(self, num_frames: int) -> None:
+        """Send so many frames; returns when the receiver says that it has them all."""
+
+    def close(self) -> None:
+        """End the lane, and with it the receiver."""
+
+
+class BareSocketLane:
+    """One frame after the other through a socket."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.split(":")
+        self._sock = socket.create_connection((host, int(port)))
+        self._buffers = make_buffers()
+
+    def send(self, num_frames: int) -> None:
+        self._sock.sendall(num_frames.to_bytes(4, "big"))
+        for number in range(num_frames):
+            rest = self._buffers[number % NUM_BUFFERS]
+            while rest:
+                rest = rest[self._sock.sendmsg([rest]) :]
+        assert self._sock.recv(len(DONE)) == DONE
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def receive_bare_socket() -> None:
+    sock = accept_one()
+    buffers = make_buffers()
+    while count := sock.recv(4, socket.MSG_WAITALL):
+        for number in range(int.from_bytes(count, "big")):
+            rest = buffers[number % NUM_BUFFERS]
+            while rest:
+                rest = rest[sock.recv_into(rest) :]
+        sock.sendall(DONE)
+
+
+class BareUcx:
+    """A UCX worker and endpoint, driven by hand."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._library: UcxLibrary = open_library()
+        self._worker = self._library.new_worker()
+        address = bytes(self._worker.address)
+        sock.sendall(len(address).to_bytes(4, "big") + address)
+        length = int.from_bytes(sock.recv(4, socket.MSG_WAITALL), "big")
+        peer = self._library.api.UCXAddress.create_from_buffer(
+            sock.recv(length, socket.MSG_WAITALL)
+        )
+        self._endpoint = self._library.api.UCXEndpoint.create_from_worker_address(
+            self._worker, peer, True
+        )
+        self._arrays = [self._library.array(buffer) for buffer in make_buffers()]
+
+    def move(self, num_frames: int, *, sending: bool) -> None:
+        """Send or receive so many frames, NUM_BUFFERS at a time."""
+        start = self._endpoint.tag_send if sending else self._worker.tag_recv
+        tag = self._library.api.UCXXTag
+        requests: list[Any] = []
+        for number in range(num_frames):
+            if len(requests) == NUM_BUFFERS:
+                self._wait(requests.pop(0))
+            requests.append(start(self._arrays[number % NUM_BUFFERS], tag(number % NUM_BUFFERS)))
+        for request in requests:
+            self._wait(request)
+
+    def _wait(self, request: Any) -> None:
+        while not request.completed:
+            self._worker.progress()
+            if not request.completed and self._worker.arm():
+                select.select([self._worker.epoll_file_descriptor], [], [], 0.001)
+        request.check_error()
+
+
+class BareUcxLane:
+    """Frames through UCX alone; a socket says when a round begins and ends."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.split(":")
+        self._ucx = BareUcx(socket.create_connection((host, int(port))))
+
+    def send(self, num_frames: int) -> None:
+        self._ucx.sock.sendall(num_frames.to_bytes(4, "big"))
+        self._ucx.move(num_frames, sending=True)
+        assert self._ucx.sock.recv(len(DONE)) == DONE
+
+    def close(self) -> None:
+        self._ucx.sock.close()
+
+
+def receive_bare_ucx() -> None:
+    ucx = BareUcx(accept_one())
+    while count := ucx.sock.recv(4, socket.MSG_WAITALL):
+        ucx.move(int.from_bytes(count, "big"), sending=False)
+        ucx.sock.sendall(DONE)
+
+
+@dataclass(slots=True, kw_only=True)
+class Rounds:
+    """The Handler of both ends: the receiver counts frames, the sender waits for the answer."""
+
+    buffers: list[memoryview] = field(default_factory=make_buffers)
+    num_placed: int = 0
+    arrived: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def place(self, peer: bytes, header: bytes, length: int) -> memoryview:
+        self.num_placed += 1
+        return self.buffers[self.num_placed % NUM_BUFFERS][:length]
+
+    def deliver(self, peer: bytes, header: bytes) -> None:
+        self.arrived.put_nowait(header)
+
+    def lost(self, peer: bytes, reason: str) -> None:
+        self.ended.set()
+
+
+class TransportLane:
+    """Frames through one of Pagewire's transports, NUM_BUFFERS sends at a time."""
+
+    def __init__(self, kind: str, address: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.run_until_complete(self._connect(kind, address))
+
+    async def _connect(self, kind: str, address: str) -> None:
+        self._rounds = Rounds()
+        self._transport = create_transports(kind, SENDER, self._rounds, "127.0.0.1").transports[0]
+        await self._transport.start()
+        self._connection: Connection = await self._transport.connect(RECEIVER, address.encode())
+
+    def send(self, num_frames: int) -> None:
+        self._loop.run_until_complete(self._send(num_frames))
+
+    async def _send(self, num_frames: int) -> None:
+        numbers = iter(range(num_frames))
+
+        async def send_some(buffer: memoryview) -> None:
+            for _ in numbers:
+                await self._connection.send(b"frame", buffer)
+
+        await self._connection.send(num_frames.to_bytes(4, "big"))
+        await asyncio.gather(*(send_some(buffer) for buffer in self._rounds.buffers))
+        assert await self._rounds.arrived.get() == DONE
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._transport.close())
+        self._loop.close()
+
+
+async def receive_transport(kind: str) -> None:
+    rounds = Rounds()
+    transport = create_transports(kind, RECEIVER, rounds, "127.0.0.1").transports[0]
+    await transport.start()
+    print(transport.address.decode(), flush=True)
+
+    async def answer() -> None:
+        while True:
+            for _ in range(int.from_bytes(await rounds.arrived.get(), "big")):
+                await rounds.arrived.get()
+            connection = transport.connection(SENDER)
+            assert connection is not None
+            await connection.send(DONE)
+
+    answering = asyncio.create_task(answer())
+    await rounds.ended.wait()
+    answering.cancel()
+    await transport.close()
+
+
+def accept_one() -> socket.socket:
+    """Print an address, and return the connection that is made there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        print(f"127.0.0.1:{server.getsockname()[1]}", flush=True)
+        sock, _ = server.accept()
+    return sock
+
+
+LANES: dict[str, tuple[Callable[[str], Lane], Callable[[], None]]] = {
+    "bare socket": (BareSocketLane, receive_bare_socket),
+    "tcp": (
+        lambda address: TransportLane("tcp", address),
+        lambda: asyncio.run(receive_transport("tcp")),
+    ),
+    "bare ucx": (BareUcxLane, receive_bare_ucx),
+    "ucx": (
+        lambda address: TransportLane("ucx", address),
+        lambda: asyncio.run(receive_transport("ucx")),
+    ),
+}
+
+
+def measure(names: list[str], num_rounds: int, num_frames: int) -> dict[str, list[float]]:
+    """GB/s of every round, by lane."""
+    receivers = [
+        subprocess.Popen([sys.executable, __file__, "--receive", name], stdout=subprocess.PIPE)
+        for name in names
+    ]
+    lanes: list[Lane] = []
+    for name, receiver in zip(names, receivers, strict=True):
+        assert receiver.stdout is not None
+        lanes.append(LANES[name][0](receiver.stdout.readline().decode().strip()))
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for lane in lanes:
+        lane.send(num_frames)  # warms up both ends
+    for _ in range(num_rounds):
+        for name, lane in zip(names, lanes, strict=True):
+            started = time.perf_counter()
+            lane.send(num_frames)
+            seconds = time.perf_counter() - started
+            rates[name].append(num_frames * FRAME_BYTES / seconds / 1e9)
+    for lane, receiver in zip(lanes, receivers, strict=True):
+        lane.close()
+        receiver.communicate()
+    return rates
+
+
+def report(rates: dict[str, list[float]], num_frames: int) -> dict[str, Any]:
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "frame_bytes": FRAME_BYTES,
+        "frames_per_round": num_frames,
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        "gb_per_s": {
+            name: {"median": medians[name], "min": min(values), "max": max(values)}
+            for name, values in rates.items()
+        },
+        "ratio_to_bare": {
+            name: medians[name] / medians[bare] for name, bare in BASELINES.items() if name in rates
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, some seconds in all")
+    parser.add_argument("--receive", choices=LANES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.receive:
+        LANES[arguments.receive][1]()
+        return
+    found = probe()
+    print(found.explanation)
+    names = list(LANES) if found.usable else ["bare socket", "tcp"]
+    num_rounds, num_frames = (7, 64) if arguments.quick else (31, 128)
+    figures = report(measure(names, num_rounds, num_frames), num_frames)
+    for name, rate in figures["gb_per_s"].items():
+        print(f"{name:12} {rate['median']:6.2f} GB/s  ({rate['min']:.2f} to {rate['max']:.2f})")
+    for name, ratio in figures["ratio_to_bare"].items():
+        print(f"{name} / {BASELINES[name]}: {ratio:.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

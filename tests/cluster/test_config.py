@@ -1,0 +1,111 @@
+"""Where parameters come from, which wins, and what is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pagewire.cluster.config import COMMAND_LINE, DEFAULT, ServeConfig, load_config
+from pagewire.cluster.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in list(os.environ):
+        if variable.startswith("PAGEWIRE_"):
+            monkeypatch.delenv(variable)
+
+
+def write(directory: Path, text: str) -> Path:
+    file = directory / "pagewire.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_defaults_fit_a_first_start() -> None:
+    loaded = load_config({})
+    assert loaded.config == ServeConfig()
+    assert (loaded.config.host, loaded.config.port) == ("127.0.0.1", 8000)
+    assert set(loaded.origins.values()) == {DEFAULT}
+
+
+def test_each_source_wins_over_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, "port: 1\ndecode: 1\nprefill: 4\n")
+    monkeypatch.setenv("PAGEWIRE_PORT", "2")
+    monkeypatch.setenv("PAGEWIRE_DECODE", "2")
+    loaded = load_config({"port": 3, "dtype": None}, file)
+    assert (loaded.config.port, loaded.config.decode, loaded.config.prefill) == (3, 2, 4)
+    assert loaded.origins["port"] == COMMAND_LINE
+    assert loaded.origins["decode"] == "PAGEWIRE_DECODE"
+    assert loaded.origins["prefill"] == str(file)
+    assert loaded.origins["dtype"] == DEFAULT
+
+
+def test_empty_file_sets_nothing(tmp_path: Path) -> None:
+    assert load_config({}, write(tmp_path, "# nothing\n")).config == ServeConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prot: 9000\n", "port"),
+        ("dekode: 2\n", "decode"),
+        ("max-model-len: 100\n", "max_model_len"),
+        ("1: 2\n", "1"),
+    ],
+)
+def test_unknown_key_of_the_file_is_refused(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config({}, write(tmp_path, text))
+
+
+def test_unknown_variable_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEWIRE_DASHBORD_PORT", "1")
+    with pytest.raises(ConfigError, match="PAGEWIRE_DASHBORD_PORT.*PAGEWIRE_DASHBOARD_PORT"):
+        load_config({})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text\n", "a: [\n", "\x00"])
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"pagewire\.yaml"):
+        load_config({}, write(tmp_path, text))
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load_config({}, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 65536),
+        ("port", -1),
+        ("prefill", 0),
+        ("decode", 65),
+        ("transport", "rdma"),
+        ("dtype", "int8"),
+        ("page_size", 48),
+        ("num_pages", 0),
+        ("queue_timeout_s", 0),
+        ("host", ""),
+    ],
+)
+def test_value_out_of_range_names_parameter_and_origin(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} \(command line\)"):
+        load_config({name: value})
+
+
+def test_value_from_the_environment_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEWIRE_PORT", "http")
+    with pytest.raises(ConfigError, match=r"^port \(PAGEWIRE_PORT\) is 'http'"):
+        load_config({})
+
+
+def test_page_size_can_come_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEWIRE_PAGE_SIZE", "128")
+    assert load_config({}).config.page_size == 128
+
+
+def test_every_parameter_is_described() -> None:
+    assert all(field.description for field in ServeConfig.model_fields.values())

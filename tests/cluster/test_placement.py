@@ -1,0 +1,71 @@
+"""Which workers there are, and how cores are shared out among them."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagewire.cluster.config import ServeConfig
+from pagewire.cluster.placement import available_cores, worker_configs, worker_environment
+from pagewire.worker.config import Role, WorkerConfig
+
+
+def place(config: ServeConfig, cores: int) -> tuple[WorkerConfig, ...]:
+    return worker_configs(
+        config, model=Path("/m.gguf"), served_model="m", router="127.0.0.1:1", cores=cores
+    )
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 128))
+def test_every_worker_has_a_name_a_role_and_a_thread(
+    prefill: int, decode: int, cores: int
+) -> None:
+    workers = place(ServeConfig(prefill=prefill, decode=decode), cores)
+    assert len({worker.name for worker in workers}) == len(workers) == prefill + decode
+    assert sum(worker.role is Role.PREFILL for worker in workers) == prefill
+    assert all(worker.name.startswith(worker.role) for worker in workers)
+    num_threads = sum(worker.num_threads for worker in workers)
+    assert num_threads <= max(cores, len(workers))
+
+
+def test_two_cores_are_one_for_each_worker() -> None:
+    assert [(worker.name, worker.num_threads) for worker in place(ServeConfig(), 2)] == [
+        ("prefill-0", 1),
+        ("decode-0", 1),
+    ]
+
+
+def test_chosen_threads_win() -> None:
+    assert {worker.num_threads for worker in place(ServeConfig(num_threads=5), 2)} == {5}
+
+
+def test_parameters_reach_the_worker() -> None:
+    config = ServeConfig(
+        transport="tcp", dtype="float32", page_size=128, num_pages=9, max_model_len=77
+    )
+    worker = place(config, 1)[0]
+    assert (worker.transport, worker.dtype, worker.page_size) == ("tcp", "float32", 128)
+    assert (worker.num_pages, worker.max_model_len) == (9, 77)
+    assert worker.routers == ("127.0.0.1:1",)
+    assert WorkerConfig.from_json(worker.to_json()) == worker
+
+
+def test_threads_reach_openmp() -> None:
+    worker = place(ServeConfig(num_threads=3), 1)[0]
+    assert worker_environment(worker)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", None), ("50000 100000", 1), ("100000 100000", 1), ("garbage", None)],
+)
+def test_container_limit(
+    limit: str, cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text(limit)
+    monkeypatch.setattr("pagewire.cluster.placement._CGROUP_CPU_LIMIT", tmp_path / "none")
+    unlimited = available_cores()
+    monkeypatch.setattr("pagewire.cluster.placement._CGROUP_CPU_LIMIT", file)
+    assert available_cores() == (cores or unlimited)

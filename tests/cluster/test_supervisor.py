@@ -1,0 +1,149 @@
+"""The supervisor against a scripted launcher: what ends is started again, until all is stopped."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+
+from pagewire.cluster.errors import LaunchError
+from pagewire.cluster.launcher import WorkerExit
+from pagewire.cluster.restart import RestartPolicy
+from pagewire.cluster.supervisor import Supervisor
+from pagewire.worker.config import Role, WorkerConfig
+
+TIMEOUT_S = 10.0
+
+
+def config(name: str) -> WorkerConfig:
+    return WorkerConfig(
+        name=name, role=Role.DECODE, model="m", served_model="m", routers=("127.0.0.1:1",)
+    )
+
+
+class FakeHandle:
+    """A process that ends when the test says so, or when it is stopped."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.grace_s: float | None = None
+        self._exit: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
+
+    def die(self, reason: str) -> None:
+        self._exit.set_result(WorkerExit(reason=reason))
+
+    async def wait(self) -> WorkerExit:
+        return await asyncio.shield(self._exit)
+
+    async def stop(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.die("stopped")
+
+
+class FakeLauncher:
+    """Hands out processes in order; `refusals` launches fail before the first that succeeds."""
+
+    def __init__(self, *, refusals: int = 0) -> None:
+        self.launched: asyncio.Queue[tuple[str, FakeHandle]] = asyncio.Queue()
+        self.running: list[FakeHandle] = []
+        self._refusals = refusals
+
+    async def launch(self, config: WorkerConfig) -> FakeHandle:
+        if self._refusals:
+            self._refusals -= 1
+            raise LaunchError(f"no room for {config.name}")
+        handle = FakeHandle(pid=100 + len(self.running))
+        self.running.append(handle)
+        self.launched.put_nowait((config.name, handle))
+        return handle
+
+
+def run(scenario: Callable[[], Coroutine[None, None, None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+
+
+def test_a_worker_that_ends_is_started_again_and_reported() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        exits: list[tuple[str, WorkerExit]] = []
+        async with Supervisor(
+            launcher, [config("decode-0")], on_exit=lambda name, end: exits.append((name, end))
+        ):
+            for reason in ("first", "second"):
+                _, handle = await launcher.launched.get()
+                handle.die(reason)
+            await launcher.launched.get()
+        assert exits == [
+            ("decode-0", WorkerExit(reason="first")),
+            ("decode-0", WorkerExit(reason="second")),
+        ]
+
+    run(scenario)
+
+
+def test_workers_are_independent() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        names = ["prefill-0", "decode-0"]
+        async with Supervisor(
+            launcher, [config(name) for name in names], on_exit=lambda *_: None
+        ):
+            started = dict([await launcher.launched.get(), await launcher.launched.get()])
+            assert sorted(started) == sorted(names)
+            started["decode-0"].die("killed")
+            name, _ = await launcher.launched.get()
+            assert name == "decode-0"
+        assert started["prefill-0"].grace_s is not None
+
+    run(scenario)
+
+
+def test_leaving_stops_what_runs_with_the_grace_and_reports_nothing() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        exits: list[str] = []
+        async with Supervisor(
+            launcher, [config("decode-0")], on_exit=lambda name, _: exits.append(name), grace_s=7.0
+        ):
+            _, handle = await launcher.launched.get()
+        assert handle.grace_s == 7.0
+        assert not exits
+
+    run(scenario)
+
+
+def test_leaving_ends_a_backoff_at_once() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        policy = RestartPolicy(quick_restarts=0, backoff_s=3600, max_backoff_s=3600)
+        died = asyncio.Event()
+        async with Supervisor(
+            launcher, [config("decode-0")], on_exit=lambda *_: died.set(), policy=policy
+        ):
+            _, handle = await launcher.launched.get()
+            handle.die("killed")
+            await died.wait()
+        assert len(launcher.running) == 1
+
+    run(scenario)
+
+
+def test_nothing_is_started_once_all_shall_stop() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        async with Supervisor(launcher, [config("decode-0")], on_exit=lambda *_: None):
+            _, handle = await launcher.launched.get()
+            handle.die("killed at the very end")
+        assert len(launcher.running) == 1
+
+    run(scenario)
+
+
+def test_a_launch_that_fails_is_reported_and_tried_again() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher(refusals=2)
+        reasons: list[str] = []
+        async with Supervisor(
+            launcher, [config("decode-0")], on_exit=lambda _, end: reasons.append(end.reason)
+        ):
+            await launcher.launched.get()
+        assert reasons == ["no room for decode-0"] * 2
+
+    run(scenario)

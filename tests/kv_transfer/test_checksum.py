@@ -1,0 +1,33 @@
+"""Checksums: independent of how the bytes are cut; digests: dependent on the order."""
+
+from itertools import accumulate
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pagewire.kv_transfer.checksum import EMPTY_DIGEST, checksum, extend_digest
+
+
+@given(st.lists(st.binary()))
+def test_cuts_do_not_matter(parts: list[bytes]) -> None:
+    assert checksum(*parts) == checksum(b"".join(parts))
+    assert 0 <= checksum(*parts) < 2**32
+
+
+@given(st.binary(min_size=1), st.data())
+def test_a_flipped_bit_is_noticed(data: bytes, draw: st.DataObject) -> None:
+    flipped = bytearray(data)
+    flipped[draw.draw(st.integers(0, len(data) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
+    assert checksum(memoryview(flipped)) != checksum(data)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=2), st.data())
+def test_order_and_number_of_frames_matter(checksums: list[int], draw: st.DataObject) -> None:
+    digests = list(accumulate(checksums, extend_digest, initial=EMPTY_DIGEST))
+    first = draw.draw(st.integers(0, len(checksums) - 2))
+    assume(checksums[first] != checksums[first + 1])
+    swapped = list(checksums)
+    swapped[first], swapped[first + 1] = swapped[first + 1], swapped[first]
+    assert list(accumulate(swapped, extend_digest, initial=EMPTY_DIGEST))[-1] != digests[-1]
+    assert extend_digest(digests[-1], 0) != digests[-1]
+    assert all(0 <= digest < 2**32 for digest in digests)

@@ -1,0 +1,171 @@
+"""Does the simulator see? Faults that are planted in the cores must be caught."""
+
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.receiver import Receiver, ReceiverState
+from pagewire.decode_worker.sequence import DecodeSequence
+from pagewire.engine.page_pool import PagePool
+from pagewire.kv_transfer.messages import Message, RefuseReason
+from pagewire.prefill_worker.sender import Sender, SenderState
+from pagewire.router.dispatch import DispatchCore
+from pagewire.router.lifecycle import Lifecycle
+from pagewire.router.token_log import TokenLog
+from pagewire.sim.costs import SLOW_STEPS, Costs, Range
+from pagewire.sim.faults import Faults, MessageFaults
+from pagewire.sim.scenario import Scenario, random_scenario
+from pagewire.sim.violation import InvariantViolation
+from pagewire.sim.world import World
+from pagewire.worker.effects import Effect
+
+MAX_RUNS = 40
+FAULTS = Faults(
+    peer_messages=MessageFaults(repeat=0.1, reorder=0.1, corrupt=0.05),
+    session_messages=MessageFaults(repeat=0.1),
+    connection_losses=1,
+)
+
+SLOW_SCATTER = Costs(scatter=Range(low=0.0, high=0.3))
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def pages_are_not_pinned(patch: pytest.MonkeyPatch) -> None:
+    def ignore(pool: PagePool, pages: Iterable[int]) -> None:
+        pass
+
+    patch.setattr(PagePool, "pin", ignore)
+    patch.setattr(PagePool, "unpin", ignore)
+
+
+def pages_are_not_released(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PagePool, "release", lambda pool, pages: None)
+
+
+def the_last_page_is_not_released(patch: pytest.MonkeyPatch) -> None:
+    release = PagePool.release
+    patch.setattr(PagePool, "release", lambda pool, pages: release(pool, list(pages)[:-1]))
+
+
+def promises_are_not_given_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PagePool, "cancel", lambda pool, reservation: None)
+
+
+def the_log_accepts_anything(patch: pytest.MonkeyPatch) -> None:
+    def append(log: TokenLog, position: int, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        log.token_ids += token_ids
+        return token_ids
+
+    patch.setattr(TokenLog, "append", append)
+
+
+def requests_end_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Lifecycle, "is_live", True)
+
+
+def capacity_is_settled_twice(patch: pytest.MonkeyPatch) -> None:
+    settle = DispatchCore._settle_decode
+
+    def settle_twice(core: DispatchCore, lifecycle: Lifecycle) -> None:
+        settle(core, lifecycle)
+        settle(core, lifecycle)
+
+    patch.setattr(DispatchCore, "_settle_decode", settle_twice)
+
+
+def capacity_is_not_settled(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DispatchCore, "_settle_decode", lambda core, lifecycle: None)
+
+
+def a_seal_is_believed(patch: pytest.MonkeyPatch) -> None:
+    def become_ready(receiver: Receiver) -> RefuseReason | None:
+        if receiver.seal is not None and not receiver._landing:
+            receiver.state = ReceiverState.READY
+        return None
+
+    patch.setattr(Receiver, "_become_ready_if_complete", become_ready)
+
+
+def checksums_are_not_compared(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("pagewire.sim.outbox.checksum", lambda payload: 0)
+    patch.setattr("pagewire.sim.decode.checksum", lambda payload: 0)
+
+
+def senders_forget_to_close(patch: pytest.MonkeyPatch) -> None:
+    def release(sender: Sender) -> list[Message]:
+        sender.state = SenderState.RELEASED
+        return []
+
+    patch.setattr(Sender, "_release", release)
+
+
+def a_running_step_loses_its_pages(patch: pytest.MonkeyPatch) -> None:
+    end = DecodeCore._end
+
+    def end_carelessly(core: DecodeCore, sequence: DecodeSequence) -> list[Effect]:
+        batch, core._batch = core._batch, []
+        effects = end(core, sequence)
+        core._batch = batch
+        return effects
+
+    patch.setattr(DecodeCore, "_end", end_carelessly)
+
+
+def busy_scenario(seed: int, costs: Costs) -> Scenario:
+    """One decode worker whose pages change hands all the time."""
+    return Scenario(
+        seed=seed,
+        num_prefill=3,
+        num_decode=1,
+        decode_pages=24,
+        max_batch_size=8,
+        num_slots=12,
+        num_requests=60,
+        max_output_tokens=24,
+        cancel_probability=0.6,
+        costs=costs,
+    )
+
+
+@pytest.mark.parametrize("costs", [SLOW_SCATTER, SLOW_STEPS])
+def test_without_a_bug_nothing_is_noticed(costs: Costs) -> None:
+    for seed in range(3):
+        World(busy_scenario(seed, costs)).run()
+
+
+@pytest.mark.parametrize(
+    ("plant", "costs"),
+    [(pages_are_not_pinned, SLOW_SCATTER), (a_running_step_loses_its_pages, SLOW_STEPS)],
+)
+def test_a_page_that_is_freed_too_early_is_noticed(
+    plant: Plant, costs: Costs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(InvariantViolation, match="wrong token"):
+        for seed in range(MAX_RUNS):
+            World(busy_scenario(seed, costs)).run()
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        pages_are_not_released,
+        the_last_page_is_not_released,
+        promises_are_not_given_back,
+        the_log_accepts_anything,
+        requests_end_twice,
+        capacity_is_settled_twice,
+        capacity_is_not_settled,
+        a_seal_is_believed,
+        checksums_are_not_compared,
+        senders_forget_to_close,
+    ],
+)
+def test_a_planted_bug_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(MAX_RUNS):
+            scenario = random_scenario(seed, faults=FAULTS, cancel_probability=0.4, deadline_s=10.0)
+            World(scenario).run()
