@@ -45,34 +45,55 @@ class ServeConfig(BaseSettings):
     )
 
     model: str | None = Field(
-        None, description="GGUF file, safetensors directory or Hugging Face id; none: SmolLM2"
+        default=None,
+        description="GGUF file, safetensors directory or Hugging Face id; none: SmolLM2",
     )
-    served_model: str | None = Field(None, min_length=1, description="the name that clients use")
-    prefill: int = Field(1, ge=1, le=64, description="prefill workers")
-    decode: int = Field(1, ge=1, le=64, description="decode workers")
-    host: str = Field("127.0.0.1", min_length=1, description="address of the HTTP API")
-    port: int = Field(8000, ge=0, le=65535, description="port of the HTTP API; 0: any free one")
+    served_model: str | None = Field(
+        default=None, min_length=1, description="the name that clients use"
+    )
+    prefill: int = Field(default=1, ge=1, le=64, description="prefill workers")
+    decode: int = Field(default=1, ge=1, le=64, description="decode workers")
+    host: str = Field(default="127.0.0.1", min_length=1, description="address of the HTTP API")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="port of the HTTP API; 0: any free one"
+    )
     dashboard_port: int = Field(
-        8265, ge=0, le=65535, description="port of Ray's dashboard; 0: any free one"
+        default=8265, ge=0, le=65535, description="port of Ray's dashboard; 0: any free one"
     )
-    launcher: Literal["ray", "subprocess"] = Field("ray", description="what starts the workers")
-    transport: Literal["auto", "ucx", "tcp"] = Field("auto", description="what carries KV pages")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and KV cache")
-    page_size: PageSize = Field(64, description="token slots of a page")
-    num_pages: int | None = Field(None, ge=1, description="pages of a worker; none: by memory")
+    launcher: Literal["ray", "subprocess"] = Field(
+        default="ray", description="what starts the workers"
+    )
+    transport: Literal["auto", "ucx", "tcp"] = Field(
+        default="auto", description="what carries KV pages"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="weights and KV cache"
+    )
+    page_size: PageSize = Field(default=64, description="token slots of a page")
+    num_pages: int | None = Field(
+        default=None, ge=1, description="pages of a worker; none: by memory"
+    )
     max_model_len: int | None = Field(
-        None, ge=1, description="tokens, prompt plus output; none: what the model says"
+        default=None, ge=1, description="tokens, prompt plus output; none: what the model says"
     )
     num_threads: int | None = Field(
-        None, ge=1, description="compute threads of a worker; none: the cores, shared out"
+        default=None, ge=1, description="compute threads of a worker; none: the cores, shared out"
     )
-    max_batch_tokens: int = Field(512, ge=1, description="prompt tokens of one prefill step")
-    max_batch_size: int = Field(32, ge=1, description="sequences of one decode step")
-    max_queued: int = Field(1024, ge=1, description="requests that wait in the router")
-    queue_timeout_s: float = Field(60.0, gt=0, description="a request that waits longer fails")
-    request_timeout_s: float = Field(600.0, gt=0, description="a request that runs longer fails")
-    start_timeout_s: float = Field(300.0, gt=0, description="for all workers to be ready")
-    stop_timeout_s: float = Field(5.0, gt=0, description="for a stopped worker to end by itself")
+    max_batch_tokens: int = Field(
+        default=512, ge=1, description="prompt tokens of one prefill step"
+    )
+    max_batch_size: int = Field(default=32, ge=1, description="sequences of one decode step")
+    max_queued: int = Field(default=1024, ge=1, description="requests that wait in the router")
+    queue_timeout_s: float = Field(
+        default=60.0, gt=0, description="a request that waits longer fails"
+    )
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="a request that runs longer fails"
+    )
+    start_timeout_s: float = Field(default=300.0, gt=0, description="for all workers to be ready")
+    stop_timeout_s: float = Field(
+        default=5.0, gt=0, description="for a stopped worker to end by itself"
+    )
 
     @classmethod
     def settings_customise_sources(

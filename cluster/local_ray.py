@@ -37,6 +37,8 @@ _ENVIRONMENT = {
     # Idle Python workers, made ready for tasks that this program never submits.
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    # Workers are what the machine is there for; Ray would let every other process go first.
+    "RAY_worker_niceness": "0",
     # An actor without a GPU of Ray's must not lose sight of the machine's GPUs.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -24,8 +24,11 @@ def bind(host: str, port: int, *, option: str) -> socket.socket:
         raise ConfigError(f"host {host} is no address; change --host") from error
     bound = socket.socket(family, kind, protocol)
     try:
+        # On for the bind, so that connections of an earlier instance that are still closing do not
+        # matter; off after it, or others could bind the port too until this socket listens.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         bound.close()
         raise _explain(error, host, port, option) from error

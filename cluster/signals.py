@@ -7,7 +7,6 @@ from collections.abc import Coroutine
 
 from pagewire.cluster import processes
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FORCED_EXIT_CODE = 1
 
 
@@ -28,8 +27,9 @@ async def run_until_signal(work: Coroutine[None, None, None]) -> None:
         is_stopping = True
         task.cancel()
 
-    # One that is ignored stays so: `nohup` ignores SIGHUP.
-    handled = [each for each in _STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is how `nohup` works
+        handled.append(signal.SIGHUP)
     for number in handled:
         loop.add_signal_handler(number, on_signal)
     try:

@@ -15,7 +15,7 @@ from pagewire.cluster.launcher import WorkerExit
 from pagewire.cluster.placement import worker_environment
 from pagewire.worker.config import WorkerConfig
 
-WORKER_COMMAND = (sys.executable, "-m", "pagewire.cluster.worker_process")
+WORKER_COMMAND = (sys.executable, "-m", "pagewire.cluster.worker_process", "--ends-with-stdin")
 _MAX_LINE_BYTES = 1 << 20
 
 
@@ -31,7 +31,7 @@ class SubprocessLauncher:
                 *self._command,
                 config.to_json(),
                 env=os.environ | worker_environment(config),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,  # never written: it ends when this process does
                 stderr=asyncio.subprocess.PIPE,
                 limit=_MAX_LINE_BYTES,
                 start_new_session=True,  # Ctrl-C in the terminal is for the parent alone

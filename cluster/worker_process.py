@@ -24,6 +24,10 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.sessions import RegistrationRefused
 
+ENDS_WITH_STDIN = "--ends-with-stdin"
+
+_STDIN_BYTES = 4096  # nobody sends any
+
 logger = logging.getLogger(__name__)
 
 # What a worker can fail with at its start for reasons that a user can mend.
@@ -57,21 +61,34 @@ async def run_worker(
     await worker.run(chosen.transports, stop)
 
 
-async def _main(config: WorkerConfig) -> None:
+async def _main(config: WorkerConfig, *, ends_with_stdin: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if ends_with_stdin:
+        loop.add_reader(sys.stdin.fileno(), _stop_at_end_of_stdin, loop, stop)
     await run_worker(config, stop)
 
 
+def _stop_at_end_of_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    if not os.read(sys.stdin.fileno(), _STDIN_BYTES):
+        loop.remove_reader(sys.stdin.fileno())
+        stop.set()
+
+
 def main() -> None:
-    """Exit code 0 after a clean stop, 1 with one line on standard error otherwise."""
+    """Arguments: [--ends-with-stdin] CONFIG, the latter as JSON.
+
+    With the option the worker stops when its standard input ends, which a parent that is killed
+    cannot fail to bring about. Exit code 0 after a clean stop, 1 with one line on standard error
+    otherwise.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = WorkerConfig.from_json(sys.argv[1])
+    config = WorkerConfig.from_json(sys.argv[-1])
     os.environ.setdefault("OMP_NUM_THREADS", str(config.num_threads))
     try:
-        asyncio.run(_main(config))
+        asyncio.run(_main(config, ends_with_stdin=ENDS_WITH_STDIN in sys.argv))
     except StartError as error:
         print(f"{config.name}: {error}", file=sys.stderr)
         sys.exit(1)

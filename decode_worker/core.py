@@ -13,7 +13,7 @@ from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
 from pagewire.engine.batch import Batch
 from pagewire.engine.page_pool import PagePool
-from pagewire.kv_transfer.layout import KVLayout
+from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
     Closed,
     Committed,
@@ -28,7 +28,7 @@ from pagewire.kv_transfer.messages import (
     Seal,
 )
 from pagewire.proto import worker_pb2 as pb
-from pagewire.worker.effects import Effect, Emit, Scatter, Send
+from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
 from pagewire.worker.events import failed, page_counts
 from pagewire.worker.identity import (
     AttemptKey,
@@ -54,15 +54,25 @@ class DecodeCore:
         vocab_size: int,
         max_model_len: int,
         max_batch_size: int,
+        slot_bytes: int,
         max_slots_per_handoff: int = 4,
+        closing_s: float = 5.0,
     ) -> None:
+        """`closing_s` bounds the wait for the sender of a hand-off that was given up.
+
+        Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
+        """
+        require_slot(layout, slot_bytes)
         self.incarnation = incarnation
         self.layout = layout
         self.pool = pool
         self.slots = slots
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._slot_bytes = slot_bytes
         self._max_slots_per_handoff = max_slots_per_handoff
+        self._closing_s = closing_s
+        self._closing_since: dict[SlotHolder, float] = {}  # ended, may still write their slots
         self._scheduler = DecodeScheduler(max_batch_size)
         self._sequences: dict[AttemptKey, DecodeSequence] = {}
         self._waiting: deque[DecodeSequence] = deque()  # opened, not reserved yet
@@ -85,7 +95,7 @@ class DecodeCore:
             case "attach":
                 return self._on_attach(key, command)
             case "abort":
-                return self._on_abort(key)
+                return self._on_abort(key, command.route.sender)
             case body:
                 return [failed(command.route, f"a decode worker takes no {body}")]
 
@@ -143,10 +153,12 @@ class DecodeCore:
             )
         return sequence
 
-    def _on_abort(self, key: AttemptKey) -> list[Effect]:
-        self._ended.add(key)
+    def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         sequence = self._sequences.get(key)
-        return self._end(sequence) if sequence else []
+        if sequence is None:
+            self._ended.add(key)
+            return []
+        return self._end(sequence) if sequence.route.sender == router else []
 
     # --- From the prefill worker ------------------------------------------------------------------
 
@@ -179,6 +191,8 @@ class DecodeCore:
         ):
             self._num_dropped += 1
             return None, []
+        if length > self._slot_bytes:
+            return None, self._fail_handoff(sequence, RefuseReason.LAYOUT)
         if not sequence.receiver.agrees(frame, length):
             return None, self._fail_handoff(sequence, RefuseReason.INTEGRITY)
         if not self.slots.begin_landing(_credit(frame), sequence.holder):
@@ -208,8 +222,9 @@ class DecodeCore:
         self.slots.reclaim_peer(peer)
         effects: list[Effect] = []
         for sequence in list(self._sequences.values()):
-            if sequence.receiver.id.receiver == peer and sequence.receiver.is_open:
-                sequence.receiver.close()
+            receiver = sequence.receiver
+            if receiver.id.receiver == peer and receiver.is_open and receiver.needs_sender:
+                receiver.close()
                 effects += self._end(sequence)
                 effects.append(
                     failed(
@@ -245,6 +260,7 @@ class DecodeCore:
         if sequence is None:  # aborted while the frame was landing
             self.slots.free(frame.slot)
             return self._grant_slots()
+        sequence.receiver.on_landed(frame)
         self._grow(sequence, sequence.num_prompt_tokens)
         pages = sequence.pages[frame.first_page : frame.first_page + frame.num_pages]
         self.pool.pin(pages)
@@ -256,7 +272,9 @@ class DecodeCore:
         if sequence is None or sequence.receiver.state is not ReceiverState.RECEIVING:
             self._num_dropped += 1
             return []
-        if seal.first_token >= self._vocab_size:
+        if seal.first_token >= self._vocab_size or finish_reason(
+            seal.first_token, 1, sequence.sampling
+        ):  # such a token has no hand-off behind it
             return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
         fault = sequence.receiver.on_seal(seal)
         if fault is not None:
@@ -400,8 +418,20 @@ class DecodeCore:
     # --- Time and state ---------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Effect]:
-        """Nothing waits on a clock here: senders watch for stalls, the router for deadlines."""
-        return []
+        """Give up connections whose worker leaves hand-offs open that were refused long ago.
+
+        Slots are not freed by a time-out: the end of the connection frees them.
+        """
+        closing = {
+            holder for holder in self.slots.holders_awaited() if holder.key not in self._sequences
+        }
+        self._closing_since = {holder: self._closing_since.get(holder, now) for holder in closing}
+        overdue = {
+            holder.peer: None
+            for holder, since in self._closing_since.items()
+            if now - since > self._closing_s
+        }
+        return [Disconnect(peer=peer) for peer in overdue]
 
     @property
     def is_idle(self) -> bool:

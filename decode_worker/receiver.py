@@ -5,7 +5,7 @@
     WAITING    reserved                                   RECEIVING
     RECEIVING  frame scattered, Seal                      RECEIVING
     RECEIVING  sealed, every frame here, all covered      READY
-    any        close                                      CLOSED
+    not READY  close                                      CLOSED
 
 READY and CLOSED are final. A frame is believed only when its checksum, digest of layout, hash of
 prompt and range agree with what was agreed, and never twice.
@@ -48,7 +48,8 @@ class Receiver:
         self._layout_digest = layout.digest()
         self._covered = [0] * layout.num_pages(num_prompt_tokens)  # per page, a bit per layer
         self._checksums: dict[int, int] = {}  # by seq, of the frames that lie in pages
-        self._landing: set[int] = set()  # seqs between header and pages
+        self._landing: set[int] = set()  # seqs between header and the end of their payload
+        self._scattering: set[int] = set()  # seqs between their slot and their pages
 
     @property
     def is_open(self) -> bool:
@@ -78,7 +79,7 @@ class Receiver:
         self.state = ReceiverState.RECEIVING
 
     def is_repeated(self, frame: Frame) -> bool:
-        return frame.seq in self._checksums or frame.seq in self._landing
+        return any(frame.seq in seqs for seqs in (self._landing, self._scattering, self._checksums))
 
     def agrees(self, frame: Frame, length: int) -> bool:
         """Whether a frame with `length` bytes of payload is one that this hand-off can have."""
@@ -94,11 +95,24 @@ class Receiver:
         )
 
     def on_landing(self, frame: Frame) -> None:
+        """The header was accepted: the payload goes into its slot."""
         self._landing.add(frame.seq)
+
+    def on_landed(self, frame: Frame) -> None:
+        """The payload is complete."""
+        self._landing.discard(frame.seq)
+        self._scattering.add(frame.seq)
+
+    @property
+    def needs_sender(self) -> bool:
+        """Whether anything is still to come: the Seal, or a frame that is not all here."""
+        if self.seal is None or self._landing:
+            return True
+        return len(self._checksums) + len(self._scattering) < self.seal.num_frames
 
     def on_scattered(self, frame: Frame) -> RefuseReason | None:
         """The frame was verified and lies in pages."""
-        self._landing.discard(frame.seq)
+        self._scattering.discard(frame.seq)
         self._checksums[frame.seq] = frame.checksum
         layers = ((1 << frame.num_layers) - 1) << frame.first_layer
         for page in range(frame.first_page, frame.first_page + frame.num_pages):
@@ -108,18 +122,19 @@ class Receiver:
         return self._become_ready_if_complete()
 
     def on_seal(self, seal: Seal) -> RefuseReason | None:
-        """Every frame is out; some may still be landing."""
+        """Every frame is out; some may still be on their way into pages."""
         if self.state is ReceiverState.RECEIVING and self.seal is None:
             self.seal = seal
             return self._become_ready_if_complete()
         return None
 
     def close(self) -> None:
-        """Give the hand-off up. Idempotent."""
-        self.state = ReceiverState.CLOSED
+        """Give the hand-off up, unless it is complete. Idempotent."""
+        if self.state is not ReceiverState.READY:
+            self.state = ReceiverState.CLOSED
 
     def _become_ready_if_complete(self) -> RefuseReason | None:
-        if self.seal is None or self._landing or len(self._checksums) < self.seal.num_frames:
+        if self.seal is None or self.needs_sender or self._scattering:
             return None
         digest = 0
         for seq in range(self.seal.num_frames):

@@ -105,6 +105,11 @@ class SlotPool:
             ):
                 self._free_slot(index)
 
+    def holders_awaited(self) -> set[SlotHolder]:
+        """Who may still write a slot: granted, or landing."""
+        states = (SlotState.GRANTED, SlotState.LANDING)
+        return {slot.holder for slot in self._slots if slot.holder and slot.state in states}
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""
         free = {index for index, slot in enumerate(self._slots) if slot.state is SlotState.FREE}

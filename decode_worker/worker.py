@@ -34,6 +34,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             vocab_size=runner.vocab_size,
             max_model_len=runner.max_model_len,
             max_batch_size=config.max_batch_size,
+            slot_bytes=config.slot_bytes,
         )
         super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
         self._writer = FrameWriter(
@@ -51,7 +52,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         self.carry_out(effects)
         return None if slot is None else self._writer.slot(slot, length)
 
-    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
         raise AssertionError("a decode worker sends no frames")
 
     async def _scatter(self, effect: Scatter) -> None:

@@ -7,6 +7,7 @@ import torch
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.errors import ModelError
 from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.loading.identity import model_digest
 from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
 from pagewire.engine.model_runner import ModelRunner
@@ -50,7 +51,9 @@ def load_engine(
             available_bytes=available_bytes(device),
             share=default_share(device),
         )
-    return ModelRunner(model, KVCache(layout, num_pages, device), max_model_len=length)
+    return ModelRunner(
+        model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)
+    )
 
 
 def _max_model_len(config: ModelConfig, wanted: int | None) -> int:

@@ -22,10 +22,14 @@ from pagewire.kv_transfer.layout import KVLayout
 class ModelRunner:
     """A model with its KV cache. Not safe for use by two threads at a time."""
 
-    def __init__(self, model: LlamaModel, kv_cache: KVCache, *, max_model_len: int) -> None:
+    def __init__(
+        self, model: LlamaModel, kv_cache: KVCache, *, max_model_len: int, digest: bytes
+    ) -> None:
+        """`digest` identifies the model's files: see `model_digest`."""
         self.model = model
         self.kv_cache = kv_cache
         self.max_model_len = max_model_len
+        self.digest = digest
         self._pages = kv_cache.pages
 
     @property

@@ -1,7 +1,7 @@
 """The first bytes on a connection: who speaks, and whom he believes to reach.
 
-Both ends send one Hello. The accepting end answers even when it is not the one that was meant, so
-that the other can say what it found instead.
+Both ends send one Hello. The accepting end answers even when it is not the one that was meant, but
+then does not say who it is: an incarnation is known only to those whom a router told.
 """
 
 import socket
@@ -16,6 +16,7 @@ MAX_NOTE_BYTES = 16 * 1024
 _FIXED = struct.Struct(f"!4sB4s{ID_BYTES}s{ID_BYTES}sH")
 _MAGIC = b"PGWR"
 _VERSION = 1
+NOBODY = bytes(ID_BYTES)  # the sender of an answer to somebody who wanted another process
 
 
 class HandshakeError(TransportError):

@@ -54,11 +54,6 @@ class KVLayout:
         """Bytes of one page, all layers."""
         return self.num_layers * self.layer_bytes
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of KV that one token takes."""
-        return self.page_bytes // self.page_size
-
     def num_pages(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
@@ -67,16 +62,6 @@ class KVLayout:
         """16 bytes that two workers compare before they exchange pages."""
         text = ";".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-    def require_same(self, other: "KVLayout") -> None:
-        """Raise LayoutError that names the first field in which `other` differs."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs:
-                raise LayoutError(
-                    f"KV layouts differ in {field.name}: {mine} here, {theirs} there; "
-                    "start both workers with the same value"
-                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -92,6 +77,15 @@ class FrameRange:
         return self.num_pages * self.num_layers * layout.layer_bytes
 
 
+def require_slot(layout: KVLayout, slot_bytes: int) -> None:
+    """Raise LayoutError when not even one layer of a page fits in a staging slot."""
+    if layout.layer_bytes > slot_bytes:
+        raise LayoutError(
+            f"one layer of a page is {layout.layer_bytes} bytes, a staging slot {slot_bytes}; "
+            "raise slot_bytes or lower page_size"
+        )
+
+
 def plan_frames(
     layout: KVLayout, first_page: int, end_page: int, slot_bytes: int
 ) -> Iterator[FrameRange]:
@@ -100,11 +94,7 @@ def plan_frames(
     Whole pages while one fits in a slot, layer groups of one page otherwise. Raises LayoutError
     when not even one layer of a page fits.
     """
-    if layout.layer_bytes > slot_bytes:
-        raise LayoutError(
-            f"one layer of a page is {layout.layer_bytes} bytes, a staging slot {slot_bytes}; "
-            "raise slot_bytes or lower page_size"
-        )
+    require_slot(layout, slot_bytes)
     pages_per_frame = slot_bytes // layout.page_bytes
     if pages_per_frame:
         for page in range(first_page, end_page, pages_per_frame):

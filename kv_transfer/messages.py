@@ -1,7 +1,7 @@
 """What a prefill and a decode worker say to each other during a hand-off.
 
-Every message is one bounded msgpack map in front of an optional raw payload. Decoding accepts only
-the declared fields with their declared types and ranges: these bytes come from a socket.
+Every message is one bounded msgpack array in front of an optional raw payload. Decoding accepts
+only the declared fields with their declared types and ranges: these bytes come from a socket.
 """
 
 from dataclasses import dataclass, field, fields
@@ -26,7 +26,6 @@ class RefuseReason(StrEnum):
     UNKNOWN_TICKET = "unknown_ticket"
     LAYOUT = "layout"
     PREFIX = "prefix"
-    TOO_LONG = "too_long"
     ABORTED = "aborted"
     INTEGRITY = "integrity"
 
@@ -60,7 +59,7 @@ def _bytes(length: int = ID_BYTES) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """P → D: a hand-off begins; asks for a Reservation of `num_tokens` slots in all."""
+    """P → D: a hand-off begins. D reserves what it expects; its Grants are the answer."""
 
     code: ClassVar[int] = 1
     id: HandoffId

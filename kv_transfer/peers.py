@@ -46,9 +46,9 @@ class Peers(Generic[ConnectionT]):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def get(self, peer: bytes) -> ConnectionT | None:
-        """The oldest connection to `peer`."""
+        """The newest connection to `peer`: an older one may be dead without knowing it."""
         connections = self._connections.get(peer)
-        return connections[0] if connections else None
+        return connections[-1] if connections else None
 
     def serve(self, connection: ConnectionT) -> None:
         """Run `connection` to its end, in a task."""

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from pagewire.kv_transfer.handshake import (
+    NOBODY,
     HandshakeError,
     Hello,
     receive_hello,
@@ -138,7 +139,9 @@ class SocketTransport(ABC, Generic[ConnectionT]):
         tune(sock)
         hello = await receive_hello(sock, self.kind)
         if hello.receiver != self._incarnation:
-            await send_hello(sock, self._hello(hello.sender, note=b""))
+            await send_hello(
+                sock, Hello(kind=self.kind, sender=NOBODY, receiver=hello.sender, note=b"")
+            )
             raise HandshakeError(
                 f"it was meant for incarnation {hello.receiver.hex()}; "
                 f"this is {self._incarnation.hex()}"

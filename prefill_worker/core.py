@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.page_pool import PagePool
-from pagewire.kv_transfer.layout import KVLayout
+from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
     Closed,
     Committed,
@@ -26,7 +26,7 @@ from pagewire.prefill_worker.scheduler import Chunk, PrefillScheduler
 from pagewire.prefill_worker.sender import Sender, SenderState
 from pagewire.prefill_worker.sequence import PrefillSequence
 from pagewire.proto import worker_pb2 as pb
-from pagewire.worker.effects import Connect, Effect, Emit, Send, SendFrame
+from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame
 from pagewire.worker.events import failed, page_counts
 from pagewire.worker.identity import (
     AttemptKey,
@@ -75,15 +75,21 @@ class PrefillCore:
         max_model_len: int,
         max_batch_tokens: int,
         slot_bytes: int,
-        stall_s: float = 5.0,
+        answer_s: float = 5.0,
+        send_s: float = 30.0,
     ) -> None:
+        """`answer_s` and `send_s`: see Sender.is_stalled. Raises LayoutError when not even one
+        layer of a page fits in `slot_bytes`.
+        """
+        require_slot(layout, slot_bytes)
         self.incarnation = incarnation
         self.layout = layout
         self.pool = pool
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._slot_bytes = slot_bytes
-        self._stall_s = stall_s
+        self._answer_s = answer_s
+        self._send_s = send_s
         self._scheduler = PrefillScheduler(pool, layout, max_batch_tokens)
         self._sequences: dict[AttemptKey, PrefillSequence] = {}
         self._batch: list[Chunk] = []  # the step that runs now
@@ -105,7 +111,7 @@ class PrefillCore:
             case "prefill":
                 return self._on_prefill(key, command, now)
             case "abort":
-                return self._on_abort(key)
+                return self._on_abort(key, command.route.sender)
             case body:
                 return [failed(command.route, f"a prefill worker takes no {body}")]
 
@@ -164,10 +170,12 @@ class PrefillCore:
             addresses=tuple((item.kind, item.address) for item in body.transports),
         )
 
-    def _on_abort(self, key: AttemptKey) -> list[Effect]:
-        self._ended.add(key)
+    def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         sequence = self._sequences.get(key)
-        return self._end(sequence) if sequence else []
+        if sequence is None:
+            self._ended.add(key)
+            return []
+        return self._end(sequence) if sequence.route.sender == router else []
 
     # --- From the decode worker -------------------------------------------------------------------
 
@@ -212,8 +220,8 @@ class PrefillCore:
                 )
         return effects
 
-    def on_frame_sent(self, frame: Frame, checksum: int, now: float) -> list[Effect]:
-        """The pages of `frame` are not read any more, whether or not it arrived."""
+    def on_frame_sent(self, frame: Frame, checksum: int | None, now: float) -> list[Effect]:
+        """The pages of `frame` are not read any more; without a checksum it was not sent."""
         key = AttemptKey.of(frame.id)
         sender, pages = self._sending.pop((key, frame.seq))
         self.pool.unpin(pages)
@@ -307,19 +315,22 @@ class PrefillCore:
     # --- Time and state ---------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Effect]:
-        """Fail the hand-offs that have stalled."""
+        """Fail the hand-offs that have stalled, and give up the connections that they stall on."""
         effects: list[Effect] = []
+        stalled: dict[bytes, None] = {}  # peers, in order
         for sequence in list(self._sequences.values()):
-            if sequence.sender.is_stalled(now, self._stall_s):
+            if self._is_stalled(sequence.sender, now):
+                stalled[sequence.sender.id.receiver] = None
                 effects += self._end(sequence)
-                effects.append(
-                    failed(
-                        sequence.route,
-                        f"the hand-off made no progress for {self._stall_s:g} s",
-                        pb.FAILURE_CODE_STALLED,
-                    )
-                )
-        return effects
+                text = "the hand-off made no progress and was given up"
+                effects.append(failed(sequence.route, text, pb.FAILURE_CODE_STALLED))
+        for sender, _ in self._sending.values():
+            if self._is_stalled(sender, now):
+                stalled[sender.id.receiver] = None
+        return [*effects, *(Disconnect(peer=peer) for peer in stalled)]
+
+    def _is_stalled(self, sender: Sender, now: float) -> bool:
+        return sender.is_stalled(now, answer_s=self._answer_s, send_s=self._send_s)
 
     @property
     def is_idle(self) -> bool:

@@ -12,11 +12,11 @@
     SEALED     close                           RELEASED   Closed
     any        peer lost                       RELEASED
 
-Whatever does not fit the state is a repetition or a late message and changes nothing.
+A send that fails is followed by the loss of the peer: nothing is sealed in between. Whatever does
+not fit the state is a repetition or a late message and changes nothing.
 """
 
 from collections import deque
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from pagewire.kv_transfer.checksum import extend_digest
@@ -30,14 +30,6 @@ class SenderState(Enum):
     SEALED = auto()
     DRAINING = auto()
     RELEASED = auto()
-
-
-@dataclass(slots=True, kw_only=True)
-class _Unacked:
-    """Frames that left, and when the peer last showed progress."""
-
-    seqs: set[int]
-    since: float = 0.0
 
 
 class Sender:
@@ -71,7 +63,8 @@ class Sender:
         self._num_frames = 0
         self._num_sending = 0
         self._checksums: dict[int, int] = {}  # by seq
-        self._unacked = _Unacked(seqs=set())
+        self._unacked: set[int] = set()  # seqs of frames that the peer has not answered
+        self._progress_at = 0.0  # when a frame, an answer or the Seal last moved
         self._first_token: int | None = None
 
     @property
@@ -123,17 +116,20 @@ class Sender:
         self._grants.append(grant)
         return self._pair_frames_with_credit(now)
 
-    def on_sent(self, seq: int, checksum: int, now: float) -> list[Message]:
-        """The pages of frame `seq` are not read any more."""
+    def on_sent(self, seq: int, checksum: int | None, now: float) -> list[Message]:
+        """The pages of frame `seq` are not read any more; without a checksum it was not sent."""
         self._num_sending -= 1
-        self._checksums[seq] = checksum
+        self._progress_at = now
+        if checksum is not None:
+            self._checksums[seq] = checksum
         if self.state is SenderState.DRAINING and not self._num_sending:
             return self._release()
         return self._seal_if_complete(now)
 
     def on_ack(self, seq: int, now: float) -> None:
-        self._unacked.seqs.discard(seq)
-        self._unacked.since = now
+        if seq in self._unacked:
+            self._unacked.remove(seq)
+            self._progress_at = now
 
     def on_committed(self) -> None:
         if self.state is SenderState.SEALED:
@@ -155,13 +151,21 @@ class Sender:
     def on_peer_lost(self) -> None:
         self.state = SenderState.RELEASED
 
-    def is_stalled(self, now: float, stall_s: float) -> bool:
-        """Whether the peer has shown no progress for `stall_s` while it was its turn."""
-        if self.state is SenderState.STREAMING:
-            waiting = bool(self._unacked.seqs)
+    def is_stalled(self, now: float, *, answer_s: float, send_s: float) -> bool:
+        """Whether nothing has moved for too long while it was the peer's or the link's turn.
+
+        `send_s` bounds a send under way, which a slow link may need; `answer_s` the answer to what
+        was sent.
+        """
+        if self._num_sending:
+            limit = send_s
+        elif self.state is SenderState.SEALED or (
+            self.state is SenderState.STREAMING and self._unacked
+        ):
+            limit = answer_s
         else:
-            waiting = self.state is SenderState.SEALED
-        return waiting and now - self._unacked.since > stall_s
+            return False
+        return self.state is not SenderState.RELEASED and now - self._progress_at > limit
 
     def _pair_frames_with_credit(self, now: float) -> list[Message]:
         frames: list[Message] = []
@@ -173,9 +177,8 @@ class Sender:
         seq = self._num_frames
         self._num_frames += 1
         self._num_sending += 1
-        if not self._unacked.seqs:
-            self._unacked.since = now
-        self._unacked.seqs.add(seq)
+        self._unacked.add(seq)
+        self._progress_at = now
         return Frame(
             id=self.id,
             seq=seq,
@@ -196,10 +199,11 @@ class Sender:
             or self._first_token is None
             or self._ready
             or self._num_sending
+            or len(self._checksums) < self._num_frames
         ):
             return []
         self.state = SenderState.SEALED
-        self._unacked.since = now
+        self._progress_at = now
         digest = 0
         for seq in range(self._num_frames):
             digest = extend_digest(digest, self._checksums[seq])

@@ -39,7 +39,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
         raise MessageError("a prefill worker takes no frames")
 
-    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
         self.carry_out(self.core.on_frame_sent(frame, checksum, self.clock()))
 
     async def _scatter(self, effect: Scatter) -> None:

@@ -283,6 +283,7 @@ class RegisterRequest(_message.Message):
     NUM_PAGES_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: Global___Role.ValueType
     incarnation: _builtins.bytes
@@ -292,7 +293,10 @@ class RegisterRequest(_message.Message):
     device: _builtins.str
     model: _builtins.str
     max_model_len: _builtins.int
+    """tokens, at least 1"""
     num_pages: _builtins.int
+    model_digest: _builtins.bytes
+    """of configuration and weights; pages of other models are worthless"""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
@@ -311,10 +315,11 @@ class RegisterRequest(_message.Message):
         num_pages: _builtins.int = ...,
         layout: Global___KVLayout | None = ...,
         transports: _abc.Iterable[Global___TransportAddress] | None = ...,
+        model_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "layout", b"layout", "max_model_len", b"max_model_len", "model", b"model", "name", b"name", "num_pages", b"num_pages", "pid", b"pid", "role", b"role", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "layout", b"layout", "max_model_len", b"max_model_len", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_pages", b"num_pages", "pid", b"pid", "role", b"role", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -609,7 +614,7 @@ Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
 
 @_typing.final
 class Sealed(_message.Message):
-    """Prefill worker: all frames are out."""
+    """Prefill worker: all frames are out. From here on the decode worker answers for the attempt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -674,7 +679,7 @@ Global___Tokens: _TypeAlias = Tokens  # noqa: Y015
 
 @_typing.final
 class Failed(_message.Message):
-    """The last event of an attempt."""
+    """The last event that a worker sends of an attempt; both workers of a hand-off may send one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -725,6 +730,7 @@ class WorkerState(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     DROPPED_MESSAGES_FIELD_NUMBER: _builtins.int
     TRANSFERS_FIELD_NUMBER: _builtins.int
+    INTEGRITY_ERROR_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """requests that have not started"""
     running: _builtins.int
@@ -738,6 +744,8 @@ class WorkerState(_message.Message):
     generated_tokens: _builtins.int
     dropped_messages: _builtins.int
     """not addressed to a known attempt of these incarnations"""
+    integrity_error: _builtins.str
+    """Inspect only; empty while pages and slots add up"""
     @_builtins.property
     def pages(self) -> Global___PageCounts: ...
     @_builtins.property
@@ -754,10 +762,11 @@ class WorkerState(_message.Message):
         generated_tokens: _builtins.int = ...,
         dropped_messages: _builtins.int = ...,
         transfers: _abc.Iterable[Global___TransferTotals] | None = ...,
+        integrity_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "pages", b"pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "pages", b"pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

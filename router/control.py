@@ -23,6 +23,10 @@ _TICK_S = 0.25
 _INSPECT_TIMEOUT_S = 1.0
 _ROLE_NAMES = {pb.ROLE_PREFILL: "prefill", pb.ROLE_DECODE: "decode"}
 
+# Workers and routers talk to each other directly, whatever proxy the environment names, and no
+# two routers share a port.
+_GRPC_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.so_reuseport", 0))
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +53,7 @@ class RouterControl:
         self._streams: dict[str, _ControlStream] = {}  # by request id
         self._server: grpc.aio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def incarnation(self) -> bytes:
@@ -56,7 +61,7 @@ class RouterControl:
 
     async def start(self) -> str:
         """Serve Membership; returns its host:port. Raises OSError when the port is taken."""
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=_GRPC_OPTIONS)
         pb_grpc.add_MembershipServicer_to_server(_Membership(self), self._server)
         try:
             port = self._server.add_insecure_port(f"{self._host}:{self._port}")
@@ -65,7 +70,7 @@ class RouterControl:
                 f"cannot listen for workers on {self._host}:{self._port}; choose another port"
             ) from error
         await self._server.start()
-        self._ticker = asyncio.create_task(self._tick())
+        self._ticker = self.watch(asyncio.create_task(self._tick()))
         return f"{self._host}:{port}"
 
     async def stop(self) -> None:
@@ -79,6 +84,20 @@ class RouterControl:
         await asyncio.gather(*(session.task for session in sessions), return_exceptions=True)
         if self._server is not None:
             await self._server.stop(grace=None)
+        self._failed.cancel()
+
+    async def failure(self) -> None:
+        """Wait until a background task fails, and raise what it raised: the books are wrong."""
+        await asyncio.shield(self._failed)
+
+    def watch(self, task: "asyncio.Task[None]") -> "asyncio.Task[None]":
+        """Let a failure of `task` be the failure of the router."""
+        task.add_done_callback(self._on_done)
+        return task
+
+    def _on_done(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) and not self._failed.done():
+            self._failed.set_exception(error)
 
     # --- Dispatcher -------------------------------------------------------------------------------
 
@@ -218,7 +237,7 @@ class _Session:
         self._stub: pb_grpc.WorkerAsyncStub | None = None
         hello = pb.Route(sender=control.incarnation, receiver=info.incarnation)
         self.send(pb.WorkerCommand(route=hello, hello=pb.Hello()))
-        self.task = asyncio.create_task(self._run())
+        self.task = control.watch(asyncio.create_task(self._run()))
 
     def send(self, command: pb.WorkerCommand) -> None:
         self._commands.put_nowait(command)
@@ -238,7 +257,9 @@ class _Session:
     async def _run(self) -> None:
         reason = "the session ended"
         try:
-            async with grpc.aio.insecure_channel(self.info.address) as channel:
+            async with grpc.aio.insecure_channel(
+                self.info.address, options=_GRPC_OPTIONS
+            ) as channel:
                 self._stub = pb_grpc.WorkerStub(channel)
                 async for batch in self._stub.Session(self._outgoing()):
                     for event in batch.events:

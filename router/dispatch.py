@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.lifecycle import Assignment, Effect, Lifecycle, State
-from pagewire.router.members import Members
+from pagewire.router.members import HEARTBEAT_S, Members
 from pagewire.router.policy import Pair, choose_pair
 from pagewire.router.request import Request, RequestFailed
 
@@ -30,6 +30,7 @@ class DispatchCore:
         self._live: dict[str, Lifecycle] = {}
         self._queue: deque[Lifecycle] = deque()
         self._prefilling: dict[str, int] = {}  # prompt tokens not known to be computed
+        self._ticked_at: float | None = None
         self.num_dropped = 0  # events addressed to no live request
 
     # --- Clients ----------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ class DispatchCore:
     def submit(self, request: Request, now: float) -> list[Effect]:
         """Admit a request. Raises RequestFailed when there is no room, or never will be."""
         self.check_ready()
-        if _num_kv_tokens(request) > self.max_kv_tokens():
+        if not self._fits(request):
             raise RequestFailed(
                 "the request needs more KV cache than any worker has; shorten the prompt or "
                 "lower max_tokens",
@@ -80,12 +81,8 @@ class DispatchCore:
                 )
 
     def max_kv_tokens(self) -> int:
-        """Tokens of KV that the largest worker of each role can hold; 0 without one of each."""
-        capacity: dict[pb.Role.ValueType, int] = {pb.ROLE_PREFILL: 0, pb.ROLE_DECODE: 0}
-        for member in self.members:
-            tokens = member.info.num_pages * member.info.layout.page_size
-            capacity[member.info.role] = max(capacity[member.info.role], tokens)
-        return min(capacity.values())
+        """Tokens, prompt plus output, that the largest decode worker can hold; 0 without any."""
+        return self._capacity(pb.ROLE_DECODE)
 
     def counts(self) -> dict[str, int]:
         """Live requests by state."""
@@ -132,6 +129,10 @@ class DispatchCore:
     def tick(self, now: float) -> list[Effect]:
         """Fail what is past its deadline; give up workers that have gone silent."""
         effects: list[Effect] = []
+        pause = 0.0 if self._ticked_at is None else now - self._ticked_at
+        self._ticked_at = now
+        if pause > HEARTBEAT_S:  # this process stood still: heartbeats wait to be read
+            self.members.forgive(pause)
         for member in self.members.silent(now):
             effects += self.on_worker_lost(member.incarnation)
         for lifecycle in list(self._live.values()):
@@ -145,21 +146,37 @@ class DispatchCore:
     # --- Shared -----------------------------------------------------------------------------------
 
     def _dispatch_queued(self) -> list[Effect]:
-        """Send queued requests out, first come, first served, while a pair has room."""
+        """Send queued requests out, first come, first served, while a pair has room.
+
+        One that no worker could hold at the moment, however idle, stands aside for those behind it.
+        """
         effects: list[Effect] = []
-        while self._queue:
-            lifecycle = self._queue[0]
+        for lifecycle in list(self._queue):
             pair = choose_pair(
                 self.members.of_role(pb.ROLE_PREFILL),
                 self.members.of_role(pb.ROLE_DECODE),
                 num_prompt_tokens=len(lifecycle.request.token_ids),
                 num_tokens=_num_kv_tokens(lifecycle.request),
             )
-            if pair is None:
+            if pair is not None:
+                self._queue.remove(lifecycle)
+                effects += lifecycle.dispatch(self._assign(lifecycle.request, pair))
+            elif self._fits(lifecycle.request):
                 break
-            self._queue.popleft()
-            effects += lifecycle.dispatch(self._assign(lifecycle.request, pair))
         return effects
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the registered workers could hold a request if they were idle."""
+        return len(request.token_ids) <= self._capacity(pb.ROLE_PREFILL) and (
+            _num_kv_tokens(request) <= self._capacity(pb.ROLE_DECODE)
+        )
+
+    def _capacity(self, role: "pb.Role.ValueType") -> int:
+        """Tokens of KV that the largest worker of a role can hold; 0 without one."""
+        members = self.members.of_role(role)
+        return max(
+            (item.info.num_pages * item.info.layout.page_size for item in members), default=0
+        )
 
     def _assign(self, request: Request, pair: Pair) -> Assignment:
         self._prefilling[request.request_id] = len(request.token_ids)

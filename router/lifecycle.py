@@ -11,6 +11,7 @@
     DECODING    Tokens                         DECODING     delivers them
     DECODING    Tokens, finished               DONE         delivers them
     DECODING    Failed by P, P lost            DECODING     nothing: D has all that it needs
+    any live    Sealed                         the same     P's loss does no harm any more
     any live    Failed, worker lost, deadline  FAILED       tells the client, Abort to the others
     any live    cancel                         CANCELLED    Abort to both
 
@@ -92,6 +93,7 @@ class Lifecycle:
         self.log = TokenLog()
         self._router = router
         self._is_prefill_sent = False
+        self._is_sealed = False  # from then on the decode worker answers for the attempt
 
     @property
     def is_live(self) -> bool:
@@ -128,6 +130,9 @@ class Lifecycle:
             case "first_token" if is_prefill:
                 token = event.first_token
                 return self._on_tokens(0, (token.token_id,), token.finish_reason, State.HANDOFF)
+            case "sealed" if is_prefill:
+                self._is_sealed = True
+                return []
             case "ready" if is_decode:
                 self.state = State.DECODING
                 return []
@@ -147,7 +152,9 @@ class Lifecycle:
         if not self.is_live or assigned is None:
             return []
         if incarnation == assigned.decode or (
-            incarnation == assigned.prefill and self.state is not State.DECODING
+            incarnation == assigned.prefill
+            and self.state is not State.DECODING
+            and not self._is_sealed
         ):
             error = RequestFailed(
                 "a worker that served this request was lost; send the request again",

@@ -21,7 +21,7 @@ class Member:
     last_seen: float  # seconds on the router's clock
     state: pb.WorkerState = field(default_factory=pb.WorkerState)  # of the last heartbeat
     num_projected_pages: int = 0  # promised to requests that were sent to this worker
-    num_projected_tokens: int = 0  # prompt tokens that it was sent and has not sealed
+    num_projected_tokens: int = 0  # prompt tokens on their way whose token 0 is not known
 
     @property
     def incarnation(self) -> bytes:
@@ -57,12 +57,20 @@ class Members:
             raise RegistrationRefused("incarnation is not 16 bytes")
         if info.role not in (pb.ROLE_PREFILL, pb.ROLE_DECODE):
             raise RegistrationRefused("role is neither prefill nor decode")
-        if info.num_pages < 1 or info.layout.page_size < 1:
-            raise RegistrationRefused("num_pages and layout.page_size must be at least 1")
+        if min(info.num_pages, info.layout.page_size, info.max_model_len) < 1:
+            raise RegistrationRefused(
+                "num_pages, layout.page_size and max_model_len must be at least 1"
+            )
         for member in self._members.values():
             if member.info.name == info.name:
                 continue  # a new incarnation takes the place of the old one
             _require_equal("model", info.model, member.info.model, member)
+            if info.model_digest != member.info.model_digest:
+                raise RegistrationRefused(
+                    f"model {info.model} has other weights than that of {member.info.name}; start "
+                    "both workers with the same files"
+                )
+            _require_common_transport(info, member)
             for name in ("page_size", "num_layers", "num_kv_heads", "head_dim", "dtype"):
                 mine, theirs = getattr(info.layout, name), getattr(member.info.layout, name)
                 _require_equal(f"layout.{name}", mine, theirs, member)
@@ -78,10 +86,25 @@ class Members:
     def named(self, name: str) -> Member | None:
         return next((item for item in self._members.values() if item.info.name == name), None)
 
+    def forgive(self, seconds: float) -> None:
+        """Nobody could be heard for so long, for a reason of the router's own."""
+        for member in self._members.values():
+            member.last_seen += seconds
+
     def silent(self, now: float) -> list[Member]:
         """Those that have missed their heartbeats."""
         limit = HEARTBEAT_S * MISSED_HEARTBEATS
         return [member for member in self._members.values() if now - member.last_seen > limit]
+
+
+def _require_common_transport(info: pb.RegisterRequest, member: Member) -> None:
+    """A prefill and a decode worker must be able to connect."""
+    kinds = [{item.kind for item in each.transports} for each in (info, member.info)]
+    if info.role != member.info.role and not kinds[0] & kinds[1]:
+        raise RegistrationRefused(
+            f"transports are {', '.join(sorted(kinds[0])) or 'none'}, but {member.info.name} has "
+            f"{', '.join(sorted(kinds[1])) or 'none'}; start both workers with transport auto"
+        )
 
 
 def _require_equal(name: str, mine: object, theirs: object, member: Member) -> None:

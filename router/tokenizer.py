@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import tokenizers
+from tokenizers import normalizers
 
-# A noncharacter of Unicode: it has no meaning in text and never leaves the router.
+# A noncharacter of Unicode: it has no meaning in text, and is left out of every text encoded.
 _CUT = "\U0010ffff"
 
 
@@ -33,7 +34,9 @@ class Tokenizer:
     """The vocabulary of one model and the way from text to it."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+        """Takes over `backend`, which must find its special tokens before it normalizes a text."""
         self.backend = backend
+        backend.normalizer = _without_cuts(backend.normalizer)
         self.config = config
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -57,17 +60,14 @@ class Tokenizer:
         Special tokens of the template become special tokens, those in a text that went through
         `as_plain_text` stay text.
         """
-        return [
-            token_id
-            for part in text.split(_CUT)
-            for token_id in self.backend.encode(part, add_special_tokens=False).ids
-        ]
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def as_plain_text(self, text: str) -> str:
         """Mark what a user wrote so that it cannot become a special token in a template.
 
-        Each special token spelt out in it gets an invisible cut at which `encode_rendered` takes
-        the text apart. So a message cannot end its turn and begin another.
+        Each special token spelt out in it gets an invisible cut, which is there while special
+        tokens are found and gone when the text is encoded. So a message cannot end its turn and
+        begin another, and its tokens are those of a text in which nothing is special.
         """
         text = text.replace(_CUT, "")
         if self._special_pattern is None:
@@ -83,3 +83,8 @@ class Tokenizer:
         """The bytes of a token; none for special tokens and ids that are not in the vocabulary."""
         token = None if token_id in self._special_ids else self.backend.id_to_token(token_id)
         return b"" if token is None else self.config.token_bytes(token)
+
+
+def _without_cuts(normalizer: normalizers.Normalizer | None) -> normalizers.Normalizer:
+    remove = normalizers.Replace(_CUT, "")
+    return remove if normalizer is None else normalizers.Sequence([remove, normalizer])

@@ -21,7 +21,7 @@ def load_hf_tokenizer(directory: Path) -> Tokenizer:
     description = _read_json(path)
     if not description:
         raise TokenizerError(f"{directory.name} has no tokenizer.json; add the one of the model")
-    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend = _backend(description)
     config = _read_json(directory / "tokenizer_config.json")
     eos_token = _token_text(config.get("eos_token"))
     eos_token_ids = _declared_eos(directory)
@@ -37,6 +37,16 @@ def load_hf_tokenizer(directory: Path) -> Tokenizer:
             chat_template=_chat_template(directory, config),
         ),
     )
+
+
+def _backend(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    # Some files have special tokens found after normalization, where one that a user spelt out
+    # would become special: `Tokenizer.as_plain_text` protects a text only until then.
+    added_tokens = [
+        {**token, "normalized": False} if token.get("special") else token
+        for token in description.get("added_tokens", [])
+    ]
+    return tokenizers.Tokenizer.from_str(json.dumps({**description, "added_tokens": added_tokens}))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -102,7 +102,11 @@ class Cluster:
             slot_bytes=scenario.slot_bytes,
         )
         worker = SimPrefillWorker(
-            process=self._process(name), core=core, fabric=self.fabric, routers=self.desks
+            process=self._process(name),
+            core=core,
+            max_model_len=scenario.max_model_len,
+            fabric=self.fabric,
+            routers=self.desks,
         )
         self._checks[worker.process] = partial(check_worker, worker)
         return worker
@@ -117,9 +121,14 @@ class Cluster:
             vocab_size=VOCAB_SIZE,
             max_model_len=scenario.max_model_len,
             max_batch_size=scenario.max_batch_size,
+            slot_bytes=scenario.slot_bytes,
         )
         worker = SimDecodeWorker(
-            process=self._process(name), core=core, fabric=self.fabric, routers=self.desks
+            process=self._process(name),
+            core=core,
+            max_model_len=scenario.max_model_len,
+            fabric=self.fabric,
+            routers=self.desks,
         )
         self._checks[worker.process] = partial(check_worker, worker)
         return worker

@@ -23,10 +23,17 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
         *,
         process: Process,
         core: DecodeCore,
+        max_model_len: int,
         fabric: Fabric,
         routers: Sequence[RegistrationDesk],
     ) -> None:
-        super().__init__(process=process, core=core, fabric=fabric, routers=routers)
+        super().__init__(
+            process=process,
+            core=core,
+            max_model_len=max_model_len,
+            fabric=fabric,
+            routers=routers,
+        )
         self._slots: dict[int, bytes] = {}
 
     def place(self, peer: bytes, header: bytes, length: int) -> int | None:
@@ -47,5 +54,5 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
             self.memory.scatter(frame.part, effect.page_table, payload)
         self.carry_out(self.core.on_scattered(frame, is_sound))
 
-    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
         raise AssertionError("a decode worker sends no frames")

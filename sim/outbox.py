@@ -28,14 +28,14 @@ class Outbox:
         process: Process,
         transport: SimTransport,
         memory: KvMemory,
-        on_frame_sent: Callable[[Frame, int], None],
+        on_frame_sent: Callable[[Frame, int | None], None],
         on_peer_lost: Callable[[bytes], None],
     ) -> None:
         self.process = process
         self.transport = transport
         self.memory = memory
         self.on_frame_sent = on_frame_sent
-        self._on_peer_lost = on_peer_lost
+        self._on_unreachable = on_unreachable
         self._queues: dict[bytes, _PeerQueue] = {}
 
     def put(self, effect: Outgoing) -> None:
@@ -51,10 +51,12 @@ class Outbox:
         if queue is not None:
             queue.close()
 
-    def report_lost(self, peer: bytes) -> None:
+    def report_unreachable(self, peer: bytes) -> None:
         """`peer` cannot be reached."""
-        self.drop(peer)
+        queue = self._queues.pop(peer, None)
         self._on_peer_lost(peer)
+        if queue is not None:
+            queue.close()
 
 
 class _PeerQueue:
@@ -74,12 +76,12 @@ class _PeerQueue:
             self._outbox.process.after(0.0, self._go_on)
 
     def close(self) -> None:
-        """Report what is left as sent; what is under way reports itself."""
+        """Report what is left as not sent; what is under way reports itself."""
         self._is_closed = True
         while self._effects:
             effect = self._effects.popleft()
             if isinstance(effect, SendFrame):
-                self._outbox.on_frame_sent(effect.frame, 0)
+                self._outbox.on_frame_sent(effect.frame, None)
 
     def _go_on(self) -> None:
         while self._effects and not self._is_closed:
@@ -99,12 +101,12 @@ class _PeerQueue:
         if is_connected:
             self._go_on()
         elif not self._is_closed:
-            self._outbox.report_lost(self._peer)
+            self._outbox.report_unreachable(self._peer)
 
     def _send(self, effect: Send) -> None:
         connection = self._connection()
         if connection is None:
-            self._outbox.report_lost(self._peer)
+            self._outbox.report_unreachable(self._peer)
             return
         connection.send(self._outbox.transport, encode(effect.message))
 
@@ -122,13 +124,15 @@ class _PeerQueue:
         process.after(delay, partial(self._finish_frame, effect, frame))
 
     def _finish_frame(self, effect: SendFrame, frame: Frame) -> None:
-        payload = self._outbox.memory.gather(effect.frame.part, effect.page_table)
         connection = self._connection()
-        if connection is not None and not self._is_closed:
-            connection.send(self._outbox.transport, encode(frame), payload)
+        if connection is None or self._is_closed:
+            self._outbox.on_frame_sent(effect.frame, None)
+            if not self._is_closed:
+                self._outbox.report_unreachable(self._peer)
+            return
+        payload = self._outbox.memory.gather(effect.frame.part, effect.page_table)
+        connection.send(self._outbox.transport, encode(frame), payload)
         self._outbox.on_frame_sent(effect.frame, frame.checksum)
-        if connection is None and not self._is_closed:
-            self._outbox.report_lost(self._peer)
         self._go_on()
 
     def _connection(self) -> SimConnection | None:

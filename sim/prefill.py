@@ -21,5 +21,5 @@ class SimPrefillWorker(SimWorker[PrefillCore]):
     def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")
 
-    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
         self.carry_out(self.core.on_frame_sent(frame, checksum, self.process.now))

@@ -20,7 +20,7 @@ from pagewire.sim.registration import Registration, RegistrationDesk
 from pagewire.sim.session import Session
 from pagewire.sim.transport import Fabric, SimHandler, SimTransport
 from pagewire.worker.core import WorkerCore
-from pagewire.worker.effects import Connect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
 
 _HEARTBEAT_S = 1.0
 _TICK_S = 0.25
@@ -47,6 +47,7 @@ class SimWorker(SimHandler, Generic[Core]):
         *,
         process: Process,
         core: Core,
+        max_model_len: int,
         fabric: Fabric,
         routers: Sequence[RegistrationDesk],
     ) -> None:
@@ -57,6 +58,7 @@ class SimWorker(SimHandler, Generic[Core]):
             process=process, incarnation=core.incarnation, fabric=fabric, handler=self
         )
         self.sessions: dict[bytes, Session] = {}  # by incarnation of the router
+        self._max_model_len = max_model_len
         self._environment = process.environment
         self._model = SimModel(self.memory)
         self._is_stepping = False
@@ -65,7 +67,7 @@ class SimWorker(SimHandler, Generic[Core]):
             transport=self.transport,
             memory=self.memory,
             on_frame_sent=self._on_frame_sent,
-            on_peer_lost=self._on_peer_lost,
+            on_unreachable=self._on_unreachable,
         )
         self._registrations = [Registration(self, router) for router in routers]
 
@@ -95,6 +97,8 @@ class SimWorker(SimHandler, Generic[Core]):
             role=self.role,
             incarnation=self.incarnation,
             model=MODEL_NAME,
+            max_model_len=LAYOUT.page_size * self.core.pool.num_pages,
+            max_model_len=self._max_model_len,
             num_pages=self.core.pool.num_pages,
             layout=pb.KVLayout(
                 page_size=LAYOUT.page_size,
@@ -118,6 +122,12 @@ class SimWorker(SimHandler, Generic[Core]):
                         session.emit(event)
                 case Connect() | Send() | SendFrame():
                     self._outbox.put(effect)
+                case Disconnect(peer=peer):
+                    connection = self.transport.connection(peer)
+                    if connection is not None:
+                        connection.lose()
+                case Disconnect(peer=peer):
+                    self._outbox.disconnect(peer)
                 case Scatter():
                     environment = self._environment
                     delay = environment.costs.scatter.draw(environment.random)
@@ -158,19 +168,21 @@ class SimWorker(SimHandler, Generic[Core]):
         self.carry_out(self.core.on_message(peer, message, self.process.now))
 
     def lost(self, peer: bytes) -> None:
+        self._environment.note(self.process.name, "lost a peer")
+        effects = self.core.on_peer_lost(peer)  # first: what was queued is then void
         self._outbox.drop(peer)
-        self._on_peer_lost(peer)
+        self.carry_out(effects)
 
     @abstractmethod
-    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
         """The pages of `frame` are not read any more."""
 
     @abstractmethod
     def _scatter(self, effect: Scatter) -> None:
         """Move a landed frame into pages and tell the core."""
 
-    def _on_peer_lost(self, peer: bytes) -> None:
-        self._environment.note(self.process.name, "lost a peer")
+    def _on_unreachable(self, peer: bytes) -> None:
+        self._environment.note(self.process.name, "cannot reach a peer")
         self.carry_out(self.core.on_peer_lost(peer))
 
     # --- The step loop ----------------------------------------------------------------------------

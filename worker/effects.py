@@ -30,7 +30,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendFrame:
-    """Gather a frame from pages, checksum it and send it; then tell the core that it was sent.
+    """Gather a frame from pages, checksum it and send it; then tell the core how it went.
 
     The pages are pinned until then. `frame.checksum` is 0 here and filled in by the shell.
     """
@@ -50,4 +50,14 @@ class Scatter:
     page_table: tuple[int, ...]
 
 
-Effect = Emit | Connect | Send | SendFrame | Scatter
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disconnect:
+    """Close the connection to `peer`, which has stopped answering; its loss is then reported.
+
+    Only that makes what the connection may still read or write safe to use again.
+    """
+
+    peer: bytes  # incarnation
+
+
+Effect = Emit | Connect | Send | SendFrame | Scatter | Disconnect

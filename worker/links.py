@@ -11,6 +11,7 @@ from pagewire.kv_transfer.select import choose
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
 from pagewire.worker.effects import Connect, Send, SendFrame
 from pagewire.worker.frames import FrameReader
+from pagewire.worker.tasks import Spawn
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,15 @@ class Links:
         transports: Sequence[Transport],
         reader: FrameReader | None,
         io_thread: Executor,
-        on_frame_sent: Callable[[Frame, int], None],
+        on_frame_sent: Callable[[Frame, int | None], None],
         on_peer_lost: Callable[[bytes], None],
+        spawn: Spawn,
     ) -> None:
         self.transports: Mapping[str, Transport] = {item.kind: item for item in transports}
         self._reader = reader
         self._io_thread = io_thread
-        self._on_frame_sent = on_frame_sent
+        self.on_frame_sent = on_frame_sent
+        self.spawn = spawn
         self._on_peer_lost = on_peer_lost
         self._links: dict[bytes, _Link] = {}
 
@@ -70,26 +73,30 @@ class Links:
             kind = choose(list(self.transports), [kind for kind, _ in addresses])
             await self.transports[kind].connect(peer, dict(addresses)[kind])
 
+    def disconnect(self, peer: bytes) -> None:
+        """Close whatever connects to `peer`; the transport then reports the loss."""
+        connection = self.connection(peer)
+        if connection is not None:
+            connection.close()
+
     async def send_frame(self, connection: Connection, effect: SendFrame) -> None:
         """Gather, checksum and send a frame; whatever happens, its pages are let go."""
         assert self._reader is not None, "only a prefill worker sends frames"
-        checksum = 0
+        checksum: int | None = None
         try:
             frame, payload = await asyncio.get_running_loop().run_in_executor(
                 self._io_thread, self._reader.read, effect.frame, effect.page_table
             )
-            checksum = frame.checksum
             await connection.send(encode(frame), payload)
+            checksum = frame.checksum
         finally:
-            self._on_frame_sent(effect.frame, checksum)
+            self.on_frame_sent(effect.frame, checksum)
 
-    def report_lost(self, peer: bytes, link: "_Link") -> None:
+    def report_unreachable(self, peer: bytes, link: "_Link") -> None:
+        """There is no connection to `peer`, so no transport will report its loss."""
         if self._links.get(peer) is link:
             del self._links[peer]
             self._on_peer_lost(peer)
-
-    def report_unsent(self, frame: Frame) -> None:
-        self._on_frame_sent(frame, 0)
 
 
 class _Link:
@@ -105,43 +112,49 @@ class _Link:
     def put(self, effect: _Outgoing) -> None:
         self._queue.append(effect)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain())
+            self._task = self._links.spawn(self._drain())
 
     def close(self) -> None:
-        """Stop; what is being sent ends by itself with the connection."""
+        """Stop, and let go of what was not sent; what is being sent ends with its connection."""
         self._is_closed = True
-        self._give_up()
+        while self._queue:
+            effect = self._queue.popleft()
+            if isinstance(effect, SendFrame):
+                self._links.on_frame_sent(effect.frame, None)
 
     async def _drain(self) -> None:
         while self._queue and not self._is_closed:
+            effect = self._queue.popleft()
             try:
-                await self._carry_out(self._queue.popleft())
+                await self._carry_out(effect)
             except TransportError as error:
-                logger.warning("lost peer %s: %s", self._peer.hex()[:8], error)
-                self._give_up()
-                if not self._is_closed:
-                    self._is_closed = True
-                    self._links.report_lost(self._peer, self)
+                logger.warning("cannot reach %s: %s", self._peer.hex()[:8], error)
+                self._on_error()
+
+    def _on_error(self) -> None:
+        """Where a connection broke, its transport reports the loss, once nothing uses it."""
+        if self._is_closed:
+            return
+        if self._links.connection(self._peer) is not None:
+            self._links.disconnect(self._peer)
+        else:
+            self._links.report_unreachable(self._peer, self)
+        self.close()
 
     async def _carry_out(self, effect: _Outgoing) -> None:
         if isinstance(effect, Connect):
             await self._links.connect(self._peer, effect.addresses)
             return
         connection = self._links.connection(self._peer)
-        if connection is None:
-            if isinstance(effect, SendFrame):
-                self._links.report_unsent(effect.frame)
-            raise TransportError("there is no connection to this peer any more")
         if isinstance(effect, SendFrame):
-            await self._links.send_frame(connection, effect)
-        else:
+            if connection is None:
+                self._links.on_frame_sent(effect.frame, None)
+            else:
+                await self._links.send_frame(connection, effect)
+        elif connection is not None:
             await connection.send(encode(effect.message))
-
-    def _give_up(self) -> None:
-        unsent, self._queue = self._queue, deque()
-        for effect in unsent:
-            if isinstance(effect, SendFrame):
-                self._links.report_unsent(effect.frame)
+        if connection is None:
+            raise TransportError("there is no connection any more")
 
 
 def _message(effect: Send | SendFrame) -> Message:

@@ -1,8 +1,8 @@
 """A worker's side of the control plane: it registers with routers and serves their sessions."""
 
 import asyncio
-import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
 import grpc
@@ -12,6 +12,12 @@ from pagewire.proto import worker_pb2_grpc as pb_grpc
 
 _RETRY_S = 0.5  # between attempts to register
 _SESSION_TIMEOUT_S = 5.0  # for a router to open its session after a registration
+_MAX_EVENTS_PER_MESSAGE = 1024  # far below gRPC's limit on the size of a message
+_MAX_PENDING_EVENTS = 65_536  # a router so far behind is as good as gone
+
+# Workers and routers talk to each other directly, whatever proxy the environment names, and no
+# two servers share a port.
+GRPC_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.so_reuseport", 0))
 
 logger = logging.getLogger(__name__)
 
@@ -20,18 +26,25 @@ class RegistrationRefused(Exception):
     """A router cannot use this worker as it was started; the text names the field."""
 
 
+class RouterUnreachable(Exception):
+    """A router does not answer; it may later."""
+
+
 class RouterSession:
     """Events on their way to one router."""
 
     def __init__(self, router: bytes) -> None:
         self.router = router
         self.ended = asyncio.Event()
-        self._events: list[pb.WorkerEvent] = []
+        self._events: deque[pb.WorkerEvent] = deque()
         self._wake = asyncio.Event()
 
     def emit(self, event: pb.WorkerEvent) -> None:
         self._events.append(event)
         self._wake.set()
+        if len(self._events) > _MAX_PENDING_EVENTS:
+            logger.warning("a router does not keep up with its events; its session is closed")
+            self.close()
 
     def close(self) -> None:
         self.ended.set()
@@ -39,12 +52,14 @@ class RouterSession:
 
     async def batches(self) -> AsyncIterator[pb.WorkerEvents]:
         """What has gathered since the last message, in one message, until the session ends."""
-        while not self.ended.is_set():
+        while True:
             await self._wake.wait()
             self._wake.clear()
-            if self._events:
-                events, self._events = self._events, []
-                yield pb.WorkerEvents(events=events)
+            while self._events and not self.ended.is_set():
+                size = min(len(self._events), _MAX_EVENTS_PER_MESSAGE)
+                yield pb.WorkerEvents(events=[self._events.popleft() for _ in range(size)])
+            if self.ended.is_set():
+                return
 
 
 class WorkerService(pb_grpc.WorkerServicer):
@@ -63,7 +78,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._on_session_lost = on_session_lost
         self._inspect = inspect
         self._sessions: dict[bytes, RouterSession] = {}  # by incarnation of the router
-        self._opened = asyncio.Condition()
+        self._opened = asyncio.Event()  # set whenever a session opens
 
     def emit(self, event: pb.WorkerEvent) -> None:
         """Queue an event for the router that `event.route.receiver` names, if it is still there."""
@@ -83,9 +98,11 @@ class WorkerService(pb_grpc.WorkerServicer):
 
     async def wait_opened(self, router: bytes) -> RouterSession:
         """The session of `router`, once it is open. Raises TimeoutError."""
-        async with asyncio.timeout(_SESSION_TIMEOUT_S), self._opened:
-            await self._opened.wait_for(lambda: router in self._sessions)
-            return self._sessions[router]
+        async with asyncio.timeout(_SESSION_TIMEOUT_S):
+            while router not in self._sessions:
+                self._opened.clear()
+                await self._opened.wait()
+        return self._sessions[router]
 
     async def Session(
         self,
@@ -98,7 +115,7 @@ class WorkerService(pb_grpc.WorkerServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "a session begins with Hello to the incarnation that registered",
             )
-        session = await self._open(hello.route.sender)
+        session = self._open(hello.route.sender)
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
             async for batch in session.batches():
@@ -117,15 +134,13 @@ class WorkerService(pb_grpc.WorkerServicer):
     ) -> pb.WorkerState:
         return self._inspect()
 
-    async def _open(self, router: bytes) -> RouterSession:
+    def _open(self, router: bytes) -> RouterSession:
         previous = self._sessions.pop(router, None)
         if previous is not None:
             previous.close()
             self._on_session_lost(router)
-        session = RouterSession(router)
-        async with self._opened:
-            self._sessions[router] = session
-            self._opened.notify_all()
+        session = self._sessions[router] = RouterSession(router)
+        self._opened.set()
         return session
 
     async def _read(
@@ -150,23 +165,28 @@ async def keep_registered(
 
 
 async def _keep_registered(service: WorkerService, router: str, info: pb.RegisterRequest) -> None:
+    complaint = ""
     while True:
-        with contextlib.suppress(TimeoutError):
+        try:
             identity = await _register(router, info)
-            if identity is not None:
-                session = await service.wait_opened(identity)
-                logger.info("%s serves the router at %s", info.name, router)
-                await session.ended.wait()
+            session = await service.wait_opened(identity)
+        except (RouterUnreachable, TimeoutError) as error:
+            if complaint != (complaint := str(error) or "the router opened no session"):
+                logger.warning("%s waits for the router at %s: %s", info.name, router, complaint)
+        else:
+            complaint = ""
+            logger.info("%s serves the router at %s", info.name, router)
+            await session.ended.wait()
         await asyncio.sleep(_RETRY_S)
 
 
-async def _register(router: str, info: pb.RegisterRequest) -> bytes | None:
-    """The router's incarnation; None when it does not answer."""
-    async with grpc.aio.insecure_channel(router) as channel:
+async def _register(router: str, info: pb.RegisterRequest) -> bytes:
+    """The router's incarnation. Raises RouterUnreachable and RegistrationRefused."""
+    async with grpc.aio.insecure_channel(router, options=GRPC_OPTIONS) as channel:
         try:
             response = await pb_grpc.MembershipStub(channel).Register(info, timeout=5)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise RegistrationRefused(error.details() or "refused") from error
-            return None
+            raise RouterUnreachable(f"registration failed ({error.code().name})") from error
         return response.router

@@ -1,33 +1,39 @@
 """The thin shell that both kinds of worker share: it feeds a pure core and does what it says."""
 
 import asyncio
+import logging
 import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from typing import Generic, TypeVar
 
 import grpc
 
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.page_pool import IntegrityError
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, decode
-from pagewire.kv_transfer.transport import Handler, Transport
+from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto import worker_pb2_grpc as pb_grpc
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.core import WorkerCore
-from pagewire.worker.effects import Connect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.links import Links
-from pagewire.worker.sessions import WorkerService, keep_registered
+from pagewire.worker.sessions import GRPC_OPTIONS, WorkerService, keep_registered
 from pagewire.worker.step_loop import StepLoop
+from pagewire.worker.tasks import TaskSet, first_of
 
 _HEARTBEAT_S = 1.0
 _TICK_S = 0.25
 
 Core = TypeVar("Core", bound=WorkerCore)
+
+logger = logging.getLogger(__name__)
 
 
 class WorkerShell(Handler, Generic[Core]):
@@ -55,11 +61,11 @@ class WorkerShell(Handler, Generic[Core]):
         self.clock = clock
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.io_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="frames")
-        self._tasks: set[asyncio.Task[None]] = set()  # scatters under way
+        self._tasks = TaskSet()
         self._service = WorkerService(
             incarnation=core.incarnation,
-            on_command=lambda command: self.carry_out(core.on_command(command, clock())),
-            on_session_lost=lambda router: self.carry_out(core.on_session_lost(router)),
+            on_command=self._on_command,
+            on_session_lost=self._on_session_lost,
             inspect=self.inspect,
         )
         self._steps = StepLoop(
@@ -72,49 +78,64 @@ class WorkerShell(Handler, Generic[Core]):
         self._links: Links | None = None
 
     async def run(self, transports: Sequence[Transport], stop: asyncio.Event) -> None:
-        """Serve until `stop` is set. Raises RegistrationRefused, and whatever breaks the worker."""
-        self._links = Links(
-            transports=transports,
-            reader=self._reader,
-            io_thread=self.io_thread,
-            on_frame_sent=self._on_frame_sent,
-            on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
-        )
-        server = grpc.aio.server()
-        pb_grpc.add_WorkerServicer_to_server(self._service, server)
-        port = server.add_insecure_port(f"{self._config.host}:0")
-        for transport in transports:
-            await transport.start()
-        await server.start()
-        info = self._registration(f"{self._config.host}:{port}", transports)
-        tasks = [
-            asyncio.create_task(work)
+        """Serve until `stop` is set.
+
+        Raises TransportError and RegistrationRefused, and whatever breaks the worker.
+        """
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._close_threads)
+            self._links = Links(
+                transports=transports,
+                reader=self._reader,
+                io_thread=self.io_thread,
+                on_frame_sent=self._on_frame_sent,
+                on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
+                spawn=self._tasks.spawn,
+            )
+            stack.push_async_callback(self._links.close)
+            for transport in transports:
+                await transport.start()
+            address = await self._serve_sessions(stack)
+            stack.push_async_callback(self._tasks.cancel)
+            info = self._registration(address, transports)
             for work in (
                 self._steps.run(),
                 self._beat(),
                 self._tick(),
                 keep_registered(self._service, self._config.routers, info),
-            )
-        ]
-        stopped = asyncio.create_task(stop.wait())
+            ):
+                self._tasks.spawn(work)
+            await first_of(stop.wait(), self._tasks.failure())
+
+    async def _serve_sessions(self, stack: AsyncExitStack) -> str:
+        """Serve the Worker service on a free port; returns its host:port."""
+        server = grpc.aio.server(options=GRPC_OPTIONS)
+        pb_grpc.add_WorkerServicer_to_server(self._service, server)
         try:
-            done, _ = await asyncio.wait((*tasks, stopped), return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # none of them ends by itself, unless it fails
-        finally:
-            for task in (*tasks, stopped):
-                task.cancel()
-            await asyncio.gather(*tasks, stopped, return_exceptions=True)
-            self._service.close()
-            await server.stop(grace=None)
-            await self._links.close()
-            self._model_thread.shutdown()
-            self.io_thread.shutdown()
+            port = server.add_insecure_port(f"{self._config.host}:0")
+        except RuntimeError as error:
+            raise TransportError(
+                f"cannot listen on {self._config.host}; is it an address of this machine?"
+            ) from error
+        await server.start()
+        stack.push_async_callback(server.stop, None)
+        stack.callback(self._service.close)
+        return f"{self._config.host}:{port}"
+
+    async def _close_threads(self) -> None:
+        """Off the loop: the model may be in the middle of a step."""
+        for thread in (self._model_thread, self.io_thread):
+            await asyncio.to_thread(thread.shutdown)
 
     def inspect(self) -> pb.WorkerState:
-        """The state, after an integrity check. Raises IntegrityError."""
-        self.core.check_integrity()
-        return self.state()
+        """The state, after a check of every page and slot."""
+        state = self.state()
+        try:
+            self.core.check_integrity()
+        except IntegrityError as error:
+            logger.critical("the books of %s do not balance: %s", self._config.name, error)
+            state.integrity_error = str(error)
+        return state
 
     def state(self) -> pb.WorkerState:
         """The core's state with what the transports have carried."""
@@ -142,10 +163,11 @@ class WorkerShell(Handler, Generic[Core]):
                 case Connect() | Send() | SendFrame():
                     assert self._links is not None, "effects come once the worker runs"
                     self._links.put(effect)
+                case Disconnect(peer=peer):
+                    assert self._links is not None, "effects come once the worker runs"
+                    self._links.disconnect(peer)
                 case Scatter():
-                    task = asyncio.create_task(self._scatter(effect))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._tasks.spawn(self._scatter(effect))
         self._steps.wake()
 
     # --- Transport handler ------------------------------------------------------------------------
@@ -155,18 +177,32 @@ class WorkerShell(Handler, Generic[Core]):
         """See Handler."""
 
     def deliver(self, peer: bytes, header: bytes) -> None:
-        self.carry_out(self.core.on_message(peer, decode(header), self.clock()))
+        message = decode(header)
+        with self._tasks:
+            self.carry_out(self.core.on_message(peer, message, self.clock()))
 
     def lost(self, peer: bytes, reason: str) -> None:
-        if self._links is not None:
-            self._links.drop(peer)
-        self.carry_out(self.core.on_peer_lost(peer))
+        with self._tasks:
+            effects = self.core.on_peer_lost(peer)  # first: what was queued is then void
+            if self._links is not None:
+                self._links.drop(peer)
+            self.carry_out(effects)
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    def _on_command(self, command: pb.WorkerCommand) -> None:
+        with self._tasks:
+            self.carry_out(self.core.on_command(command, self.clock()))
+
+    def _on_session_lost(self, router: bytes) -> None:
+        with self._tasks:
+            self.carry_out(self.core.on_session_lost(router))
 
     # --- What only one kind of worker does --------------------------------------------------------
 
     @abstractmethod
-    def _on_frame_sent(self, frame: Frame, checksum: int) -> None:
-        """The pages of `frame` are not read any more."""
+    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
+        """The pages of `frame` are not read any more; without a checksum it was not sent."""
 
     @abstractmethod
     async def _scatter(self, effect: Scatter) -> None:
@@ -200,6 +236,7 @@ class WorkerShell(Handler, Generic[Core]):
             max_model_len=self._runner.max_model_len,
             num_pages=self._runner.num_pages,
             layout=_layout_message(self._runner.layout),
+            model_digest=self._runner.digest,
             transports=[
                 pb.TransportAddress(kind=transport.kind, address=transport.address)
                 for transport in transports

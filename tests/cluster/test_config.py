@@ -61,7 +61,7 @@ def test_unknown_key_of_the_file_is_refused(tmp_path: Path, text: str, named: st
 
 def test_unknown_variable_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAGEWIRE_DASHBORD_PORT", "1")
-    with pytest.raises(ConfigError, match="PAGEWIRE_DASHBORD_PORT.*PAGEWIRE_DASHBOARD_PORT"):
+    with pytest.raises(ConfigError, match=r"PAGEWIRE_DASHBORD_PORT.*PAGEWIRE_DASHBOARD_PORT"):
         load_config({})
 
 

@@ -18,9 +18,7 @@ def place(config: ServeConfig, cores: int) -> tuple[WorkerConfig, ...]:
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 128))
-def test_every_worker_has_a_name_a_role_and_a_thread(
-    prefill: int, decode: int, cores: int
-) -> None:
+def test_every_worker_has_a_name_a_role_and_a_thread(prefill: int, decode: int, cores: int) -> None:
     workers = place(ServeConfig(prefill=prefill, decode=decode), cores)
     assert len({worker.name for worker in workers}) == len(workers) == prefill + decode
     assert sum(worker.role is Role.PREFILL for worker in workers) == prefill

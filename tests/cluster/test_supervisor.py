@@ -82,9 +82,7 @@ def test_workers_are_independent() -> None:
     async def scenario() -> None:
         launcher = FakeLauncher()
         names = ["prefill-0", "decode-0"]
-        async with Supervisor(
-            launcher, [config(name) for name in names], on_exit=lambda *_: None
-        ):
+        async with Supervisor(launcher, [config(name) for name in names], on_exit=lambda *_: None):
             started = dict([await launcher.launched.get(), await launcher.launched.get()])
             assert sorted(started) == sorted(names)
             started["decode-0"].die("killed")

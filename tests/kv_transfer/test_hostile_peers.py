@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagewire.kv_transfer.framing import MAX_PAYLOAD_BYTES, PREFIX_BYTES, Kind, Prefix
-from pagewire.kv_transfer.handshake import Hello
+from pagewire.kv_transfer.handshake import NOBODY, Hello
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
 from pagewire.kv_transfer.socket_transport import SocketTransport
@@ -127,13 +127,13 @@ def test_a_silent_stranger_blocks_nobody(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stranger_learns_who_answers(kind: str) -> None:
+def test_a_stranger_does_not_learn_who_answers(kind: str) -> None:
     async def scenario() -> None:
         inbox = Inbox()
         async with started(kind, ME, inbox) as transport:
             reader, writer = await dial(transport)
             mine = Hello(kind=kind, sender=STRANGER, receiver=OTHER, note=b"")
-            theirs = Hello(kind=kind, sender=ME, receiver=STRANGER, note=b"")
+            theirs = Hello(kind=kind, sender=NOBODY, receiver=STRANGER, note=b"")
             writer.write(mine.encode())
             assert await read_to_end(reader) == theirs.encode()
             writer.close()

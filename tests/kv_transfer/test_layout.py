@@ -79,7 +79,6 @@ def test_runs_cover_every_byte_of_a_frame_in_payload_order(
 
 @given(layouts)
 def test_sizes_agree(layout: KVLayout) -> None:
-    assert layout.token_bytes * layout.page_size == layout.page_bytes
     assert layout.page_bytes == layout.num_layers * layout.num_kv_heads * layout.head_bytes
     assert layout.num_pages(0) == 0
     assert layout.num_pages(1) == layout.num_pages(layout.page_size) == 1
@@ -90,11 +89,6 @@ def test_sizes_agree(layout: KVLayout) -> None:
 def test_digests_tell_layouts_apart(mine: KVLayout, theirs: KVLayout) -> None:
     assert len(mine.digest()) == 16
     assert (mine.digest() == theirs.digest()) == (mine == theirs)
-    if mine == theirs:
-        mine.require_same(theirs)
-    else:
-        with pytest.raises(LayoutError, match="start both workers with the same value"):
-            mine.require_same(theirs)
 
 
 def test_a_whole_sequence_in_order_is_one_run() -> None:

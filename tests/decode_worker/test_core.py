@@ -1,0 +1,333 @@
+"""DecodeCore: what it refuses, whom it admits, and what it keeps out of use for how long."""
+
+import re
+from collections.abc import Sequence
+
+import pytest
+from handoff_pair import (
+    DECODE,
+    LAYOUT,
+    PREFILL,
+    ROUTER,
+    TICKET,
+    abort_command,
+    attach_command,
+    decode_core,
+    prefill_command,
+    sampling,
+)
+
+from pagewire.decode_worker.core import DecodeCore
+from pagewire.kv_transfer.checksum import EMPTY_DIGEST, extend_digest
+from pagewire.kv_transfer.messages import (
+    Closed,
+    Committed,
+    Frame,
+    FrameAck,
+    Grant,
+    HandoffId,
+    Message,
+    Open,
+    Refused,
+    RefuseReason,
+    Seal,
+)
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.effects import Effect, Emit, Scatter, Send
+from pagewire.worker.identity import prefix_hash
+
+PROMPT = list(range(20))  # 2 pages
+CHECKSUM = 5
+
+
+def handoff_id(request_id: str = "request") -> HandoffId:
+    return HandoffId(request_id=request_id, attempt=1, sender=PREFILL, receiver=DECODE)
+
+
+def events(effects: Sequence[Effect]) -> list[pb.WorkerEvent]:
+    return [effect.event for effect in effects if isinstance(effect, Emit)]
+
+
+def failure(effects: Sequence[Effect]) -> pb.Failed:
+    (event,) = events(effects)
+    assert event.HasField("failed")
+    return event.failed
+
+
+def messages(effects: Sequence[Effect]) -> list[Message]:
+    return [effect.message for effect in effects if isinstance(effect, Send)]
+
+
+def grants(effects: Sequence[Effect]) -> list[Grant]:
+    return [message for message in messages(effects) if isinstance(message, Grant)]
+
+
+def opening(request_id: str = "request") -> Open:
+    return Open(
+        id=handoff_id(request_id),
+        ticket=TICKET,
+        num_prompt_tokens=len(PROMPT),
+        layout_digest=LAYOUT.digest(),
+        prefix_hash=prefix_hash(PROMPT),
+    )
+
+
+def frame(grant: Grant, seq: int, request_id: str = "request") -> Frame:
+    return Frame(
+        id=handoff_id(request_id),
+        seq=seq,
+        slot=grant.slot,
+        slot_generation=grant.slot_generation,
+        first_page=seq,
+        num_pages=1,
+        first_layer=0,
+        num_layers=LAYOUT.num_layers,
+        layout_digest=LAYOUT.digest(),
+        prefix_hash=prefix_hash(PROMPT),
+        checksum=CHECKSUM,
+    )
+
+
+def seal(request_id: str = "request", first_token: int = 7) -> Seal:
+    digest = extend_digest(extend_digest(EMPTY_DIGEST, CHECKSUM), CHECKSUM)
+    return Seal(id=handoff_id(request_id), num_frames=2, digest=digest, first_token=first_token)
+
+
+def begin(core: DecodeCore, request_id: str = "request", max_tokens: int = 3) -> list[Effect]:
+    """Attach and Open; returns what the Open led to."""
+    command = attach_command(PROMPT, request_id=request_id, params=sampling(max_tokens=max_tokens))
+    core.on_command(command, 0.0)
+    return core.on_message(PREFILL, opening(request_id), 0.0)
+
+
+def land(core: DecodeCore, item: Frame) -> list[Effect]:
+    """Header and payload of a frame; returns the Scatter."""
+    slot, effects = core.place(PREFILL, item, LAYOUT.page_bytes)
+    assert (slot, effects) == (item.slot, [])
+    return core.on_message(PREFILL, item, 0.0)
+
+
+def hand_off(core: DecodeCore, request_id: str = "request", max_tokens: int = 3) -> list[Effect]:
+    """A whole hand-off; returns what its last event led to."""
+    credit = grants(begin(core, request_id, max_tokens))
+    for seq in range(2):
+        land(core, frame(credit[seq], seq, request_id))
+        core.on_scattered(frame(credit[seq], seq, request_id), True)
+    return core.on_message(PREFILL, seal(request_id), 0.0)
+
+
+def check_nothing_is_left(core: DecodeCore) -> None:
+    core.check_integrity()
+    assert core.is_idle
+    assert core.pool.num_available == core.pool.num_pages
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (attach_command([]), "token_ids is empty"),
+        (attach_command([100]), "token_ids holds an id outside the vocabulary of 100"),
+        (attach_command([1] * 255), "255 prompt tokens and max_tokens 3 exceed"),
+        (attach_command([1], ticket=b""), "ticket is not 16 bytes"),
+        (attach_command([1] * 63), "prompt and max_tokens take 5 pages of KV cache; .* has 4"),
+        (prefill_command([1]), "a decode worker takes no prefill"),
+    ],
+)
+def test_a_command_that_cannot_be_carried_out_fails(command: pb.WorkerCommand, text: str) -> None:
+    core = decode_core(num_pages=4)
+    command.route.receiver = DECODE
+    answer = failure(core.on_command(command, 0.0))
+    assert answer.code == pb.FAILURE_CODE_INVALID
+    assert re.search(text, answer.message)
+    check_nothing_is_left(core)
+
+
+def test_the_last_token_needs_no_page() -> None:
+    core = decode_core(num_pages=4)
+    effects = core.on_command(attach_command([1] * 62), 0.0)
+    assert events(effects)[0].HasField("attached")
+
+
+def test_commands_that_do_not_count() -> None:
+    core = decode_core()
+    foreign = attach_command(PROMPT)
+    foreign.route.receiver = b"x" * 16
+    assert core.on_command(foreign, 0.0) == []
+    core.on_command(attach_command(PROMPT), 0.0)
+    assert core.on_command(attach_command(PROMPT), 0.0) == []
+    core.on_command(abort_command(DECODE), 0.0)
+    assert core.on_command(attach_command(PROMPT), 0.0) == []
+    assert core.on_command(abort_command(DECODE), 0.0) == []
+    assert core.state().dropped_messages == 3
+    check_nothing_is_left(core)
+
+
+def test_a_handoff_becomes_tokens() -> None:
+    core = decode_core()
+    effects = hand_off(core)
+    assert [type(message) for message in messages(effects)] == [Committed]
+    assert events(effects)[0].HasField("ready")
+    batch, _ = core.next_batch(0.0)
+    assert batch is not None
+    (row,) = batch.rows
+    assert (list(row.token_ids), row.start, row.output_position) == ([7], 20, 1)
+    (first,) = events(core.on_batch_done([8], 0.0))
+    assert (first.tokens.position, list(first.tokens.token_ids)) == (0, [7, 8])
+    core.next_batch(0.0)
+    (last,) = events(core.on_batch_done([9], 0.0))
+    assert (last.tokens.position, list(last.tokens.token_ids)) == (2, [9])
+    assert last.tokens.finish_reason == pb.FINISH_REASON_LENGTH
+    assert core.state().generated_tokens == 2
+    check_nothing_is_left(core)
+
+
+def test_frames_are_acknowledged_and_slots_granted_again() -> None:
+    core = decode_core(num_slots=1)
+    (credit,) = grants(begin(core))
+    (scatter,) = land(core, frame(credit, 0))
+    assert isinstance(scatter, Scatter)
+    assert core.pool.counts().pinned == 1
+    effects = core.on_scattered(scatter.frame, True)
+    assert messages(effects)[0] == FrameAck(id=handoff_id().reply(), seq=0)
+    (again,) = grants(effects)
+    assert (again.slot, again.slot_generation) == (credit.slot, credit.slot_generation + 1)
+
+
+def test_slots_are_shared_evenly() -> None:
+    core = decode_core(num_slots=6)
+    assert len(grants(begin(core, "first"))) == 4
+    assert len(grants(begin(core, "second"))) == 2
+
+
+def test_reservations_are_made_in_order_and_never_exceed_the_pool() -> None:
+    core = decode_core(num_pages=5, num_slots=4)
+    assert grants(begin(core, "first"))  # 2 pages
+    assert not grants(begin(core, "large", max_tokens=60))  # 5 pages
+    assert not grants(begin(core, "small"))  # has room, but does not overtake
+    assert core.state().queued == 2
+    core.on_command(abort_command(DECODE, "first"), 0.0)
+    effects = core.on_message(PREFILL, Closed(id=handoff_id("first")), 0.0)
+    assert {grant.id.request_id for grant in grants(effects)} == {"large"}
+    assert core.pool.num_available == 0
+
+
+def test_whoever_waits_is_admitted_when_a_quarantine_ends() -> None:
+    """The pages of an aborted hand-off are free only once the scatter into them has ended."""
+    core = decode_core(num_pages=2, num_slots=4)
+    credit, *_ = grants(begin(core, "first"))
+    (scatter,) = land(core, frame(credit, 0, "first"))
+    assert isinstance(scatter, Scatter)
+    begin(core, "second")
+    core.on_command(abort_command(DECODE, "first"), 0.0)
+    core.on_message(PREFILL, Closed(id=handoff_id("first")), 0.0)
+    assert core.pool.counts().quarantined == 1
+    assert core.state().queued == 1
+    assert grants(core.on_scattered(scatter.frame, True))
+    assert core.state().queued == 0
+
+
+def test_slots_of_an_aborted_handoff_stay_out_of_use_until_closed() -> None:
+    core = decode_core(num_slots=2)
+    begin(core)
+    effects = core.on_command(abort_command(DECODE), 0.0)
+    assert messages(effects) == [Refused(id=handoff_id().reply(), reason=RefuseReason.ABORTED)]
+    assert core.pool.num_available == core.pool.num_pages
+    assert core.slots.num_free == 0
+    assert not core.is_idle
+    core.on_message(PREFILL, Closed(id=handoff_id()), 0.0)
+    check_nothing_is_left(core)
+
+
+def test_pages_of_a_running_step_are_quarantined_until_it_ends() -> None:
+    core = decode_core()
+    hand_off(core)
+    core.next_batch(0.0)
+    core.on_command(abort_command(DECODE), 0.0)
+    assert core.pool.counts().quarantined == 2
+    assert core.on_batch_done([8], 0.0) == []
+    check_nothing_is_left(core)
+
+
+def test_a_failed_step_fails_its_sequences() -> None:
+    core = decode_core(max_batch_size=1)
+    hand_off(core, "first")
+    hand_off(core, "second")
+    core.next_batch(0.0)
+    assert failure(core.on_batch_failed()).code == pb.FAILURE_CODE_INTERNAL
+    batch, _ = core.next_batch(0.0)
+    assert batch is not None
+    assert [row.request_id for row in batch.rows] == ["second"]
+
+
+@pytest.mark.parametrize("item", [opening(), seal(), Closed(id=handoff_id())])
+def test_messages_of_strangers_change_nothing(item: Message) -> None:
+    core = decode_core()
+    assert core.on_message(b"x" * 16, item, 0.0) == []
+    assert core.state().dropped_messages == 1
+
+
+def test_a_worker_that_was_not_told_to_come_is_refused() -> None:
+    core = decode_core()
+    (refusal,) = messages(core.on_message(PREFILL, opening(), 0.0))
+    assert refusal == Refused(id=handoff_id().reply(), reason=RefuseReason.UNKNOWN_TICKET)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        Committed(id=handoff_id()),
+        seal(),
+        frame(Grant(id=handoff_id(), slot=99, slot_generation=0), 0),
+    ],
+)
+def test_messages_that_do_not_fit_are_dropped(item: Message) -> None:
+    core = decode_core()
+    core.on_command(attach_command(PROMPT), 0.0)
+    assert core.on_message(PREFILL, item, 0.0) == []
+    assert core.state().dropped_messages == 1
+
+
+def test_a_first_token_outside_the_vocabulary_is_not_believed() -> None:
+    core = decode_core()
+    begin(core)
+    effects = core.on_message(PREFILL, seal(first_token=100), 0.0)
+    assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY
+    assert messages(effects) == [Refused(id=handoff_id().reply(), reason=RefuseReason.INTEGRITY)]
+
+
+def test_a_lost_peer_frees_what_it_could_have_written() -> None:
+    core = decode_core(num_slots=2)
+    credit, _ = grants(begin(core))
+    core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
+    assert failure(core.on_peer_lost(PREFILL)).code == pb.FAILURE_CODE_PEER_LOST
+    check_nothing_is_left(core)
+    assert core.on_peer_lost(PREFILL) == []
+
+
+def test_a_lost_peer_does_not_concern_what_is_here() -> None:
+    core = decode_core()
+    hand_off(core)
+    assert core.on_peer_lost(PREFILL) == []
+    batch, _ = core.next_batch(0.0)
+    assert batch is not None
+
+
+def test_a_lost_router_takes_its_requests_with_it() -> None:
+    core = decode_core()
+    hand_off(core, "first")
+    other = attach_command(PROMPT, request_id="other")
+    other.route.sender = b"s" * 16
+    core.on_command(other, 0.0)
+    assert core.on_session_lost(ROUTER) == []
+    assert core.next_batch(0.0) == (None, [])
+    assert grants(core.on_message(PREFILL, opening("other"), 0.0))
+
+
+def test_state_counts_what_there_is() -> None:
+    core = decode_core(max_batch_size=1)
+    for name in ("first", "second"):
+        hand_off(core, name)
+    begin(core, "third")
+    state = core.state()
+    assert (state.running, state.queued, state.handoffs) == (1, 1, 1)
+    assert (state.pages.owned, state.pages.free, state.pages.total) == (4, 12, 16)

@@ -1,0 +1,72 @@
+"""Continuous batching: who runs in a step."""
+
+import pytest
+from handoff_pair import LAYOUT, route
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagewire.decode_worker.receiver import Receiver
+from pagewire.decode_worker.scheduler import DecodeScheduler
+from pagewire.decode_worker.sequence import DecodeSequence
+from pagewire.engine.batch import SamplingParams
+from pagewire.kv_transfer.messages import HandoffId
+from pagewire.worker.identity import AttemptKey
+
+
+def sequence(name: str) -> DecodeSequence:
+    identity = HandoffId(request_id=name, attempt=1, sender=b"d" * 16, receiver=b"p" * 16)
+    return DecodeSequence(
+        key=AttemptKey(name, 1),
+        route=route(b"d" * 16, name),
+        num_prompt_tokens=5,
+        sampling=SamplingParams(),
+        receiver=Receiver(
+            id=identity,
+            ticket=b"t" * 16,
+            prefix_hash=b"h" * 16,
+            num_prompt_tokens=5,
+            layout=LAYOUT,
+        ),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(st.integers(1, 6), min_size=1, max_size=12), size=st.integers(1, 4))
+def test_everybody_runs_in_the_order_of_becoming_ready(steps: list[int], size: int) -> None:
+    """Each sequence lives for a number of steps; one joins before every step."""
+    scheduler = DecodeScheduler(size)
+    left: dict[DecodeSequence, int] = {}
+    first_steps: list[DecodeSequence] = []
+    joining = [sequence(str(index)) for index in range(len(steps))]
+    everybody = list(joining)
+    while joining or left:
+        if joining:
+            item = joining.pop(0)
+            left[item] = steps[everybody.index(item)]
+            scheduler.add(item)
+        batch = scheduler.schedule()
+        assert batch == list(left)[:size]
+        assert (scheduler.num_running, scheduler.num_waiting) == (
+            len(batch),
+            len(left) - len(batch),
+        )
+        for item in batch:
+            if item not in first_steps:
+                first_steps.append(item)
+            left[item] -= 1
+            if not left[item]:
+                del left[item]
+                scheduler.remove(item)
+    assert first_steps == everybody
+    assert scheduler.schedule() == []
+
+
+def test_removal_of_the_unknown_is_no_error() -> None:
+    scheduler = DecodeScheduler(1)
+    scheduler.remove(sequence("unknown"))
+    assert scheduler.schedule() == []
+
+
+def test_a_batch_of_nobody_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        DecodeScheduler(0)

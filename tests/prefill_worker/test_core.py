@@ -1,0 +1,299 @@
+"""PrefillCore: what it refuses, what it forgets, and what it tells the router."""
+
+import re
+from collections.abc import Sequence
+
+import pytest
+from handoff_pair import (
+    DECODE,
+    PREFILL,
+    ROUTER,
+    TICKET,
+    abort_command,
+    attach_command,
+    prefill_command,
+    prefill_core,
+    sampling,
+)
+
+from pagewire.engine.batch import Batch
+from pagewire.kv_transfer.messages import (
+    Closed,
+    Committed,
+    FrameAck,
+    Grant,
+    HandoffId,
+    Message,
+    Open,
+    Refused,
+    RefuseReason,
+    Seal,
+)
+from pagewire.prefill_worker.core import PrefillCore
+from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.effects import Connect, Effect, Emit, Send, SendFrame
+
+PROMPT = list(range(20))  # 2 pages
+ID = HandoffId(request_id="request", attempt=1, sender=DECODE, receiver=PREFILL)
+
+
+def event(effects: Sequence[Effect]) -> pb.WorkerEvent:
+    (emitted,) = [effect.event for effect in effects if isinstance(effect, Emit)]
+    return emitted
+
+
+def messages(effects: Sequence[Effect]) -> list[Message]:
+    return [effect.message for effect in effects if isinstance(effect, Send)]
+
+
+def message_types(effects: Sequence[Effect]) -> list[type[Message]]:
+    return [type(message) for message in messages(effects)]
+
+
+def begin_step(core: PrefillCore) -> tuple[Batch, list[Effect]]:
+    batch, effects = core.next_batch(0.0)
+    assert batch is not None
+    return batch, effects
+
+
+def run_step(core: PrefillCore, token: int = 7) -> list[Effect]:
+    batch, _ = begin_step(core)
+    return core.on_batch_done([token if row.sampling else None for row in batch.rows], 0.0)
+
+
+def check_nothing_is_left(core: PrefillCore) -> None:
+    core.check_integrity()
+    assert core.is_idle
+    assert core.pool.num_available == core.pool.num_pages
+
+
+def computed() -> PrefillCore:
+    """A core that has computed its prompt and has no credit."""
+    core = prefill_core()
+    core.on_command(prefill_command(PROMPT), 0.0)
+    run_step(core)
+    return core
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (prefill_command([]), "token_ids is empty"),
+        (prefill_command([100]), "token_ids holds an id outside the vocabulary of 100"),
+        (prefill_command([1], params=sampling(stop_token_ids=[100])), "stop_token_ids"),
+        (prefill_command([1], params=sampling(max_tokens=0)), "max_tokens is 0"),
+        (prefill_command([1], params=pb.SamplingParams(max_tokens=1)), "top_p is 0.0"),
+        (prefill_command([1] * 255), "255 prompt tokens and max_tokens 3 exceed"),
+        (prefill_command([1], ticket=b"short"), "ticket is not 16 bytes"),
+        (prefill_command([1] * 250, params=sampling(max_tokens=1)), "16 pages .* has 4"),
+        (attach_command([1]), "a prefill worker takes no attach"),
+    ],
+)
+def test_a_command_that_cannot_be_carried_out_fails(command: pb.WorkerCommand, text: str) -> None:
+    core = prefill_core(num_pages=4)
+    command.route.receiver = PREFILL
+    answer = event(core.on_command(command, 0.0))
+    assert answer.failed.code == pb.FAILURE_CODE_INVALID
+    assert re.search(text, answer.failed.message)
+    assert (answer.route.sender, answer.route.receiver) == (PREFILL, ROUTER)
+    check_nothing_is_left(core)
+
+
+def test_a_command_for_another_incarnation_is_dropped() -> None:
+    core = prefill_core()
+    command = prefill_command(PROMPT)
+    command.route.receiver = b"x" * 16
+    assert core.on_command(command, 0.0) == []
+    assert core.next_batch(0.0) == (None, [])
+    assert core.state().dropped_messages == 1
+
+
+def test_a_repeated_command_changes_nothing() -> None:
+    core = prefill_core()
+    for _ in range(2):
+        assert core.on_command(prefill_command(PROMPT), 0.0) == []
+    assert core.state().queued == 1
+    run_step(core)
+    assert core.on_command(prefill_command(PROMPT), 0.0) == []
+    assert core.next_batch(0.0) == (None, [])
+
+
+def test_an_abort_that_overtakes_its_prefill_counts() -> None:
+    core = prefill_core()
+    core.on_command(abort_command(PREFILL), 0.0)
+    assert core.on_command(prefill_command(PROMPT), 0.0) == []
+    check_nothing_is_left(core)
+
+
+def test_the_handoff_is_opened_with_the_first_chunk_only() -> None:
+    core = prefill_core(max_batch_tokens=16)
+    core.on_command(prefill_command(PROMPT), 0.0)
+    batch, effects = begin_step(core)
+    assert effects[0] == Connect(peer=DECODE, addresses=(("local", b"here"),))
+    (opening,) = messages(effects)
+    assert isinstance(opening, Open) and opening.ticket == TICKET
+    assert (batch.num_tokens, batch.rows[0].sampling) == (16, None)
+    core.on_batch_done([None], 0.0)
+    batch, effects = begin_step(core)
+    assert effects == []
+    assert (batch.rows[0].start, list(batch.rows[0].token_ids)) == (16, PROMPT[16:])
+    assert batch.rows[0].sampling is not None
+
+
+def test_pages_are_kept_until_the_handoff_is_committed() -> None:
+    core = computed()
+    frames: list[SendFrame] = []
+    for slot in range(2):
+        grant = Grant(id=ID, slot=slot, slot_generation=0)
+        (effect,) = core.on_message(DECODE, grant, 0.0)
+        assert isinstance(effect, SendFrame)
+        frames.append(effect)
+    assert core.pool.counts().pinned == 2
+    assert core.on_frame_sent(frames[0].frame, 5, 0.0) == []
+    effects = core.on_frame_sent(frames[1].frame, 6, 0.0)
+    assert message_types(effects) == [Seal]
+    assert event(effects).HasField("sealed")
+    assert core.pool.counts().owned == 2
+    for seq in range(2):
+        assert core.on_message(DECODE, FrameAck(id=ID, seq=seq), 0.0) == []
+    assert core.on_message(DECODE, Committed(id=ID), 0.0) == []
+    check_nothing_is_left(core)
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (sampling(max_tokens=1), pb.FINISH_REASON_LENGTH),
+        (sampling(max_tokens=9, stop_token_ids=[7]), pb.FINISH_REASON_STOP),
+    ],
+)
+def test_what_ends_with_token_0_is_not_handed_off(
+    params: pb.SamplingParams, reason: "pb.FinishReason.ValueType"
+) -> None:
+    core = prefill_core()
+    core.on_command(prefill_command(PROMPT, params=params), 0.0)
+    effects = run_step(core)
+    first_token = event(effects).first_token
+    assert (first_token.token_id, first_token.finish_reason) == (7, reason)
+    assert message_types(effects) == [Closed]
+    check_nothing_is_left(core)
+
+
+def test_pages_of_a_running_step_are_quarantined_until_it_ends() -> None:
+    core = prefill_core()
+    core.on_command(prefill_command(PROMPT), 0.0)
+    begin_step(core)
+    assert message_types(core.on_command(abort_command(PREFILL), 0.0)) == [Closed]
+    assert core.pool.counts().quarantined == 2
+    assert core.on_batch_done([7], 0.0) == []
+    check_nothing_is_left(core)
+
+
+def test_pages_of_a_frame_that_is_being_sent_are_quarantined_until_it_left() -> None:
+    core = computed()
+    (effect,) = core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 0.0)
+    assert isinstance(effect, SendFrame)
+    assert core.on_command(abort_command(PREFILL), 0.0) == []
+    assert core.pool.counts().quarantined == 1
+    assert message_types(core.on_frame_sent(effect.frame, 5, 0.0)) == [Closed]
+    check_nothing_is_left(core)
+
+
+def test_a_failed_step_fails_its_sequences_only() -> None:
+    core = prefill_core(max_batch_tokens=32)
+    core.on_command(prefill_command([1] * 32, request_id="first"), 0.0)
+    core.on_command(prefill_command([1] * 16, request_id="second"), 0.0)
+    begin_step(core)
+    answer = event(core.on_batch_failed())
+    assert answer.route.request_id == "first"
+    assert answer.failed.code == pb.FAILURE_CODE_INTERNAL
+    batch, _ = begin_step(core)
+    assert [row.request_id for row in batch.rows] == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (RefuseReason.UNKNOWN_TICKET, pb.FAILURE_CODE_PEER_LOST),
+        (RefuseReason.LAYOUT, pb.FAILURE_CODE_INVALID),
+        (RefuseReason.PREFIX, pb.FAILURE_CODE_INTEGRITY),
+        (RefuseReason.INTEGRITY, pb.FAILURE_CODE_INTEGRITY),
+        (RefuseReason.ABORTED, pb.FAILURE_CODE_PEER_LOST),
+    ],
+)
+def test_a_refusal_fails_the_request(
+    reason: RefuseReason, code: "pb.FailureCode.ValueType"
+) -> None:
+    core = computed()
+    effects = core.on_message(DECODE, Refused(id=ID, reason=reason), 0.0)
+    assert event(effects).failed.code == code
+    assert message_types(effects) == [Closed]
+    check_nothing_is_left(core)
+
+
+def test_a_refusal_of_what_is_forgotten_is_answered() -> None:
+    """Found by the simulator: else the slots that D has granted for it stay out of use."""
+    core = computed()
+    core.on_command(abort_command(PREFILL), 0.0)
+    refusal = Refused(id=ID, reason=RefuseReason.ABORTED)
+    assert messages(core.on_message(DECODE, refusal, 0.0)) == [Closed(id=ID.reply())]
+
+
+def test_a_refusal_is_not_answered_while_a_frame_is_on_its_way() -> None:
+    core = computed()
+    core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 0.0)
+    core.on_command(abort_command(PREFILL), 0.0)
+    assert core.on_message(DECODE, Refused(id=ID, reason=RefuseReason.ABORTED), 0.0) == []
+
+
+def test_messages_of_strangers_are_dropped() -> None:
+    core = computed()
+    stranger = HandoffId(request_id="request", attempt=1, sender=b"x" * 16, receiver=PREFILL)
+    assert core.on_message(b"y" * 16, Committed(id=ID), 0.0) == []
+    assert core.on_message(b"x" * 16, Grant(id=stranger, slot=0, slot_generation=0), 0.0) == []
+    assert core.on_message(DECODE, Closed(id=ID), 0.0) == []
+    assert core.state().dropped_messages == 3
+    assert core.state().handoffs == 1
+
+
+def test_a_lost_peer_fails_its_handoffs_but_not_what_is_queued() -> None:
+    core = computed()
+    core.on_command(prefill_command(PROMPT, request_id="queued"), 0.0)
+    answer = event(core.on_peer_lost(DECODE))
+    assert answer.route.request_id == "request"
+    assert answer.failed.code == pb.FAILURE_CODE_PEER_LOST
+    assert core.on_peer_lost(DECODE) == []
+    assert core.state().queued == 1
+
+
+def test_a_lost_router_takes_its_requests_with_it() -> None:
+    core = computed()
+    other = prefill_command(PROMPT, request_id="other")
+    other.route.sender = b"s" * 16
+    core.on_command(other, 0.0)
+    assert message_types(core.on_session_lost(ROUTER)) == [Closed]
+    assert (core.state().queued, core.state().handoffs) == (1, 0)
+
+
+def test_a_handoff_without_progress_is_given_up() -> None:
+    core = computed()
+    (effect,) = core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 1.0)
+    assert isinstance(effect, SendFrame)
+    core.on_frame_sent(effect.frame, 5, 1.0)
+    assert core.tick(6.0) == []
+    effects = core.tick(6.1)
+    assert event(effects).failed.code == pb.FAILURE_CODE_STALLED
+    assert message_types(effects) == [Closed]
+    check_nothing_is_left(core)
+
+
+def test_state_counts_what_there_is() -> None:
+    core = prefill_core(num_pages=2)
+    core.on_command(prefill_command(PROMPT, request_id="first"), 0.0)
+    core.on_command(prefill_command(PROMPT, request_id="second"), 0.0)
+    run_step(core)
+    state = core.state()
+    assert (state.queued, state.queued_tokens, state.handoffs) == (1, 20, 1)
+    assert (state.prompt_tokens, state.generated_tokens) == (20, 1)
+    assert (state.pages.owned, state.pages.total) == (2, 2)
+    assert core.next_batch(0.0) == (None, [])  # the pool is full

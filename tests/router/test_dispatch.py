@@ -1,0 +1,324 @@
+"""DispatchCore: its queue, its projections, its deadlines, and workers that come and go."""
+
+from collections.abc import Sequence
+from itertools import count
+
+import pytest
+from routing import (
+    PAGE_SIZE,
+    ROUTER,
+    attached,
+    failed,
+    first_token,
+    heartbeat,
+    make_request,
+    ready,
+    registration,
+    tokens,
+)
+
+from pagewire.proto import worker_pb2 as pb
+from pagewire.router.dispatch import DispatchCore
+from pagewire.router.lifecycle import Deliver, Effect, Fail, SendCommand
+from pagewire.router.members import RegistrationRefused
+from pagewire.router.request import RequestFailed
+
+P = registration("prefill-0", pb.ROLE_PREFILL)
+D = registration("decode-0", pb.ROLE_DECODE)
+
+
+def make_core(max_queued: int = 2) -> DispatchCore:
+    tickets = count()
+    return DispatchCore(
+        incarnation=ROUTER,
+        max_queued=max_queued,
+        make_ticket=lambda: next(tickets).to_bytes(16, "big"),
+    )
+
+
+def running_core(max_queued: int = 2) -> DispatchCore:
+    """A core with one prefill worker and one decode worker of 10 pages."""
+    core = make_core(max_queued)
+    core.on_registered(P, 0.0)
+    core.on_registered(D, 0.0)
+    return core
+
+
+def commands(effects: Sequence[Effect]) -> list[tuple[str | None, str, bytes]]:
+    return [
+        (
+            effect.command.WhichOneof("body"),
+            effect.command.route.request_id,
+            effect.command.route.receiver,
+        )
+        for effect in effects
+        if isinstance(effect, SendCommand)
+    ]
+
+
+def failures(effects: Sequence[Effect]) -> dict[str, str]:
+    return {effect.request_id: effect.error.code for effect in effects if isinstance(effect, Fail)}
+
+
+def projected(core: DispatchCore) -> tuple[int, int]:
+    """(prompt tokens on P, pages on D) that are promised."""
+    prefill, decode = core.members.get(P.incarnation), core.members.get(D.incarnation)
+    assert prefill is not None and decode is not None
+    return prefill.num_projected_tokens, decode.num_projected_pages
+
+
+def fill(core: DispatchCore) -> None:
+    """One request that takes the whole decode worker."""
+    core.submit(make_request("large", num_prompt_tokens=100, max_tokens=61), 0.0)
+
+
+def test_a_request_is_sent_to_a_pair_at_once() -> None:
+    core = running_core()
+    effects = core.submit(make_request(), 0.0)
+    assert commands(effects) == [("attach", "request", D.incarnation)]
+    assert core.counts() == {"queued": 0, "prefilling": 1, "handoff": 0, "decoding": 0}
+    assert projected(core) == (20, 2)
+
+
+def test_projections_are_settled_as_the_request_advances() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    effects = core.on_event(attached(D.incarnation), 0.0)
+    assert commands(effects) == [("prefill", "request", P.incarnation)]
+    assert projected(core) == (20, 2)
+    core.on_event(first_token(P.incarnation), 0.0)
+    assert projected(core) == (0, 2)
+    core.on_event(ready(D.incarnation), 0.0)
+    assert core.counts()["decoding"] == 1
+    finish = pb.FINISH_REASON_LENGTH
+    (delivery,) = core.on_event(tokens(D.incarnation, finish=finish), 0.0)
+    assert isinstance(delivery, Deliver)
+    assert projected(core) == (0, 0)
+    assert not any(core.counts().values())
+
+
+def test_each_attempt_has_its_own_ticket() -> None:
+    core = running_core()
+    first = core.submit(make_request("first"), 0.0)[0]
+    second = core.submit(make_request("second"), 0.0)[0]
+    assert isinstance(first, SendCommand) and isinstance(second, SendCommand)
+    assert first.command.attach.ticket != second.command.attach.ticket
+
+
+def test_what_does_not_fit_waits_in_order() -> None:
+    core = running_core(max_queued=3)
+    fill(core)
+    assert core.submit(make_request("second", num_prompt_tokens=150), 0.0) == []
+    assert core.submit(make_request("third", num_prompt_tokens=100), 0.0) == []
+    assert core.counts()["queued"] == 2
+    effects = core.cancel("large", "test")
+    assert commands(effects)[2:] == [("attach", "second", D.incarnation)]
+    assert core.counts()["queued"] == 1
+
+
+def test_nobody_overtakes_the_head_of_the_queue() -> None:
+    core = running_core()
+    core.submit(make_request("first", num_prompt_tokens=80), 0.0)
+    core.submit(make_request("large", num_prompt_tokens=100), 0.0)
+    assert core.submit(make_request("small", num_prompt_tokens=1), 0.0) == []
+
+
+def test_the_queue_is_bounded() -> None:
+    core = running_core(max_queued=1)
+    fill(core)
+    core.submit(make_request("waiting"), 0.0)
+    with pytest.raises(RequestFailed) as refusal:
+        core.submit(make_request("refused"), 0.0)
+    assert (refusal.value.status, refusal.value.code) == (503, "overloaded")
+    assert refusal.value.retry_after_s == 1
+    assert core.counts()["queued"] == 1
+
+
+@pytest.mark.parametrize(("max_tokens", "fits"), [(61, True), (62, False)])
+def test_a_request_that_never_fits_is_refused(max_tokens: int, fits: bool) -> None:
+    core = running_core()
+    assert core.max_kv_tokens() == 160
+    request = make_request(num_prompt_tokens=100, max_tokens=max_tokens)
+    if fits:
+        assert core.submit(request, 0.0)
+        return
+    with pytest.raises(RequestFailed) as refusal:
+        core.submit(request, 0.0)
+    assert (refusal.value.status, refusal.value.param) == (400, "max_tokens")
+
+
+@pytest.mark.parametrize(("info", "missing"), [(P, "decode"), (D, "prefill")])
+def test_without_a_pair_nothing_is_taken(info: pb.RegisterRequest, missing: str) -> None:
+    core = make_core()
+    core.on_registered(info, 0.0)
+    assert (core.max_kv_tokens() == 0) == (missing == "decode")
+    with pytest.raises(RequestFailed, match=f"no {missing} worker") as refusal:
+        core.submit(make_request(), 0.0)
+    assert (refusal.value.status, refusal.value.code) == (503, "no_workers")
+
+
+def test_a_cancel_frees_both_workers_and_is_idempotent() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    effects = core.cancel("request", "test")
+    assert commands(effects) == [
+        ("abort", "request", P.incarnation),
+        ("abort", "request", D.incarnation),
+    ]
+    assert core.cancel("request", "test") == []
+    assert core.cancel("unknown", "test") == []
+    assert projected(core) == (0, 0)
+
+
+def test_a_queued_request_can_be_cancelled() -> None:
+    core = running_core()
+    fill(core)
+    core.submit(make_request(), 0.0)
+    assert core.cancel("request", "test") == []
+    assert core.counts()["queued"] == 0
+
+
+def test_deadlines() -> None:
+    core = running_core()
+    fill(core)
+    core.submit(make_request(queue_deadline=5.0), 0.0)
+    for now in (1.0, 2.5, 5.0):
+        core.on_event(heartbeat(P.incarnation), now)
+        core.on_event(heartbeat(D.incarnation), now)
+        assert core.tick(now) == []
+    assert failures(core.tick(5.1)) == {"request": "timeout"}
+    for now in range(6, 62):
+        core.on_event(heartbeat(P.incarnation), now)
+        core.on_event(heartbeat(D.incarnation), now)
+    assert core.tick(60.0) == []
+    effects = core.tick(60.1)
+    assert failures(effects) == {"large": "timeout"}
+    assert len(commands(effects)) == 2
+    assert projected(core) == (0, 0)
+
+
+def test_room_that_a_deadline_makes_is_used() -> None:
+    core = running_core()
+    core.submit(make_request("late", num_prompt_tokens=100, max_tokens=61, deadline=1.0), 0.0)
+    core.submit(make_request("waiting"), 0.0)
+    assert ("attach", "waiting", D.incarnation) in commands(core.tick(1.1))
+
+
+@pytest.mark.parametrize("info", [P, D])
+def test_a_lost_worker_fails_its_requests(info: pb.RegisterRequest) -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    effects = core.on_worker_lost(info.incarnation)
+    assert failures(effects) == {"request": "worker_lost"}
+    other = D if info is P else P
+    assert commands(effects) == [("abort", "request", other.incarnation)]
+    assert core.on_worker_lost(info.incarnation) == []
+
+
+def test_a_stream_that_decodes_needs_no_prefill_worker() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(ready(D.incarnation), 0.0)
+    assert core.on_event(failed(P.incarnation, pb.FAILURE_CODE_PEER_LOST), 0.0) == []
+    assert core.on_worker_lost(P.incarnation) == []
+    assert core.counts()["decoding"] == 1
+
+
+def test_a_silent_worker_is_given_up() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(heartbeat(P.incarnation), 3.0)
+    assert core.tick(3.0) == []
+    assert failures(core.tick(3.1)) == {"request": "worker_lost"}
+    assert core.members.get(D.incarnation) is None
+    assert core.members.get(P.incarnation) is not None
+
+
+def test_a_new_incarnation_replaces_the_old_one() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    successor = registration("decode-0", pb.ROLE_DECODE, incarnation=b"n" * 16)
+    assert failures(core.on_registered(successor, 1.0)) == {"request": "worker_lost"}
+    assert core.members.get(D.incarnation) is None
+    dropped = core.num_dropped
+    assert core.on_event(tokens(D.incarnation), 1.0) == []
+    assert core.num_dropped == dropped + 1
+
+
+def test_a_worker_that_registers_again_starts_without_promises() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    assert failures(core.on_registered(D, 1.0)) == {"request": "worker_lost"}
+    assert projected(core) == (0, 0)
+
+
+def test_a_worker_that_joins_gets_what_waits() -> None:
+    core = running_core()
+    fill(core)
+    core.submit(make_request(), 0.0)
+    spare = registration("decode-1", pb.ROLE_DECODE)
+    assert commands(core.on_registered(spare, 1.0)) == [("attach", "request", spare.incarnation)]
+
+
+def test_a_worker_that_does_not_fit_is_refused() -> None:
+    core = running_core()
+    misfit = registration("decode-1", pb.ROLE_DECODE)
+    misfit.layout.page_size = 32
+    with pytest.raises(RegistrationRefused, match=r"layout\.page_size"):
+        core.on_registered(misfit, 0.0)
+    assert core.members.named("decode-1") is None
+
+
+def test_a_heartbeat_is_remembered() -> None:
+    core = running_core()
+    core.on_event(heartbeat(D.incarnation, pb.WorkerState(running=3)), 2.0)
+    member = core.members.get(D.incarnation)
+    assert member is not None
+    assert (member.state.running, member.last_seen) == (3, 2.0)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        tokens(b"x" * 16),
+        tokens(D.incarnation, request_id="unknown"),
+        pb.WorkerEvent(route=pb.Route(sender=D.incarnation, receiver=b"x" * 16)),
+    ],
+    ids=["unknown worker", "unknown request", "another router"],
+)
+def test_events_for_nobody_are_counted(event: pb.WorkerEvent) -> None:
+    core = running_core()
+    assert core.on_event(event, 0.0) == []
+    assert core.num_dropped == 1
+
+
+def test_a_pause_of_the_router_is_not_held_against_its_workers() -> None:
+    core = make_core()
+    core.on_registered(P, 0.0)
+    core.tick(0.5)
+    core.tick(60.0)
+    assert core.members.get(P.incarnation) is not None
+    for step in range(1, 14):
+        core.tick(60.0 + step * 0.25)
+    assert core.members.get(P.incarnation) is None
+
+
+def test_prompt_and_output_are_held_against_the_worker_that_holds_them() -> None:
+    core = make_core()
+    core.on_registered(registration("prefill-0", pb.ROLE_PREFILL, num_pages=2), 0.0)
+    core.on_registered(registration("decode-0", pb.ROLE_DECODE, num_pages=20), 0.0)
+    assert core.submit(make_request(num_prompt_tokens=2 * PAGE_SIZE, max_tokens=200), 0.0)
+    with pytest.raises(RequestFailed, match="more KV cache"):
+        core.submit(make_request("other", num_prompt_tokens=2 * PAGE_SIZE + 1, max_tokens=1), 0.0)
+
+
+def test_what_no_worker_could_hold_stands_aside() -> None:
+    """The only large decode worker dies while a large request waits: small ones go on."""
+    core = make_core()
+    large = registration("decode-0", pb.ROLE_DECODE, num_pages=10)
+    for info in (P, large, registration("decode-1", pb.ROLE_DECODE, num_pages=2)):
+        core.on_registered(info, 0.0)
+    assert core.submit(make_request("first", max_tokens=100), 0.0)
+    assert not core.submit(make_request("large", max_tokens=100), 0.0)
+    core.on_worker_lost(large.incarnation)
+    assert core.submit(make_request("small", max_tokens=4), 0.0)

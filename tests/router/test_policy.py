@@ -1,0 +1,89 @@
+"""The choice of a pair."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from routing import registration
+
+from pagewire.proto import worker_pb2 as pb
+from pagewire.router.members import Member
+from pagewire.router.policy import choose_pair
+
+
+def prefill(name: str, *, num_pages: int = 10, projected: int = 0) -> Member:
+    info = registration(name, pb.ROLE_PREFILL, num_pages=num_pages)
+    return Member(info=info, last_seen=0.0, num_projected_tokens=projected)
+
+
+def decode(name: str, *, num_pages: int = 10, projected: int = 0) -> Member:
+    info = registration(name, pb.ROLE_DECODE, num_pages=num_pages)
+    return Member(info=info, last_seen=0.0, num_projected_pages=projected)
+
+
+def test_the_least_loaded_of_each_role() -> None:
+    pair = choose_pair(
+        [prefill("p0", projected=50), prefill("p1", projected=49)],
+        [decode("d0", num_pages=100, projected=40), decode("d1", num_pages=10, projected=5)],
+        num_prompt_tokens=16,
+        num_tokens=32,
+    )
+    assert pair is not None
+    assert (pair.prefill.info.name, pair.decode.info.name) == ("p1", "d0")
+
+
+def test_equals_are_chosen_by_name() -> None:
+    pair = choose_pair(
+        [prefill("p1"), prefill("p0")],
+        [decode("d1"), decode("d0")],
+        num_prompt_tokens=1,
+        num_tokens=1,
+    )
+    assert pair is not None
+    assert (pair.prefill.info.name, pair.decode.info.name) == ("p0", "d0")
+
+
+@pytest.mark.parametrize(
+    ("prefills", "decodes"),
+    [
+        ([], [decode("d0")]),
+        ([prefill("p0")], []),
+        ([prefill("p0", num_pages=1)], [decode("d0")]),
+        ([prefill("p0")], [decode("d0", projected=8)]),
+    ],
+    ids=["no prefill", "no decode", "prompt too long", "decode full"],
+)
+def test_no_pair(prefills: list[Member], decodes: list[Member]) -> None:
+    assert choose_pair(prefills, decodes, num_prompt_tokens=17, num_tokens=33) is None
+
+
+Loads = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=4)
+
+
+@given(prefills=Loads, decodes=Loads, prompt=st.integers(1, 100), output=st.integers(0, 60))
+def test_whoever_is_chosen_has_room(
+    prefills: list[tuple[int, int]], decodes: list[tuple[int, int]], prompt: int, output: int
+) -> None:
+    prefill_members = [
+        prefill(f"p{index}", num_pages=pages, projected=load)
+        for index, (pages, load) in enumerate(prefills)
+    ]
+    decode_members = [
+        decode(f"d{index}", num_pages=pages, projected=min(load, pages))
+        for index, (pages, load) in enumerate(decodes)
+    ]
+    fitting_prefills = [
+        member for member in prefill_members if member.info.num_pages * 16 >= prompt
+    ]
+    fitting_decodes = [
+        member for member in decode_members if member.num_unpromised_pages * 16 >= prompt + output
+    ]
+    pair = choose_pair(
+        prefill_members, decode_members, num_prompt_tokens=prompt, num_tokens=prompt + output
+    )
+    assert (pair is None) is not bool(fitting_prefills and fitting_decodes)
+    if pair is not None:
+        assert pair.prefill in fitting_prefills
+        assert pair.decode in fitting_decodes
+        assert pair.prefill.num_projected_tokens == min(
+            member.num_projected_tokens for member in fitting_prefills
+        )
