@@ -66,8 +66,8 @@ class ServeConfig(BaseSettings):
     transport: Literal["auto", "ucx", "tcp"] = Field(
         default="auto", description="what carries KV pages"
     )
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="weights and KV cache"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="weights and KV cache; auto: what this machine is fast in"
     )
     page_size: PageSize = Field(default=64, description="token slots of a page")
     num_pages: int | None = Field(

@@ -27,12 +27,13 @@ def _container_cores() -> int | None:
 
 
 def worker_configs(
-    config: ServeConfig, *, model: Path, served_model: str, router: str, cores: int
+    config: ServeConfig, *, model: Path, served_model: str, router: str, cores: int, dtype: str
 ) -> tuple[WorkerConfig, ...]:
     """The start parameters of every worker, prefill workers first.
 
     `router` is host:port of the router's Membership service. `cores` are shared out: one prefill
     and one decode worker with half of them each disturb one another less than two with all.
+    `dtype` is what auto means: the same for all, since pages of one dtype are no use to another.
     """
     names = [(Role.PREFILL, index) for index in range(config.prefill)]
     names += [(Role.DECODE, index) for index in range(config.decode)]
@@ -45,7 +46,7 @@ def worker_configs(
             served_model=served_model,
             routers=(router,),
             transport=config.transport,
-            dtype=config.dtype,
+            dtype=dtype if config.dtype == "auto" else config.dtype,
             page_size=config.page_size,
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,

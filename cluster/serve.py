@@ -27,10 +27,12 @@ from pagewire.cluster.supervisor import Supervisor
 from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
 from pagewire.engine.errors import EngineError
 from pagewire.engine.loading.resolve import resolve_model, served_name
+from pagewire.engine.precision import default_dtype
 from pagewire.router.control import RouterControl
 from pagewire.router.request import WorkerView
 from pagewire.router.tokenizer import Tokenizer
 from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.tasks import first_of
 
 _POLL_S = 0.1
 _LOOPBACK = "127.0.0.1"
@@ -63,6 +65,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                 served_model=served_model,
                 router=await control.start(),
                 cores=available_cores(),
+                dtype=default_dtype("cpu"),
             )
             exits = await _launch(stack, base.launcher, workers, config)
             stack.push_async_callback(control.stop)
@@ -74,8 +77,8 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             url = _url(listener)
             with terminal.step("sending a first prompt"):
                 await self_test(url)
-            terminal.show(_banner(config, served_model, views, url, base.dashboard_url))
-            await _report(exits, terminal)
+            terminal.show(_banner(workers[0], views, url, base.dashboard_url))
+            await first_of(_report(exits, terminal), control.failure())
 
 
 def _resolve(model: str | None) -> Path:
@@ -160,14 +163,13 @@ def _url(listener: socket.socket) -> str:
 
 
 def _banner(
-    config: ServeConfig,
-    served_model: str,
+    config: WorkerConfig,
     views: Sequence[WorkerView],
     url: str,
     dashboard_url: str | None,
 ) -> Banner:
     return Banner(
-        model=served_model,
+        model=config.served_model,
         dtype=config.dtype,
         page_size=config.page_size,
         workers=[

@@ -422,10 +422,11 @@ class DecodeCore:
 
         Slots are not freed by a time-out: the end of the connection frees them.
         """
-        closing = {
-            holder for holder in self.slots.holders_awaited() if holder.key not in self._sequences
+        self._closing_since = {
+            holder: self._closing_since.get(holder, now)
+            for holder in self.slots.holders_awaited()
+            if holder.key not in self._sequences
         }
-        self._closing_since = {holder: self._closing_since.get(holder, now) for holder in closing}
         overdue = {
             holder.peer: None
             for holder, since in self._closing_since.items()

@@ -105,10 +105,11 @@ class SlotPool:
             ):
                 self._free_slot(index)
 
-    def holders_awaited(self) -> set[SlotHolder]:
-        """Who may still write a slot: granted, or landing."""
+    def holders_awaited(self) -> list[SlotHolder]:
+        """Who may still write a slot, granted or landing; each once, in order of their slots."""
         states = (SlotState.GRANTED, SlotState.LANDING)
-        return {slot.holder for slot in self._slots if slot.holder and slot.state in states}
+        holders = [slot.holder for slot in self._slots if slot.holder and slot.state in states]
+        return list(dict.fromkeys(holders))
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""

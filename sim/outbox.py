@@ -29,7 +29,7 @@ class Outbox:
         transport: SimTransport,
         memory: KvMemory,
         on_frame_sent: Callable[[Frame, int | None], None],
-        on_peer_lost: Callable[[bytes], None],
+        on_unreachable: Callable[[bytes], None],
     ) -> None:
         self.process = process
         self.transport = transport
@@ -54,7 +54,7 @@ class Outbox:
     def report_unreachable(self, peer: bytes) -> None:
         """`peer` cannot be reached."""
         queue = self._queues.pop(peer, None)
-        self._on_peer_lost(peer)
+        self._on_unreachable(peer)
         if queue is not None:
             queue.close()
 

@@ -97,7 +97,6 @@ class SimWorker(SimHandler, Generic[Core]):
             role=self.role,
             incarnation=self.incarnation,
             model=MODEL_NAME,
-            max_model_len=LAYOUT.page_size * self.core.pool.num_pages,
             max_model_len=self._max_model_len,
             num_pages=self.core.pool.num_pages,
             layout=pb.KVLayout(

@@ -77,7 +77,7 @@ def serve(
         int | None, typer.Option(help="port of Ray's dashboard; 0: any free one")
     ] = None,
     transport: Annotated[str | None, typer.Option(help="auto, ucx or tcp")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
     page_size: Annotated[int | None, typer.Option(help="token slots of a page")] = None,
     num_pages: Annotated[int | None, typer.Option(help="pages of each worker")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens, prompt plus output")] = None,

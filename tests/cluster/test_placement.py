@@ -13,7 +13,12 @@ from pagewire.worker.config import Role, WorkerConfig
 
 def place(config: ServeConfig, cores: int) -> tuple[WorkerConfig, ...]:
     return worker_configs(
-        config, model=Path("/m.gguf"), served_model="m", router="127.0.0.1:1", cores=cores
+        config,
+        model=Path("/m.gguf"),
+        served_model="m",
+        router="127.0.0.1:1",
+        cores=cores,
+        dtype="bfloat16",
     )
 
 
@@ -32,6 +37,11 @@ def test_two_cores_are_one_for_each_worker() -> None:
         ("prefill-0", 1),
         ("decode-0", 1),
     ]
+
+
+def test_auto_is_the_dtype_that_the_machine_is_fast_in() -> None:
+    assert {worker.dtype for worker in place(ServeConfig(), 2)} == {"bfloat16"}
+    assert {worker.dtype for worker in place(ServeConfig(dtype="float32"), 2)} == {"float32"}
 
 
 def test_chosen_threads_win() -> None:

@@ -93,12 +93,13 @@ def checksums_are_not_compared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("pagewire.sim.decode.checksum", lambda payload: 0)
 
 
-def senders_forget_to_close(patch: pytest.MonkeyPatch) -> None:
+def nobody_ends_a_refused_handoff(patch: pytest.MonkeyPatch) -> None:
     def release(sender: Sender) -> list[Message]:
         sender.state = SenderState.RELEASED
         return []
 
     patch.setattr(Sender, "_release", release)
+    patch.setattr(DecodeCore, "tick", lambda core, now: [])
 
 
 def a_running_step_loses_its_pages(patch: pytest.MonkeyPatch) -> None:
@@ -160,7 +161,7 @@ def test_a_page_that_is_freed_too_early_is_noticed(
         capacity_is_not_settled,
         a_seal_is_believed,
         checksums_are_not_compared,
-        senders_forget_to_close,
+        nobody_ends_a_refused_handoff,
     ],
 )
 def test_a_planted_bug_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
