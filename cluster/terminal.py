@@ -49,7 +49,7 @@ class Banner:
             yield f"  Ray        {self.dashboard_url}"
         yield (
             f"  try        curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' "
-            '-d \'{"model": "default", "messages": '
+            '-d \'{"model": "default", "temperature": 0, "messages": '
             '[{"role": "user", "content": "What is the capital of France?"}]}\''
         )
         yield f"ready in {self.ready_s:.1f} s; Ctrl-C stops everything"

@@ -66,6 +66,7 @@ def _describe(view: WorkerView) -> dict[str, Any]:
         "device": view.device,
         "address": view.address,
         "is_responding": view.is_responding,
+        "integrity_error": state.integrity_error or None,
         "pages": _members(state.pages),
         "queued": state.queued,
         "running": state.running,

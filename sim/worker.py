@@ -125,8 +125,6 @@ class SimWorker(SimHandler, Generic[Core]):
                     connection = self.transport.connection(peer)
                     if connection is not None:
                         connection.lose()
-                case Disconnect(peer=peer):
-                    self._outbox.disconnect(peer)
                 case Scatter():
                     environment = self._environment
                     delay = environment.costs.scatter.draw(environment.random)

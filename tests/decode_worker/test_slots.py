@@ -124,6 +124,8 @@ class SlotMachine(RuleBasedStateMachine):
         for holder in HOLDERS:
             held = sum(use.holder == holder for use in self.uses)
             assert self.pool.num_held(holder) == held
+        awaited = {use.holder for use in self.uses if use.state is not SlotState.SCATTERING}
+        assert sorted(self.pool.holders_awaited()) == sorted(awaited)
 
     def _replace(self, use: Use, state: SlotState) -> None:
         self.uses[self.uses.index(use)] = replace(use, state=state)

@@ -87,6 +87,7 @@ def test_the_workers(client: TestClient, dispatcher: ScriptedDispatcher) -> None
         "incarnation": "cd" * 16,
         "device": "cpu",
         "is_responding": True,
+        "integrity_error": None,
         "address": "127.0.0.1:2",
         "pages": {"free": 6, "owned": 1, "pinned": 0, "quarantined": 1, "total": 8},
         "queued": 0,
