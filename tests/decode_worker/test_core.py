@@ -33,7 +33,7 @@ from pagewire.kv_transfer.messages import (
     Seal,
 )
 from pagewire.proto import worker_pb2 as pb
-from pagewire.worker.effects import Effect, Emit, Scatter, Send
+from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
 from pagewire.worker.identity import prefix_hash
 
 PROMPT = list(range(20))  # 2 pages
@@ -238,6 +238,50 @@ def test_slots_of_an_aborted_handoff_stay_out_of_use_until_closed() -> None:
     check_nothing_is_left(core)
 
 
+def test_a_worker_that_does_not_close_what_was_refused_is_disconnected() -> None:
+    core = decode_core(num_slots=2)
+    begin(core)
+    assert core.tick(100.0) == []
+    core.on_command(abort_command(DECODE), 100.0)
+    assert core.tick(100.1) == []
+    assert core.tick(105.1) == []
+    assert core.tick(105.2) == [Disconnect(peer=PREFILL)]
+    assert core.slots.num_free == 0  # no time-out frees them
+    core.on_peer_lost(PREFILL)
+    assert core.tick(106.0) == []
+    check_nothing_is_left(core)
+
+
+def test_a_frame_larger_than_a_slot_ends_the_handoff() -> None:
+    core = decode_core(slot_bytes=LAYOUT.layer_bytes)
+    credit, *_ = grants(begin(core))
+    slot, effects = core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
+    assert slot is None
+    assert messages(effects) == [Refused(id=handoff_id().reply(), reason=RefuseReason.LAYOUT)]
+
+
+def test_a_router_cannot_abort_what_another_one_sent() -> None:
+    core = decode_core()
+    hand_off(core)
+    abort = abort_command(DECODE)
+    abort.route.sender = b"s" * 16
+    assert core.on_command(abort, 0.0) == []
+    assert core.next_batch(0.0)[0] is not None
+
+
+def test_a_lost_peer_does_not_concern_what_has_landed() -> None:
+    core = decode_core()
+    credit = grants(begin(core))
+    for seq in range(2):
+        land(core, frame(credit[seq], seq))
+    core.on_message(PREFILL, seal(), 0.0)
+    assert core.on_peer_lost(PREFILL) == []
+    effects = [
+        effect for seq in range(2) for effect in core.on_scattered(frame(credit[seq], seq), True)
+    ]
+    assert [event.WhichOneof("body") for event in events(effects)] == ["ready"]
+
+
 def test_pages_of_a_running_step_are_quarantined_until_it_ends() -> None:
     core = decode_core()
     hand_off(core)
@@ -295,6 +339,14 @@ def test_a_first_token_outside_the_vocabulary_is_not_believed() -> None:
     assert messages(effects) == [Refused(id=handoff_id().reply(), reason=RefuseReason.INTEGRITY)]
 
 
+@pytest.mark.parametrize("params", [sampling(max_tokens=1), sampling(stop_token_ids=[7])])
+def test_a_seal_of_what_had_ended_is_not_believed(params: pb.SamplingParams) -> None:
+    core = decode_core()
+    core.on_command(attach_command(PROMPT, params=params), 0.0)
+    core.on_message(PREFILL, opening(), 0.0)
+    assert failure(core.on_message(PREFILL, seal(), 0.0)).code == pb.FAILURE_CODE_INTEGRITY
+
+
 def test_a_lost_peer_frees_what_it_could_have_written() -> None:
     core = decode_core(num_slots=2)
     credit, _ = grants(begin(core))
@@ -331,3 +383,62 @@ def test_state_counts_what_there_is() -> None:
     state = core.state()
     assert (state.running, state.queued, state.handoffs) == (1, 1, 1)
     assert (state.pages.owned, state.pages.free, state.pages.total) == (4, 12, 16)
+
+
+def test_a_sender_that_never_closes_loses_its_connection_and_not_the_slots() -> None:
+    """A stopped prefill worker must not keep credit from the others for ever."""
+    core = decode_core(num_slots=1)
+    begin(core)
+    core.on_command(abort_command(DECODE), 0.0)
+    assert core.tick(10.0) == []
+    assert core.tick(15.0) == []
+    assert core.slots.num_free == 0
+    assert core.tick(15.1) == [Disconnect(peer=PREFILL)]
+    assert core.slots.num_free == 0  # until the connection is really gone
+    core.on_peer_lost(PREFILL)
+    assert core.tick(100.0) == []
+    check_nothing_is_left(core)
+
+
+@pytest.mark.parametrize(("max_tokens", "first_token"), [(1, 7), (3, 9)])
+def test_a_seal_with_a_token_that_ends_the_request_is_refused(
+    max_tokens: int, first_token: int
+) -> None:
+    core = decode_core()
+    params = sampling(max_tokens=max_tokens, stop_token_ids=[9])
+    core.on_command(attach_command(PROMPT, params=params), 0.0)
+    credit = grants(core.on_message(PREFILL, opening(), 0.0))
+    for seq in range(2):
+        land(core, frame(credit[seq], seq))
+        core.on_scattered(frame(credit[seq], seq), True)
+    effects = core.on_message(PREFILL, seal(first_token=first_token), 0.0)
+    assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY
+
+
+def test_a_hand_off_whose_last_frame_is_here_outlives_its_sender() -> None:
+    core = decode_core()
+    credit = grants(begin(core))
+    for seq in range(2):
+        land(core, frame(credit[seq], seq))
+    core.on_message(PREFILL, seal(), 0.0)
+    assert events(core.on_peer_lost(PREFILL)) == []
+    core.on_scattered(frame(credit[0], 0), True)
+    (event,) = events(core.on_scattered(frame(credit[1], 1), True))
+    assert event.HasField("ready")
+
+
+def test_only_the_router_that_sent_a_request_can_abort_it() -> None:
+    core = decode_core()
+    begin(core)
+    foreign = abort_command(DECODE)
+    foreign.route.sender = b"x" * 16
+    assert core.on_command(foreign, 0.0) == []
+    assert not core.is_idle
+
+
+def test_a_frame_larger_than_a_slot_is_refused_before_it_lands() -> None:
+    core = decode_core()
+    (credit, *_) = grants(begin(core))
+    slot, effects = core.place(PREFILL, frame(credit, 0), (1 << 20) + 1)
+    assert slot is None
+    assert Refused(id=handoff_id().reply(), reason=RefuseReason.LAYOUT) in messages(effects)

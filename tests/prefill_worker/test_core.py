@@ -31,7 +31,7 @@ from pagewire.kv_transfer.messages import (
 )
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
-from pagewire.worker.effects import Connect, Effect, Emit, Send, SendFrame
+from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame
 
 PROMPT = list(range(20))  # 2 pages
 ID = HandoffId(request_id="request", attempt=1, sender=DECODE, receiver=PREFILL)
@@ -284,7 +284,39 @@ def test_a_handoff_without_progress_is_given_up() -> None:
     effects = core.tick(6.1)
     assert event(effects).failed.code == pb.FAILURE_CODE_STALLED
     assert message_types(effects) == [Closed]
+    assert effects[-1] == Disconnect(peer=DECODE)
     check_nothing_is_left(core)
+
+
+def test_a_send_that_never_ends_costs_the_connection() -> None:
+    """Its pages stay in quarantine until the transport lets go of them."""
+    core = computed()
+    (effect,) = core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 1.0)
+    assert isinstance(effect, SendFrame)
+    core.on_command(abort_command(PREFILL), 2.0)
+    assert core.tick(31.0) == []
+    assert core.tick(31.1) == [Disconnect(peer=DECODE)]
+    assert core.pool.counts().quarantined == 1
+    core.on_frame_sent(effect.frame, None, 32.0)
+    check_nothing_is_left(core)
+
+
+def test_a_frame_that_was_not_sent_is_not_sealed() -> None:
+    core = computed()
+    for slot in range(2):
+        (effect,) = core.on_message(DECODE, Grant(id=ID, slot=slot, slot_generation=0), 0.0)
+        assert isinstance(effect, SendFrame)
+        assert core.on_frame_sent(effect.frame, None, 0.0) == []
+    assert event(core.on_peer_lost(DECODE)).failed.code == pb.FAILURE_CODE_PEER_LOST
+    check_nothing_is_left(core)
+
+
+def test_a_router_cannot_abort_what_another_one_sent() -> None:
+    core = computed()
+    abort = abort_command(PREFILL)
+    abort.route.sender = b"s" * 16
+    assert core.on_command(abort, 0.0) == []
+    assert core.state().handoffs == 1
 
 
 def test_state_counts_what_there_is() -> None:

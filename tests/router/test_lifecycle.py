@@ -65,6 +65,12 @@ def handing_off() -> Lifecycle:
     return lifecycle
 
 
+def handed_over() -> Lifecycle:
+    lifecycle = handing_off()
+    lifecycle.on_event(sealed(P))
+    return lifecycle
+
+
 def decoding() -> Lifecycle:
     lifecycle = handing_off()
     lifecycle.on_event(ready(D))
@@ -165,6 +171,17 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "Failed by P": FAILED_BY_P,
         "Failed by D": FAILED_BY_D,
         "P lost": FAILED_BY_P,
+        "D lost": FAILED_BY_D,
+        "deadline": FAILED_ON_TIME,
+        "cancel": CANCELLED,
+    },
+    handed_over: {
+        "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to D"]),
+        "Ready": (State.DECODING, []),
+        "Tokens": (State.DECODING, ["Deliver [6]"]),
+        "Tokens, finished": (State.DONE, ["Deliver [6] stop"]),
+        "Failed by P": FAILED_BY_P,
+        "Failed by D": FAILED_BY_D,
         "D lost": FAILED_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
@@ -295,3 +312,11 @@ def test_what_a_failure_means_for_the_client(
     assert (error.status, error.code) == (status, name)
     assert (error.retry_after_s is not None) is (status == 503)
     assert "it broke" in error.message
+
+
+def test_a_prefill_worker_that_has_sealed_is_not_missed() -> None:
+    lifecycle = prefilling()
+    lifecycle.on_event(first_token(P))
+    lifecycle.on_event(sealed(P))
+    assert lifecycle.on_worker_lost(P) == []
+    assert lifecycle.state is State.HANDOFF

@@ -29,6 +29,12 @@ def _set(name: str, value: object) -> pb.RegisterRequest:
         (_set("incarnation", b"short"), "incarnation"),
         (_set("role", pb.ROLE_UNSPECIFIED), "role"),
         (_set("num_pages", 0), "num_pages"),
+        (_set("max_model_len", 0), "max_model_len"),
+        (_set("model_digest", b"other"), "model model has other weights than that of prefill-0"),
+        (
+            with_change(lambda info: info.ClearField("transports")),
+            "transports are none, but prefill-0 has tcp",
+        ),
         (_set_layout("page_size", 0), "layout.page_size"),
         (_set("model", "another"), "model is another, but prefill-0 was started with model"),
         (_set_layout("page_size", 32), "layout.page_size is 32, but prefill-0"),
