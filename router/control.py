@@ -151,11 +151,13 @@ class RouterControl:
 
     def register(self, info: pb.RegisterRequest) -> None:
         """Take a worker in and open its session. Raises RegistrationRefused."""
-        self._carry_out(self._core.on_registered(info, self._clock()))
+        effects = self._core.on_registered(info, self._clock())
         known = self._sessions.pop(info.incarnation, None)
         if known is not None:
             known.close()
+        # Before the effects: what waited for this worker is among them.
         self._sessions[info.incarnation] = _Session(self, info)
+        self._carry_out(effects)
         self._close_sessions_of_the_lost()
         logger.info("%s joined from %s", info.name, info.address)
 

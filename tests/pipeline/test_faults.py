@@ -12,6 +12,7 @@ from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import RequestFailed
+from pagewire.worker.config import Role
 
 LONG = pb.SamplingParams(max_tokens=500, top_p=1.0)
 SHORT = pb.SamplingParams(max_tokens=4, top_p=1.0)
@@ -59,6 +60,22 @@ def test_streams_of_a_lost_worker_end_with_an_error(name: str, llama: Path) -> N
     run_with_pipeline(llama, run)
 
 
+def test_what_waits_for_room_goes_to_a_worker_that_joins(llama: Path) -> None:
+    prompt = range(100)
+
+    async def run(cluster: Pipeline) -> None:
+        first = asyncio.create_task(cluster.generate(prompt, LONG))
+        await cluster.until_state("decode-0", lambda state: state.running > 0)
+        second = asyncio.create_task(cluster.generate(prompt, LONG))
+        await asyncio.sleep(0)
+        assert cluster.control.counts()["queued"] == 1
+        cluster.add(Role.DECODE, "decode-1")
+        await cluster.until_state("decode-1", lambda state: state.running > 0)
+        assert await first == await second
+
+    run_with_pipeline(llama, run, num_pages=10)
+
+
 def test_a_flipped_bit_in_a_frame_never_becomes_a_token(llama: Path) -> None:
     async def run(cluster: Pipeline) -> None:
         error = await outcome(cluster.generate(range(100), SHORT))
@@ -98,9 +115,10 @@ def run_with_pipeline(
     llama: Path,
     scenario: Callable[[Pipeline], Awaitable[None]],
     make_transports: Callable[[bytes, Handler], list[Transport]] = tcp,
+    num_pages: int = 256,
 ) -> None:
     async def run() -> None:
-        async with pipeline(llama, make_transports) as cluster:
+        async with pipeline(llama, make_transports, num_pages=num_pages) as cluster:
             await scenario(cluster)
 
     asyncio.run(run())

@@ -89,7 +89,13 @@ def prefill_core(
     )
 
 
-def decode_core(*, num_pages: int = 16, num_slots: int = 3, max_batch_size: int = 4) -> DecodeCore:
+def decode_core(
+    *,
+    num_pages: int = 16,
+    num_slots: int = 3,
+    max_batch_size: int = 4,
+    slot_bytes: int = 4 * LAYOUT.page_bytes,
+) -> DecodeCore:
     return DecodeCore(
         incarnation=DECODE,
         layout=LAYOUT,
@@ -98,7 +104,7 @@ def decode_core(*, num_pages: int = 16, num_slots: int = 3, max_batch_size: int 
         vocab_size=VOCAB_SIZE,
         max_model_len=256,
         max_batch_size=max_batch_size,
-        slot_bytes=1 << 20,
+        slot_bytes=slot_bytes,
     )
 
 

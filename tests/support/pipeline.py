@@ -40,6 +40,11 @@ class Pipeline:
 
     control: RouterControl
     workers: dict[str, RunningWorker]
+    start: Callable[[Role, str], RunningWorker]
+
+    def add(self, role: Role, name: str) -> None:
+        """Start another worker; it registers by itself."""
+        self.workers[name] = self.start(role, name)
 
     async def generate(
         self, prompt: Sequence[int], sampling: pb.SamplingParams
@@ -96,10 +101,8 @@ async def pipeline(
     """Start it, wait until every worker has registered, stop it in the end."""
     control = RouterControl()
     address = await control.start()
-    running: dict[str, RunningWorker] = {}
-    names = [(Role.PREFILL, f"prefill-{index}") for index in range(prefill)]
-    names += [(Role.DECODE, f"decode-{index}") for index in range(decode)]
-    for role, name in names:
+
+    def start(role: Role, name: str) -> RunningWorker:
         config = WorkerConfig(
             name=name,
             role=role,
@@ -112,15 +115,20 @@ async def pipeline(
             slot_bytes=slot_bytes,
             num_slots=num_slots,
         )
-        running[name] = start_worker(config, make_transports)
-    cluster = Pipeline(control=control, workers=running)
+        return start_worker(config, make_transports)
+
+    cluster = Pipeline(control=control, workers={}, start=start)
+    names = [(Role.PREFILL, f"prefill-{index}") for index in range(prefill)]
+    names += [(Role.DECODE, f"decode-{index}") for index in range(decode)]
+    for role, name in names:
+        cluster.add(role, name)
     try:
         await cluster.until_registered(len(names))
         yield cluster
     finally:
-        for item in running.values():
+        for item in cluster.workers.values():
             item.stop.set()
-        await asyncio.gather(*(item.task for item in running.values()))
+        await asyncio.gather(*(item.task for item in cluster.workers.values()))
         await control.stop()
 
 
