@@ -57,6 +57,14 @@ def test_dependencies_point_one_way(folder: str) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("folder", sorted(set(ALLOWED) - {"proto"}))
+def test_the_architecture_page_names_every_file(folder: str) -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    section = page.partition(f"### {folder}/:")[2].partition("\n##")[0]
+    files = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")]
+    assert [str(file) for file in sorted(files) if f"`{file}`" not in section] == []
+
+
 def test_command_line_knows_the_cluster_only() -> None:
     assert set(imported_folders(PACKAGE / "cli.py")) == {"cluster"}
 
