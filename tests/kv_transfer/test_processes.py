@@ -164,6 +164,7 @@ def test_losing_a_sender_leaks_no_descriptors(kind: str) -> None:
 
     async def scenario() -> None:
         first = await lose_a_peer()  # opens what stays for the process
-        assert [await lose_a_peer() for _ in range(3)] == [first] * 3
+        # Fewer are no fault: what other tests left behind may be collected meanwhile.
+        assert max([await lose_a_peer() for _ in range(3)]) <= first
 
     asyncio.run(scenario())
