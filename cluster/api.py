@@ -9,6 +9,7 @@ from pagewire.cluster.errors import StartError
 from pagewire.router.app import create_app
 from pagewire.router.chat import ChatTemplate, ChatTemplateError
 from pagewire.router.control import RouterControl
+from pagewire.router.gguf_metadata import GGUFError
 from pagewire.router.settings import RouterSettings
 from pagewire.router.tokenizer import Tokenizer, TokenizerError
 from pagewire.router.tokenizer_loading import load_tokenizer
@@ -18,7 +19,7 @@ def tokenizer_of(model: Path) -> Tokenizer:
     """The tokenizer of a model's files. Raises StartError."""
     try:
         return load_tokenizer(model)
-    except (TokenizerError, OSError) as error:
+    except (TokenizerError, GGUFError, OSError) as error:
         raise StartError(f"the tokenizer of {model.name} cannot be loaded: {error}") from error
 
 

@@ -63,6 +63,10 @@ def stream_chat(
         raise RequestError(
             f"nothing listens at {url}; start a server with `pagewire serve`, or name it with --url"
         ) from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"what {url} answers is no stream of the OpenAI API") from error
+    except ValueError as error:  # what JSON or UTF-8 cannot say
+        raise RequestError(f"the request cannot be sent: {error}") from error
     except httpx.HTTPError as error:
         raise RequestError(f"the connection to {url} broke: {error}") from error
     end = time.monotonic()

@@ -74,6 +74,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             app = build_app(config, control, base.tokenizer, served_model)
             server = HttpServer(app, listener, grace_s=config.stop_timeout_s)
             await stack.enter_async_context(server)
+            stack.callback(control.refuse_all)  # first of all: open streams end with an error
             url = _url(listener)
             with terminal.step("sending a first prompt"):
                 await self_test(url)
@@ -181,10 +182,18 @@ def _banner(
             )
             for view in sorted(views, key=lambda view: (view.role != Role.PREFILL, view.name))
         ],
+        transport=_transport(config, views),
         url=url,
         dashboard_url=dashboard_url,
         ready_s=processes.age_s(),
     )
+
+
+def _transport(config: WorkerConfig, views: Sequence[WorkerView]) -> str:
+    kinds = [each.kind for each in views[0].state.transfers]
+    if config.transport == "auto" and "ucx" not in kinds:
+        return f"{', '.join(kinds)}: UCX is not usable here, see `pagewire doctor`"
+    return ", ".join(kinds)
 
 
 async def _report(exits: Exits, terminal: Terminal) -> None:

@@ -31,6 +31,7 @@ class Banner:
     dtype: str
     page_size: int
     workers: Sequence[WorkerLine]
+    transport: str  # what carries KV pages, best first, with the reason where it is not the best
     url: str
     dashboard_url: str | None
     ready_s: float  # from the start of the process to the first token
@@ -44,12 +45,13 @@ class Banner:
                 f"  {worker.name:<9}  pid {worker.pid}, {worker.device}, "
                 f"{worker.num_pages} pages of {self.page_size} tokens"
             )
+        yield f"  transport  {self.transport}"
         yield f"  API        {self.url}/v1"
         if self.dashboard_url is not None:
             yield f"  Ray        {self.dashboard_url}"
         yield (
             f"  try        curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' "
-            '-d \'{"model": "default", "temperature": 0, "messages": '
+            '-d \'{"model": "default", "temperature": 0, "max_tokens": 64, "messages": '
             '[{"role": "user", "content": "What is the capital of France?"}]}\''
         )
         yield f"ready in {self.ready_s:.1f} s; Ctrl-C stops everything"

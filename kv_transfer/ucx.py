@@ -241,7 +241,7 @@ class UcxTransport(SocketTransport[UcxConnection]):
         self._library: UcxLibrary | None = None
 
     async def start(self) -> None:
-        self._library = await asyncio.to_thread(open_library)
+        self._library = await asyncio.to_thread(open_library, self._host)
         await super().start()
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ ucxx's asyncio layer keeps one worker per process and polls while a transfer is 
 library layer underneath does neither, so transports are built on that.
 """
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -59,16 +60,21 @@ def versions() -> tuple[str, str]:
     return ucxx.__version__, ".".join(map(str, ucxx.get_ucx_version()))
 
 
-def open_library() -> UcxLibrary:
+def open_library(host: str | None = None) -> UcxLibrary:
     """Import ucxx, which takes about half a second, and make a context.
 
-    Raises TransportError with a remedy when it is missing or finds no network.
+    With a loopback address as `host` nothing of it listens on another. Raises TransportError with
+    a remedy when it is missing or finds no network.
     """
     ucxx = _import()
     from ucxx._lib.arr import Array
 
     api = ucxx.libucxx
-    defaults = {name: text for name, text in _DEFAULTS.items() if f"UCX_{name}" not in os.environ}
+    defaults = dict(_DEFAULTS)
+    if host is not None and _is_loopback(host):
+        defaults["NET_DEVICES"] = "lo"
+    for name in [name for name in defaults if f"UCX_{name}" in os.environ]:
+        del defaults[name]
     try:
         context = api.UCXContext(defaults | _REQUIRED, (api.Feature.TAG, api.Feature.WAKEUP))
     except api.UCXError as error:
@@ -76,6 +82,13 @@ def open_library() -> UcxLibrary:
             f"UCX cannot start: {error}; check the UCX_* environment variables, or use tcp"
         ) from error
     return UcxLibrary(api=api, array=Array, context=context, error=api.UCXError)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _import() -> Any:

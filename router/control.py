@@ -86,6 +86,10 @@ class RouterControl:
             await self._server.stop(grace=None)
         self._failed.cancel()
 
+    def refuse_all(self) -> None:
+        """The router is about to stop: fail every request, take no more."""
+        self._carry_out(self._core.refuse_all())
+
     async def failure(self) -> None:
         """Wait until a background task fails, and raise what it raised: the books are wrong."""
         await asyncio.shield(self._failed)

@@ -31,6 +31,7 @@ class DispatchCore:
         self._queue: deque[Lifecycle] = deque()
         self._prefilling: dict[str, int] = {}  # prompt tokens not known to be computed
         self._ticked_at: float | None = None
+        self._is_stopping = False
         self.num_dropped = 0  # events addressed to no live request
 
     # --- Clients ----------------------------------------------------------------------------------
@@ -68,8 +69,19 @@ class DispatchCore:
             return []
         return self._after(lifecycle, lifecycle.cancel(reason))
 
+    def refuse_all(self) -> list[Effect]:
+        """The router is about to stop: fail every request, take no more. Idempotent."""
+        self._is_stopping = True
+        return [
+            effect
+            for lifecycle in list(self._live.values())
+            for effect in self._after(lifecycle, lifecycle.fail(_stopping()))
+        ]
+
     def check_ready(self) -> None:
         """Raise RequestFailed that says what is missing, unless a request could start now."""
+        if self._is_stopping:
+            raise _stopping()
         for role, name in ((pb.ROLE_PREFILL, "prefill"), (pb.ROLE_DECODE, "decode")):
             if not self.members.of_role(role):
                 raise RequestFailed(
@@ -151,7 +163,7 @@ class DispatchCore:
         One that no worker could hold at the moment, however idle, stands aside for those behind it.
         """
         effects: list[Effect] = []
-        for lifecycle in list(self._queue):
+        for lifecycle in [] if self._is_stopping else list(self._queue):
             pair = choose_pair(
                 self.members.of_role(pb.ROLE_PREFILL),
                 self.members.of_role(pb.ROLE_DECODE),
@@ -219,6 +231,16 @@ class DispatchCore:
 def _num_kv_tokens(request: Request) -> int:
     """KV slots that a request needs at most; the last token's KV is never computed."""
     return len(request.token_ids) + request.sampling.max_tokens - 1
+
+
+def _stopping() -> RequestFailed:
+    return RequestFailed(
+        "the server is stopping; send the request again",
+        status=503,
+        kind="server_error",
+        code="stopping",
+        retry_after_s=5,
+    )
 
 
 def _timed_out(what: str) -> RequestFailed:

@@ -44,7 +44,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             try:
                 return _Reader(data).metadata()
             except (struct.error, UnicodeDecodeError) as error:
-                raise GGUFError(f"{path.name} is damaged ({error}); fetch it again") from None
+                raise GGUFError(f"{path.name} is damaged or cut short; fetch it again") from error
 
 
 class _Reader:

@@ -130,7 +130,7 @@ def chat(
     from pagewire.cluster.chat import Chat
 
     session = Chat(
-        url=url.rstrip("/"),
+        url=url.rstrip("/").removesuffix("/v1"),
         model=model,
         system=system,
         max_tokens=max_tokens,

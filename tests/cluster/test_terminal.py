@@ -17,6 +17,7 @@ BANNER = Banner(
         WorkerLine(name="prefill-0", pid=11, device="cpu", num_pages=100),
         WorkerLine(name="decode-0", pid=12, device="cpu", num_pages=200),
     ],
+    transport="ucx, tcp",
     url="http://127.0.0.1:8000",
     dashboard_url="http://127.0.0.1:8265",
     ready_s=9.87,

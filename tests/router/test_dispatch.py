@@ -322,3 +322,14 @@ def test_what_no_worker_could_hold_stands_aside() -> None:
     assert not core.submit(make_request("large", max_tokens=100), 0.0)
     core.on_worker_lost(large.incarnation)
     assert core.submit(make_request("small", max_tokens=4), 0.0)
+
+
+def test_a_router_that_stops_fails_what_runs_and_takes_no_more() -> None:
+    core = running_core()
+    core.submit(make_request("running", max_tokens=100), 0.0)
+    core.submit(make_request("queued", max_tokens=100), 0.0)
+    effects = core.refuse_all()
+    assert failures(effects) == {"running": "stopping", "queued": "stopping"}
+    assert core.refuse_all() == []
+    with pytest.raises(RequestFailed, match="the server is stopping"):
+        core.submit(make_request("late"), 0.0)
