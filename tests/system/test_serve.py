@@ -5,6 +5,7 @@ One instance serves all tests of this file, in their order; the last one stops i
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -165,6 +166,14 @@ def test_answer_goes_through_both_workers(server: Server) -> None:
     assert after["decode-0"]["generated_tokens"] > before["decode-0"]["generated_tokens"]
     received = sum(each["bytes_received"] for each in after["decode-0"]["transfers"])
     assert received > sum(each["bytes_received"] for each in before["decode-0"]["transfers"])
+
+
+def test_the_printed_curl_line_answers(server: Server) -> None:
+    command, url, *_, body = shlex.split(server.line("  try ").removeprefix("  try "))
+    assert command == "curl"
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        answer = client.post(url, content=body, headers={"Content-Type": "application/json"})
+    assert "Paris" in answer.raise_for_status().json()["choices"][0]["message"]["content"]
 
 
 def test_chat_command_streams_and_measures(server: Server) -> None:
