@@ -39,6 +39,7 @@ from pagewire.worker.identity import (
     reply_route,
 )
 from pagewire.worker.ledger import EndedAttempts
+from pagewire.worker.orphans import OrphanedPages
 
 
 class DecodeCore:
@@ -78,7 +79,7 @@ class DecodeCore:
         self._waiting: deque[DecodeSequence] = deque()  # opened, not reserved yet
         self._receiving: dict[AttemptKey, DecodeSequence] = {}
         self._batch: list[DecodeSequence] = []  # the step that runs now
-        self._orphans: list[list[int]] = []  # pages that it uses and nobody owns any more
+        self._orphans = OrphanedPages(pool)
         self._scattering: dict[tuple[AttemptKey, int], list[int]] = {}  # pages, by frame
         self._ended = EndedAttempts()
         self._num_generated_tokens = 0
@@ -373,7 +374,7 @@ class DecodeCore:
             if self._sequences.get(sequence.key) is sequence:
                 assert token is not None, "every row of a decode step samples"
                 effects += self._on_token(sequence, token)
-        self._free_orphans()
+        self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
     def on_batch_failed(self) -> list[Effect]:
@@ -390,7 +391,7 @@ class DecodeCore:
                         pb.FAILURE_CODE_INTERNAL,
                     )
                 )
-        self._free_orphans()
+        self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
     def _on_token(self, sequence: DecodeSequence, token: int) -> list[Effect]:
@@ -409,11 +410,6 @@ class DecodeCore:
         if reason:
             effects += self._end(sequence)
         return effects
-
-    def _free_orphans(self) -> None:
-        for pages in self._orphans:
-            self.pool.unpin(pages)
-        self._orphans.clear()
 
     # --- Time and state ---------------------------------------------------------------------------
 
@@ -480,8 +476,7 @@ class DecodeCore:
             self._waiting.remove(sequence)
         self._scheduler.remove(sequence)
         if sequence in self._batch:
-            self.pool.pin(sequence.pages)
-            self._orphans.append(sequence.pages)
+            self._orphans.adopt(sequence.pages)
         self.pool.release(sequence.pages)
         if sequence.reservation is not None:
             self.pool.cancel(sequence.reservation)

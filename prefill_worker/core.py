@@ -37,6 +37,7 @@ from pagewire.worker.identity import (
     reply_route,
 )
 from pagewire.worker.ledger import EndedAttempts
+from pagewire.worker.orphans import OrphanedPages
 
 _REFUSALS = {
     RefuseReason.UNKNOWN_TICKET: (  # it was expected there, so it was given up there
@@ -93,7 +94,7 @@ class PrefillCore:
         self._scheduler = PrefillScheduler(pool, layout, max_batch_tokens)
         self._sequences: dict[AttemptKey, PrefillSequence] = {}
         self._batch: list[Chunk] = []  # the step that runs now
-        self._orphans: list[tuple[int, ...]] = []  # pages that it uses and nobody owns any more
+        self._orphans = OrphanedPages(pool)
         self._sending: dict[tuple[AttemptKey, int], tuple[Sender, tuple[int, ...]]] = {}
         self._ended = EndedAttempts()
         self._num_prompt_tokens = 0
@@ -270,7 +271,7 @@ class PrefillCore:
         for chunk, token in zip(batch, tokens, strict=True):
             if self._sequences.get(chunk.sequence.key) is chunk.sequence:
                 effects += self._on_chunk_done(chunk, token, now)
-        self._free_orphans()
+        self._orphans.free()
         return effects
 
     def on_batch_failed(self) -> list[Effect]:
@@ -287,7 +288,7 @@ class PrefillCore:
                         pb.FAILURE_CODE_INTERNAL,
                     )
                 )
-        self._free_orphans()
+        self._orphans.free()
         return effects
 
     def _on_chunk_done(self, chunk: Chunk, token: int | None, now: float) -> list[Effect]:
@@ -306,11 +307,6 @@ class PrefillCore:
         messages = sequence.sender.on_computed(sequence.num_computed, now)
         messages += sequence.sender.finish(token, now)
         return [first_token, *self._carry_out(sequence, messages)]
-
-    def _free_orphans(self) -> None:
-        for pages in self._orphans:
-            self.pool.unpin(pages)
-        self._orphans.clear()
 
     # --- Time and state ---------------------------------------------------------------------------
 
@@ -362,8 +358,7 @@ class PrefillCore:
         self._ended.add(sequence.key)
         self._scheduler.remove(sequence)
         if any(chunk.sequence is sequence for chunk in self._batch):
-            self.pool.pin(sequence.pages)
-            self._orphans.append(sequence.pages)
+            self._orphans.adopt(sequence.pages)
         self.pool.release(sequence.pages)
         return [Send(message=message) for message in sequence.sender.close()]
 
