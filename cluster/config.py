@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -46,6 +46,7 @@ class ServeConfig(BaseSettings):
 
     model: str | None = Field(
         default=None,
+        min_length=1,
         description="GGUF file, safetensors directory or Hugging Face id; none: SmolLM2",
     )
     served_model: str | None = Field(
@@ -94,6 +95,13 @@ class ServeConfig(BaseSettings):
     stop_timeout_s: float = Field(
         default=5.0, gt=0, description="for a stopped worker to end by itself"
     )
+
+    @field_validator("dashboard_port")
+    @classmethod
+    def _not_the_port_of_the_api(cls, value: int, info: ValidationInfo) -> int:
+        if value and value == info.data.get("port"):
+            raise ValueError("the HTTP API has this port; choose another for one of them")
+        return value
 
     @classmethod
     def settings_customise_sources(

@@ -149,7 +149,8 @@ async def _all_registered(
             await asyncio.wait({first_exit}, timeout=_POLL_S)
             if first_exit.done():
                 name, end = first_exit.result()
-                raise StartError(f"{name} did not start: {end.reason}")
+                reason = end.reason.removeprefix(f"{name}: ")  # as it stands in its own log
+                raise StartError(f"{name} did not start: {reason}")
         return views
     finally:
         first_exit.cancel()

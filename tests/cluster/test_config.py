@@ -89,11 +89,18 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         ("num_pages", 0),
         ("queue_timeout_s", 0),
         ("host", ""),
+        ("model", ""),
     ],
 )
 def test_value_out_of_range_names_parameter_and_origin(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} \(command line\)"):
         load_config({name: value})
+
+
+def test_two_servers_cannot_have_one_port() -> None:
+    with pytest.raises(ConfigError, match=r"^dashboard_port \(command line\).*HTTP API"):
+        load_config({"port": 9000, "dashboard_port": 9000})
+    assert load_config({"port": 0, "dashboard_port": 0}).config.port == 0
 
 
 def test_value_from_the_environment_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
