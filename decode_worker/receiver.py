@@ -13,7 +13,7 @@ prompt and range agree with what was agreed, and never twice.
 
 from enum import Enum, auto
 
-from pagewire.kv_transfer.checksum import extend_digest
+from pagewire.kv_transfer.checksum import digest_of
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, HandoffId, Open, RefuseReason, Seal
 
@@ -136,11 +136,10 @@ class Receiver:
     def _become_ready_if_complete(self) -> RefuseReason | None:
         if self.seal is None or self.needs_sender or self._scattering:
             return None
-        digest = 0
-        for seq in range(self.seal.num_frames):
-            if seq not in self._checksums:
-                return RefuseReason.INTEGRITY
-            digest = extend_digest(digest, self._checksums[seq])
+        seqs = range(self.seal.num_frames)
+        if any(seq not in self._checksums for seq in seqs):
+            return RefuseReason.INTEGRITY
+        digest = digest_of(self._checksums[seq] for seq in seqs)
         all_layers = (1 << self._layout.num_layers) - 1
         if digest != self.seal.digest or any(layers != all_layers for layers in self._covered):
             return RefuseReason.INTEGRITY

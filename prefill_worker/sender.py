@@ -19,7 +19,7 @@ not fit the state is a repetition or a late message and changes nothing.
 from collections import deque
 from enum import Enum, auto
 
-from pagewire.kv_transfer.checksum import extend_digest
+from pagewire.kv_transfer.checksum import digest_of
 from pagewire.kv_transfer.layout import FrameRange, KVLayout, plan_frames
 from pagewire.kv_transfer.messages import Closed, Frame, Grant, HandoffId, Message, Open, Seal
 
@@ -55,6 +55,7 @@ class Sender:
         self._prefix_hash = prefix_hash
         self._num_prompt_tokens = num_prompt_tokens
         self._layout = layout
+        self._layout_digest = layout.digest()
         self._slot_bytes = slot_bytes
         self._num_planned_pages = 0
         self._ready: deque[FrameRange] = deque()  # computed, not sent
@@ -82,7 +83,7 @@ class Sender:
                 id=self.id,
                 ticket=self._ticket,
                 num_prompt_tokens=self._num_prompt_tokens,
-                layout_digest=self._layout.digest(),
+                layout_digest=self._layout_digest,
                 prefix_hash=self._prefix_hash,
             )
         ]
@@ -188,7 +189,7 @@ class Sender:
             num_pages=part.num_pages,
             first_layer=part.first_layer,
             num_layers=part.num_layers,
-            layout_digest=self._layout.digest(),
+            layout_digest=self._layout_digest,
             prefix_hash=self._prefix_hash,
             checksum=0,
         )
@@ -204,14 +205,11 @@ class Sender:
             return []
         self.state = SenderState.SEALED
         self._progress_at = now
-        digest = 0
-        for seq in range(self._num_frames):
-            digest = extend_digest(digest, self._checksums[seq])
         return [
             Seal(
                 id=self.id,
                 num_frames=self._num_frames,
-                digest=digest,
+                digest=digest_of(self._checksums[seq] for seq in range(self._num_frames)),
                 first_token=self._first_token,
             )
         ]

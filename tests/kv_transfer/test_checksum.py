@@ -5,7 +5,7 @@ from itertools import accumulate
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pagewire.kv_transfer.checksum import EMPTY_DIGEST, checksum, extend_digest
+from pagewire.kv_transfer.checksum import EMPTY_DIGEST, checksum, digest_of, extend_digest
 
 
 @given(st.lists(st.binary()))
@@ -19,6 +19,12 @@ def test_a_flipped_bit_is_noticed(data: bytes, draw: st.DataObject) -> None:
     flipped = bytearray(data)
     flipped[draw.draw(st.integers(0, len(data) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
     assert checksum(memoryview(flipped)) != checksum(data)
+
+
+def test_a_frame_with_checksum_0_is_noticed_after_any_other() -> None:
+    """A chained CRC-32 stays at 0xFFFFFFFF when a checksum of 0 follows."""
+    for checksums in ([2**32 - 1], [2**32 - 1, 0], [0], [0, 0]):
+        assert digest_of([*checksums, 0]) != digest_of(checksums)
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=2), st.data())
