@@ -86,7 +86,6 @@ def main() -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     config = WorkerConfig.from_json(sys.argv[-1])
-    os.environ.setdefault("OMP_NUM_THREADS", str(config.num_threads))
     try:
         asyncio.run(_main(config, ends_with_stdin=ENDS_WITH_STDIN in sys.argv))
     except StartError as error:

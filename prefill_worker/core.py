@@ -110,7 +110,7 @@ class PrefillCore:
             return []
         match command.WhichOneof("body"):
             case "prefill":
-                return self._on_prefill(key, command, now)
+                return self._on_prefill(key, command)
             case "abort":
                 return self._on_abort(key, command.route.sender)
             case body:
@@ -125,7 +125,7 @@ class PrefillCore:
             for effect in self._end(sequence)
         ]
 
-    def _on_prefill(self, key: AttemptKey, command: pb.WorkerCommand, now: float) -> list[Effect]:
+    def _on_prefill(self, key: AttemptKey, command: pb.WorkerCommand) -> list[Effect]:
         if key in self._sequences or key in self._ended:
             self._num_dropped += 1
             return []

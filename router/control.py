@@ -14,6 +14,7 @@ import grpc
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto import worker_pb2_grpc as pb_grpc
+from pagewire.proto.channel import GRPC_OPTIONS
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Deliver, Effect, Fail, SendCommand
 from pagewire.router.members import Member, RegistrationRefused
@@ -22,10 +23,6 @@ from pagewire.router.request import Request, RequestFailed, TokenUpdate, WorkerV
 _TICK_S = 0.25
 _INSPECT_TIMEOUT_S = 1.0
 _ROLE_NAMES = {pb.ROLE_PREFILL: "prefill", pb.ROLE_DECODE: "decode"}
-
-# Workers and routers talk to each other directly, whatever proxy the environment names, and no
-# two routers share a port.
-_GRPC_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.so_reuseport", 0))
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +58,7 @@ class RouterControl:
 
     async def start(self) -> str:
         """Serve Membership; returns its host:port. Raises OSError when the port is taken."""
-        self._server = grpc.aio.server(options=_GRPC_OPTIONS)
+        self._server = grpc.aio.server(options=GRPC_OPTIONS)
         pb_grpc.add_MembershipServicer_to_server(_Membership(self), self._server)
         try:
             port = self._server.add_insecure_port(f"{self._host}:{self._port}")
@@ -126,7 +123,7 @@ class RouterControl:
     def counts(self) -> Mapping[str, int]:
         return self._core.counts()
 
-    def max_prompt_tokens(self) -> int:
+    def max_kv_tokens(self) -> int:
         return self._core.max_kv_tokens()
 
     def max_model_len(self) -> int:
@@ -264,7 +261,7 @@ class _Session:
         reason = "the session ended"
         try:
             async with grpc.aio.insecure_channel(
-                self.info.address, options=_GRPC_OPTIONS
+                self.info.address, options=GRPC_OPTIONS
             ) as channel:
                 self._stub = pb_grpc.WorkerStub(channel)
                 async for batch in self._stub.Session(self._outgoing()):

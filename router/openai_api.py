@@ -133,7 +133,7 @@ class OpenAIEndpoints:
 
     def _context_tokens(self) -> int:
         """Longest prompt plus output; without workers the model's, and the dispatcher refuses."""
-        held = self.dispatcher.max_prompt_tokens()
+        held = self.dispatcher.max_kv_tokens()
         limit = self.settings.max_model_len
         return min(limit, held) if held else limit
 

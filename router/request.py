@@ -98,5 +98,5 @@ class Dispatcher(Protocol):
     def counts(self) -> Mapping[str, int]:
         """Requests by lifecycle state (queued, prefilling, handoff, decoding)."""
 
-    def max_prompt_tokens(self) -> int:
+    def max_kv_tokens(self) -> int:
         """The longest prompt plus output that the registered workers can hold; 0 without any."""

@@ -9,15 +9,12 @@ import grpc
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto import worker_pb2_grpc as pb_grpc
+from pagewire.proto.channel import GRPC_OPTIONS
 
 _RETRY_S = 0.5  # between attempts to register
 _SESSION_TIMEOUT_S = 5.0  # for a router to open its session after a registration
 _MAX_EVENTS_PER_MESSAGE = 1024  # far below gRPC's limit on the size of a message
 _MAX_PENDING_EVENTS = 65_536  # a router so far behind is as good as gone
-
-# Workers and routers talk to each other directly, whatever proxy the environment names, and no
-# two servers share a port.
-GRPC_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.so_reuseport", 0))
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,13 @@ from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto import worker_pb2_grpc as pb_grpc
+from pagewire.proto.channel import GRPC_OPTIONS
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.links import Links
-from pagewire.worker.sessions import GRPC_OPTIONS, WorkerService, keep_registered
+from pagewire.worker.sessions import WorkerService, keep_registered
 from pagewire.worker.step_loop import StepLoop
 from pagewire.worker.tasks import TaskSet, first_of
 

@@ -70,7 +70,7 @@ class ScriptedDispatcher:
     def counts(self) -> Mapping[str, int]:
         return self.states
 
-    def max_prompt_tokens(self) -> int:
+    def max_kv_tokens(self) -> int:
         return self.capacity
 
 
