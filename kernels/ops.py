@@ -6,9 +6,42 @@ another in dimension 0.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, overload
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedActivation:
+    """Activations in 8 bits with a scale per token: x ≈ values * scales[:, None].
+
+    Symmetric: a scale is the token's largest magnitude / 127, or 1 where all are 0, and halves are
+    rounded to even, so that every implementation gives the same bytes.
+    """
+
+    values: Tensor  # int8 [num_tokens, dim], -127 .. 127
+    scales: Tensor  # float32 [num_tokens]
+
+
+Activation = Tensor | QuantizedActivation
+
+
+class Linear(Protocol):
+    """A matrix with its bias, stored as its implementation multiplies it fastest."""
+
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether it wants a QuantizedActivation, which the operation before it then makes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the stored matrix and its bias take."""
+
+    def __call__(self, x: Activation) -> Tensor:
+        """x: [num_tokens, in_features]; returns [num_tokens, out_features] in the model's dtype.
+
+        Raises TypeError for the kind of activation that it does not take.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,20 +72,34 @@ class AttentionPlan(Protocol):
 
 
 class Ops(Protocol):
-    """What a decoder computes with. Reductions accumulate in float32 or better."""
+    """What a decoder computes with, matrices aside: those are `Linear`.
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: [..., in_features]; weight: [out_features, in_features]; returns [..., out]."""
+    Reductions accumulate in float32 or better. With `quantize` an operation returns what
+    `Ops.quantize` would make of its result, and that has two dimensions.
+    """
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def quantize(self, x: Tensor) -> QuantizedActivation:
+        """x: [num_tokens, dim]."""
+
+    @overload
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool) -> Activation: ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> Activation:
         """Normalise the last dimension; x: [..., dim], weight: [dim]."""
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> tuple[Activation, Tensor]:
         """(rms_norm(x + residual), x + residual); may overwrite `residual` with the sum."""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, *, quantize: bool = False) -> Activation:
         """silu(gate) * up; gate_up: [num_tokens, 2 * dim], gate first; returns [.., dim]."""
 
     def rope_and_store(

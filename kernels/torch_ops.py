@@ -6,12 +6,13 @@ length; both copy the pages that they read into one run per head first.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagewire.kernels.ops import AttentionBatch
+from pagewire.kernels.ops import Activation, AttentionBatch, QuantizedActivation
 
 # Decode rows share a call while the longest has at most this many times the pages of the shortest.
 MAX_PADDING = 1.25
@@ -20,21 +21,37 @@ MAX_PADDING = 1.25
 class TorchOps:
     """Implements `pagewire.kernels.ops.Ops`."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def quantize(self, x: Tensor) -> QuantizedActivation:
+        x = x.float()
+        scales = x.abs().amax(dim=-1) / 127
+        scales.masked_fill_(scales == 0, 1)
+        values = (x / scales[:, None]).round_().to(torch.int8)
+        return QuantizedActivation(values=values, scales=scales)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
+    @overload
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool) -> Activation: ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> Activation:
+        normed = F.rms_norm(x, weight.shape, weight, eps)
+        return self.quantize(normed) if quantize else normed
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> tuple[Activation, Tensor]:
         residual = residual.add_(x)
-        return self.rms_norm(residual, weight, eps), residual
+        return self.rms_norm(residual, weight, eps, quantize=quantize), residual
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, *, quantize: bool = False) -> Activation:
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        product = F.silu(gate).mul_(up)
+        return self.quantize(product) if quantize else product
 
     def rope_and_store(
         self,

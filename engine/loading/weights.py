@@ -15,6 +15,8 @@ from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
+from pagewire.kernels.linear import DenseLinear
+from pagewire.kernels.ops import Linear
 from pagewire.kernels.torch_ops import TorchOps
 
 
@@ -57,7 +59,7 @@ class _Loader:
             embedding=embedding,
             layers=tuple(self._layer(index) for index in range(config.num_layers)),
             norm=self._tensor("model.norm.weight", config.hidden_size),
-            lm_head=lm_head,
+            lm_head=DenseLinear(weight=lm_head),
         )
 
     def _layer(self, index: int) -> LayerWeights:
@@ -70,14 +72,13 @@ class _Loader:
         gate_up = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         return LayerWeights(
             input_norm=self._tensor(f"{layer}.input_layernorm.weight", hidden),
-            qkv=self._fused(f"{layer}.self_attn", qkv, "weight", hidden),
-            qkv_bias=self._fused(f"{layer}.self_attn", qkv, "bias") if config.qkv_bias else None,
+            qkv=self._linear(f"{layer}.self_attn", qkv, hidden, bias=config.qkv_bias),
             q_norm=self._head_norm(f"{layer}.self_attn.q_norm.weight"),
             k_norm=self._head_norm(f"{layer}.self_attn.k_norm.weight"),
-            output=self._tensor(f"{layer}.self_attn.o_proj.weight", hidden, q_rows),
+            output=self._linear(f"{layer}.self_attn", {"o_proj": hidden}, q_rows),
             post_attention_norm=self._tensor(f"{layer}.post_attention_layernorm.weight", hidden),
-            gate_up=self._fused(f"{layer}.mlp", gate_up, "weight", hidden),
-            down=self._tensor(f"{layer}.mlp.down_proj.weight", hidden, config.intermediate_size),
+            gate_up=self._linear(f"{layer}.mlp", gate_up, hidden),
+            down=self._linear(f"{layer}.mlp", {"down_proj": hidden}, config.intermediate_size),
         )
 
     def _head_norm(self, name: str) -> Tensor | None:
@@ -87,6 +88,15 @@ class _Loader:
         tensor = self._empty(*shape)
         self._checkpoint.read(name, tensor)
         return tensor
+
+    def _linear(
+        self, module: str, rows: dict[str, int], in_features: int, *, bias: bool = False
+    ) -> Linear:
+        """The projections of `rows` as one matrix, their outputs behind one another."""
+        return DenseLinear(
+            weight=self._fused(module, rows, "weight", in_features),
+            bias=self._fused(module, rows, "bias") if bias else None,
+        )
 
     def _fused(self, module: str, rows: dict[str, int], kind: str, *columns: int) -> Tensor:
         """The projections of `rows` below one another: [sum of rows, *columns]."""

@@ -1,7 +1,8 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3: one forward step over a ragged batch.
 
 The families differ in three switches of the config (a bias on q, k and v; a norm on each head of q
-and k; a sliding window) and otherwise in sizes only. All arithmetic is behind `ops`.
+and k; a sliding window) and otherwise in sizes only. All arithmetic is behind
+`Ops` and `Linear`.
 """
 
 from dataclasses import dataclass
@@ -11,30 +12,29 @@ from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.models.rope import cosine_and_sine
-from pagewire.kernels.ops import AttentionBatch, AttentionPlan, Ops
+from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, Linear, Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerWeights:
-    """Matrices are [out_features, in_features]."""
+    """The matrices of one layer, each with its bias, and the norms between them."""
 
-    input_norm: Tensor
-    qkv: Tensor  # q, k and v below one another
-    qkv_bias: Tensor | None
+    input_norm: Tensor  # [hidden_size]
+    qkv: Linear  # outputs q, k and v behind one another
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None  # [head_dim]
-    output: Tensor
-    post_attention_norm: Tensor
-    gate_up: Tensor  # gate above up
-    down: Tensor
+    output: Linear
+    post_attention_norm: Tensor  # [hidden_size]
+    gate_up: Linear  # outputs gate, then up
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LlamaWeights:
     embedding: Tensor  # [vocab_size, hidden_size]
     layers: tuple[LayerWeights, ...]
-    norm: Tensor
-    lm_head: Tensor  # [vocab_size, hidden_size]; the embedding itself when tied
+    norm: Tensor  # [hidden_size]
+    lm_head: Linear  # outputs logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,25 +80,46 @@ class LlamaModel:
             slots=batch.slots,
         )
         residual = weights.embedding[token_ids]  # [num_tokens, hidden_size]
-        x = ops.rms_norm(residual, weights.layers[0].input_norm, config.rms_norm_eps)
-        next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
-        for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
-            x = self._attend(x, index, layer, step)
-            x, residual = ops.add_rms_norm(
-                x, residual, layer.post_attention_norm, config.rms_norm_eps
-            )
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
-            x, residual = ops.add_rms_norm(x, residual, next_norm, config.rms_norm_eps)
-        return ops.linear(x[logits_of], weights.lm_head).float()
+        first = weights.layers[0]
+        x: Activation = ops.rms_norm(
+            residual, first.input_norm, config.rms_norm_eps, quantize=first.qkv.takes_quantized
+        )
+        out, residual = self._layer(x, residual, 0, step)
+        for index, layer in enumerate(weights.layers[1:], start=1):
+            x, residual = self._add_norm(out, residual, layer.input_norm, layer.qkv)
+            out, residual = self._layer(x, residual, index, step)
+        out, residual = out[logits_of], residual[logits_of]
+        x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
+        return weights.lm_head(x).float()
 
-    def _attend(self, x: Tensor, index: int, layer: LayerWeights, step: _Step) -> Tensor:
-        """Project to q, k and v, store k and v, attend, project back; x: [num_tokens, hidden]."""
+    def _layer(
+        self, x: Activation, residual: Tensor, index: int, step: _Step
+    ) -> tuple[Tensor, Tensor]:
+        """(output of the MLP, residual before it is added), both [num_tokens, hidden_size]."""
+        layer = self._weights.layers[index]
+        out = self._attend(x, index, layer, step)
+        x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.gate_up)
+        gated = self._ops.silu_mul(layer.gate_up(x), quantize=layer.down.takes_quantized)
+        return layer.down(gated), residual
+
+    def _add_norm(
+        self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear
+    ) -> tuple[Activation, Tensor]:
+        """Add a block's output to the residual and normalise the sum, as `reader` takes it."""
+        return self._ops.add_rms_norm(
+            out, residual, norm, self.config.rms_norm_eps, quantize=reader.takes_quantized
+        )
+
+    def _attend(self, x: Activation, index: int, layer: LayerWeights, step: _Step) -> Tensor:
+        """Project to q, k and v, store k and v, attend, project back; [num_tokens, hidden]."""
         ops, config = self._ops, self.config
-        heads = ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, config.head_dim)
+        qkv = layer.qkv(x)
+        heads = qkv.view(len(qkv), -1, config.head_dim)
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         q, k, v = torch.split(heads, sizes, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         q = ops.rope_and_store(q, k, v, step.rope, step.pool, index, step.slots)
-        return ops.linear(step.attention.run(q, step.pool, index).flatten(1), layer.output)
+        attended = step.attention.run(q, step.pool, index).flatten(1)
+        return layer.output(ops.quantize(attended) if layer.output.takes_quantized else attended)

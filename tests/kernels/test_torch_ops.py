@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pagewire.kernels import reference
-from pagewire.kernels.ops import AttentionBatch, Ops
+from pagewire.kernels.ops import Activation, AttentionBatch, Ops, QuantizedActivation
 from pagewire.kernels.torch_ops import TorchOps
 
 OPS: Ops = TorchOps()
@@ -22,18 +22,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def assert_close(value: Tensor, expected: Tensor) -> None:
+def assert_close(value: Activation, expected: Tensor) -> None:
     """‖value - expected‖ / ‖expected‖; NaN fails."""
+    assert isinstance(value, Tensor)
     error = (value.double() - expected).norm() / expected.norm()
     assert error <= TOLERANCE[value.dtype], error
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_linear(dtype: torch.dtype) -> None:
-    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((5, 48), (32, 48), (32,)))
-    expected = x.double() @ weight.double().T
-    assert_close(OPS.linear(x, weight), expected)
-    assert_close(OPS.linear(x, weight, bias), expected + bias.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,6 +54,44 @@ def test_silu_mul(dtype: torch.dtype) -> None:
     gate_up = torch.randn(7, 96, dtype=dtype) * 4
     gate, up = gate_up.chunk(2, dim=1)
     assert_close(OPS.silu_mul(gate_up), reference.silu_mul(gate, up))
+
+
+def test_quantize() -> None:
+    x = torch.tensor([[127.0, -127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0, 0.0]])
+
+    quantized = OPS.quantize(x)
+
+    assert quantized.values.tolist() == [[127, -127, 0, 2, -2], [0] * 5]
+    assert quantized.values.dtype == torch.int8
+    assert quantized.scales.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_is_within_half_a_step(dtype: torch.dtype) -> None:
+    x = torch.randn(7, 48, dtype=dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)
+
+    quantized = OPS.quantize(x)
+
+    restored = quantized.values * quantized.scales[:, None]
+    assert torch.all((restored - x.float()).abs() <= quantized.scales[:, None] * 0.5001)
+    assert quantized.values.abs().amax(dim=1).tolist() == [127] * 7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operations_quantize_their_results(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 7, 48, dtype=dtype)
+    weight = torch.randn(48, dtype=dtype)
+    added, _ = OPS.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    added_quantized, _ = OPS.add_rms_norm(x, residual.clone(), weight, 1e-5, quantize=True)
+    for plain, result in (
+        (OPS.rms_norm(x, weight, 1e-5), OPS.rms_norm(x, weight, 1e-5, quantize=True)),
+        (added, added_quantized),
+        (OPS.silu_mul(x), OPS.silu_mul(x, quantize=True)),
+    ):
+        assert isinstance(plain, Tensor) and isinstance(result, QuantizedActivation)
+        expected = OPS.quantize(plain)
+        assert torch.equal(result.values, expected.values)
+        assert torch.equal(result.scales, expected.scales)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,34 @@
+"""A matrix in floating point, as every device can multiply it."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pagewire.kernels.ops import Activation, QuantizedActivation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DenseLinear:
+    """Implements `pagewire.kernels.ops.Linear` for any dtype and device."""
+
+    weight: Tensor  # [out_features, in_features]
+    bias: Tensor | None = None  # [out_features]
+
+    @property
+    def takes_quantized(self) -> bool:
+        return False
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Activation) -> Tensor:
+        return F.linear(floating(x), self.weight, self.bias)
+
+
+def floating(x: Activation) -> Tensor:
+    """x as a matrix in floating point takes it. Raises TypeError for a QuantizedActivation."""
+    if isinstance(x, QuantizedActivation):
+        raise TypeError("a matrix in floating point takes no quantised activation")
+    return x
