@@ -30,6 +30,10 @@ SIGNATURES = {
     "rms_norm": (_I, _P, _I, _I, _P, _P, _I, _I, _I, _F),
     # dtype, x, residual, weight, out, rows, dim, eps
     "add_rms_norm": (_I, _P, _P, _P, _P, _I, _I, _F),
+    # dtype, x, x_scale, weight, scale, bias, out, rows, in_features, out_features
+    "linear_int8": (_I, _P, _P, _P, _P, _P, _P, _I, _I, _I),
+    # dtype, x, x_scale, blocks, bias, out, rows, in_features, out_features
+    "linear_int4": (_I, _P, _P, _P, _P, _P, _I, _I, _I),
 }
 
 
