@@ -1,8 +1,7 @@
 """Which dtype a device computes in fastest. Imports no torch: the command line asks it."""
 
-from pathlib import Path
+from pagewire.kernels.cpu_flags import cpu_flags
 
-_CPU_INFO = Path("/proc/cpuinfo")
 # x86: AVX-512 and AMX dot products; Arm: the bf16 extension.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
@@ -16,16 +15,3 @@ def default_dtype(device: str, flags: frozenset[str] | None = None) -> str:
     if device != "cpu":
         return "bfloat16"
     return "bfloat16" if _BFLOAT16_FLAGS & (cpu_flags() if flags is None else flags) else "float32"
-
-
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this CPU, as Linux names them; empty where they cannot be known."""
-    try:
-        text = _CPU_INFO.read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip().lower() in ("flags", "features"):
-            return frozenset(value.split())
-    return frozenset()

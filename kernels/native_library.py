@@ -1,0 +1,121 @@
+"""The C++ kernels: which of the built libraries this CPU can run, and what their functions take.
+
+`setup.py` builds one library per instruction set beside the sources in `kernels/cpu/`; each has the
+same functions with a plain C interface, called through ctypes.
+"""
+
+import ctypes
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before any library of ours: their OpenMP calls find the runtime, and so the threads, of torch.
+import torch
+
+from pagewire.kernels.cpu_flags import cpu_flags
+
+FOLDER = Path(__file__).parent / "cpu"
+REBUILD = "install a C++ compiler (apt install g++), then: python setup.py build_ext --inplace"
+
+# As the functions expect them.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_P = ctypes.c_void_p
+_I = ctypes.c_int64
+_F = ctypes.c_float
+
+# The arguments of each function, in the order of its definition in kernels/cpu/*.cpp.
+SIGNATURES = {
+    # dtype, x, outer_stride, inner_stride, weight, out, outer, inner, dim, eps
+    "rms_norm": (_I, _P, _I, _I, _P, _P, _I, _I, _I, _F),
+    # dtype, x, residual, weight, out, rows, dim, eps
+    "add_rms_norm": (_I, _P, _P, _P, _P, _I, _I, _F),
+    # dtype, x, x_scale, weight, scale, bias, out, rows, in_features, out_features
+    "linear_int8": (_I, _P, _P, _P, _P, _P, _P, _I, _I, _I),
+    # dtype, x, x_scale, blocks, bias, out, rows, in_features, out_features
+    "linear_int4": (_I, _P, _P, _P, _P, _P, _I, _I, _I),
+}
+
+
+class NativeLibraryError(Exception):
+    """No library of C++ kernels can be used; says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstructionSet:
+    """One build of the kernels."""
+
+    name: str  # the library is _{name}.so
+    title: str
+    machine: str
+    flags: frozenset[str]  # what a CPU must have, in the words of `cpu_flags`
+
+
+INSTRUCTION_SETS = (  # the fastest first
+    InstructionSet(
+        name="avx512",
+        title="AVX-512",
+        machine="x86_64",
+        flags=frozenset(
+            {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"}
+        ),
+    ),
+    InstructionSet(
+        name="avx2", title="AVX2", machine="x86_64", flags=frozenset({"avx2", "fma", "f16c"})
+    ),
+    InstructionSet(
+        name="neon", title="NEON", machine="aarch64", flags=frozenset({"asimd", "asimddp"})
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeLibrary:
+    """A loaded library."""
+
+    instruction_set: InstructionSet
+    functions: ctypes.CDLL  # with the functions of SIGNATURES
+
+
+def runnable_sets(machine: str, flags: frozenset[str]) -> tuple[InstructionSet, ...]:
+    """The instruction sets that a CPU can run, the fastest first."""
+    return tuple(
+        each for each in INSTRUCTION_SETS if each.machine == machine and each.flags <= flags
+    )
+
+
+def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> NativeLibrary:
+    """Load the build for an instruction set, which this CPU must be able to run.
+
+    Raises NativeLibraryError when it was not built, or is not from the sources beside it.
+    """
+    path = _path(instruction_set, folder)
+    if not path.exists():
+        raise NativeLibraryError(f"{path.name} was not built; {REBUILD}")
+    try:
+        functions = ctypes.CDLL(str(path))
+        for name, arguments in SIGNATURES.items():
+            function = getattr(functions, name)
+            function.argtypes = arguments
+            function.restype = None
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryError(f"{path.name} cannot be used: {error}; {REBUILD}") from error
+    return NativeLibrary(instruction_set=instruction_set, functions=functions)
+
+
+def find_library(folder: Path = FOLDER) -> NativeLibrary:
+    """Load the fastest library that was built and that this CPU can run.
+
+    Raises NativeLibraryError when there is none, or when it is not usable.
+    """
+    machine = platform.machine()
+    runnable = runnable_sets(machine, cpu_flags())
+    if not runnable:
+        known = ", ".join(each.title for each in INSTRUCTION_SETS)
+        raise NativeLibraryError(f"this CPU ({machine}) has none of {known}")
+    built = [each for each in runnable if _path(each, folder).exists()]
+    return load_library((built or runnable)[0], folder)
+
+
+def _path(instruction_set: InstructionSet, folder: Path) -> Path:
+    return folder / f"_{instruction_set.name}.so"

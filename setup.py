@@ -1,0 +1,72 @@
+"""Builds the C++ kernels, one library per instruction set, from kernels/cpu/*.cpp.
+
+All other settings are in pyproject.toml. A library that cannot be built is left out with a warning:
+Pagewire then runs in plain torch, and says so.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# Which of them a CPU can run is decided at run time: see INSTRUCTION_SETS in native_library.py.
+INSTRUCTION_FLAGS = {
+    "x86_64": {
+        "avx512": [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512dq",
+            "-mavx512vl",
+            "-mavx512vnni",
+            "-mprefer-vector-width=512",
+            "-mfma",
+            "-mf16c",
+        ],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    },
+    "aarch64": {"neon": ["-march=armv8.2-a+dotprod"]},
+}
+
+# Not -ffast-math: NaN and infinity must stay what they are, and sums must not change their order
+# from one compiler to the next. OpenMP is compiled in but not linked: torch has it loaded, and a
+# second copy would bring a second set of threads.
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+]
+
+SOURCES = sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("kernels/cpu").glob("*.h"))
+
+
+class BuildPlainLibrary(build_ext):
+    """Shared libraries with a C ABI instead of Python modules: ctypes loads them."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+
+setup(
+    cmdclass={"build_ext": BuildPlainLibrary},
+    ext_modules=[
+        Extension(
+            f"pagewire.kernels.cpu._{name}",
+            sources=SOURCES,
+            depends=HEADERS,
+            extra_compile_args=FLAGS + flags,
+            language="c++",
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_FLAGS.get(platform.machine(), {}).items()
+    ],
+)
