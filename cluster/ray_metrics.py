@@ -42,7 +42,7 @@ class RayMetrics:
         self._running.set(state.running, self._tags)
         self._waiting.set(state.queued, self._tags)
         self._usage.set(1 - pages.free / pages.total if pages.total else 0.0, self._tags)
-        for name in ("free", "owned", "pinned", "quarantined"):
+        for name in ("free", "cached", "owned", "pinned", "quarantined"):
             self._pages.set(getattr(pages, name), self._tags | {"state": name})
         self._prompt_tokens.set(state.prompt_tokens, self._tags)
         self._generated_tokens.set(state.generated_tokens, self._tags)

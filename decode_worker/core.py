@@ -13,8 +13,10 @@ from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.page_pool import PagePool
+from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
+    Accepted,
     Closed,
     Committed,
     Frame,
@@ -28,6 +30,7 @@ from pagewire.kv_transfer.messages import (
     Seal,
 )
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import PageHasher
 from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
 from pagewire.worker.events import failed, page_counts
 from pagewire.worker.identity import (
@@ -56,10 +59,13 @@ class DecodeCore:
         max_model_len: int,
         max_batch_size: int,
         slot_bytes: int,
+        hasher: PageHasher | None = None,
         max_slots_per_handoff: int = 4,
         closing_s: float = 5.0,
     ) -> None:
         """`closing_s` bounds the wait for the sender of a hand-off that was given up.
+
+        Without a `hasher` nothing is cached.
 
         Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
@@ -67,6 +73,8 @@ class DecodeCore:
         self.incarnation = incarnation
         self.layout = layout
         self.pool = pool
+        self.cache = PrefixCache(pool)
+        self._hasher = hasher
         self.slots = slots
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -142,9 +150,11 @@ class DecodeCore:
         sequence = DecodeSequence(
             key=key,
             route=command.route,
-            num_prompt_tokens=len(token_ids),
+            token_ids=token_ids,
             sampling=sampling,
             receiver=receiver,
+            cache_salt=body.cache_salt,
+            page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
         )
         num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
         if num_pages > self.pool.num_pages:
@@ -299,17 +309,25 @@ class DecodeCore:
     # --- Capacity ---------------------------------------------------------------------------------
 
     def _admit_waiting(self) -> list[Effect]:
-        """Reserve for those who wait, first come, first served: the sum never exceeds the pool."""
+        """Reserve for those who wait, first come, first served: the sum never exceeds the pool.
+
+        Pages of the prompt that are cached here need no room, and are not sent.
+        """
+        effects: list[Effect] = []
         while self._waiting:
             sequence = self._waiting[0]
             num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
-            if num_pages > self.pool.num_available:
+            reserved = self.cache.reserve(sequence.page_keys, num_pages)
+            if reserved is None:
                 break
             self._waiting.popleft()
-            sequence.reservation = self.pool.reserve(num_pages)
-            sequence.receiver.on_reserved()
+            sequence.pages = list(reserved.hits)
+            sequence.reservation = reserved.reservation
+            sequence.receiver.on_reserved(len(reserved.hits))
             self._receiving[sequence.key] = sequence
-        return self._grant_slots()
+            accepted = Accepted(id=sequence.receiver.id, num_hit_pages=len(reserved.hits))
+            effects.append(Send(message=accepted))
+        return [*effects, *self._grant_slots()]
 
     def _grant_slots(self) -> list[Effect]:
         """Hand out free slots, one at a time to the hand-off that holds the fewest."""
@@ -346,6 +364,7 @@ class DecodeCore:
         del self._receiving[sequence.key]
         self.slots.reclaim_granted(sequence.holder)
         sequence.output.append(receiver.seal.first_token)
+        self._cache_computed(sequence)
         self._scheduler.add(sequence)
         ready = pb.WorkerEvent(route=reply_route(sequence.route), ready=pb.Ready())
         return [
@@ -353,6 +372,14 @@ class DecodeCore:
             Emit(event=ready),
             *self._grant_slots(),
         ]
+
+    def _cache_computed(self, sequence: DecodeSequence) -> None:
+        """Let others share the full pages whose KV is here: all but that of the last token."""
+        if self._hasher is None or not sequence.output:
+            return
+        token_ids = (*sequence.token_ids, *sequence.output[:-1])
+        keys = self._hasher.keys(token_ids, sequence.cache_salt, sequence.page_keys)
+        self.cache.register(keys, sequence.pages[: len(keys)])
 
     # --- The step loop ----------------------------------------------------------------------------
 
@@ -442,6 +469,7 @@ class DecodeCore:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""
         self.pool.check_integrity()
+        self.cache.check_integrity()
         self.slots.check_integrity()
 
     def state(self) -> pb.WorkerState:
@@ -469,7 +497,9 @@ class DecodeCore:
         ]
 
     def _end(self, sequence: DecodeSequence) -> list[Effect]:
-        """Forget a sequence and free what it holds; what is in use becomes quarantined.
+        """Forget a sequence and release what it holds; what is in use becomes quarantined.
+
+        Its full pages stay in the prefix cache.
 
         Slots that the sender may still write to stay out of use until it answers with Closed.
         """
@@ -481,6 +511,7 @@ class DecodeCore:
         self._scheduler.remove(sequence)
         if sequence in self._batch:
             self._orphans.adopt(sequence.pages)
+        self._cache_computed(sequence)
         self.pool.release(sequence.pages)
         if sequence.reservation is not None:
             self.pool.cancel(sequence.reservation)

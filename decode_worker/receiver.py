@@ -46,6 +46,7 @@ class Receiver:
         self._num_prompt_tokens = num_prompt_tokens
         self._layout = layout
         self._layout_digest = layout.digest()
+        self._all_layers = (1 << layout.num_layers) - 1
         self._covered = [0] * layout.num_pages(num_prompt_tokens)  # per page, a bit per layer
         self._checksums: dict[int, int] = {}  # by seq, of the frames that lie in pages
         self._landing: set[int] = set()  # seqs between header and the end of their payload
@@ -75,8 +76,10 @@ class Receiver:
         self.state = ReceiverState.WAITING
         return None
 
-    def on_reserved(self) -> None:
+    def on_reserved(self, num_hit_pages: int = 0) -> None:
+        """There is room; the first pages of the prompt are here already."""
         self.state = ReceiverState.RECEIVING
+        self._covered[:num_hit_pages] = [self._all_layers] * num_hit_pages
 
     def is_repeated(self, frame: Frame) -> bool:
         return any(frame.seq in seqs for seqs in (self._landing, self._scattering, self._checksums))
@@ -140,8 +143,8 @@ class Receiver:
         if any(seq not in self._checksums for seq in seqs):
             return RefuseReason.INTEGRITY
         digest = digest_of(self._checksums[seq] for seq in seqs)
-        all_layers = (1 << self._layout.num_layers) - 1
-        if digest != self.seal.digest or any(layers != all_layers for layers in self._covered):
+        is_covered = all(layers == self._all_layers for layers in self._covered)
+        if digest != self.seal.digest or not is_covered:
             return RefuseReason.INTEGRITY
         self.state = ReceiverState.READY
         return None

@@ -7,6 +7,7 @@ from pagewire.decode_worker.slots import SlotHolder
 from pagewire.engine.batch import BatchRow, SamplingParams
 from pagewire.engine.page_pool import Reservation
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import PageKey
 from pagewire.worker.identity import AttemptKey
 
 
@@ -16,13 +17,19 @@ class DecodeSequence:
 
     key: AttemptKey
     route: pb.Route  # for events to the router that sent the request
-    num_prompt_tokens: int
+    token_ids: tuple[int, ...]  # of the prompt
     sampling: SamplingParams
     receiver: Receiver
+    cache_salt: str = ""
+    page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
     reservation: Reservation | None = None  # from Open to the end
     pages: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)  # token 0 comes with the Seal
     num_emitted: int = 0  # output tokens that the router was told of
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def holder(self) -> SlotHolder:

@@ -35,6 +35,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             max_model_len=runner.max_model_len,
             max_batch_size=config.max_batch_size,
             slot_bytes=config.slot_bytes,
+            hasher=config.page_hasher,
         )
         super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
         self._writer = FrameWriter(

@@ -1,17 +1,19 @@
 """Who owns which page of KV cache. Pure bookkeeping: the bytes live elsewhere.
 
 A page has owners (sequences that refer to it) and pins (operations that read or write it right
-now). Its state follows from the two counts, so a page that loses its owner under a running
-operation is quarantined, and free only once that operation has ended: never by a time-out.
+now). Its state follows from these, so a page that loses its owner under a running operation is
+quarantined, and free only once that operation has ended: never by a time-out. A page that the
+prefix cache knows is not free but cached when nobody uses it, until the pool needs it.
 
-    owners  pins    state
-    0       0       free
-    > 0     0       owned
-    > 0     > 0     pinned
-    0       > 0     quarantined
+    owners  pins    in the prefix cache    state
+    0       0       no                     free
+    0       0       yes                    cached
+    > 0     0       either                 owned
+    > 0     > 0     either                 pinned
+    0       > 0     either                 quarantined
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -29,13 +31,15 @@ class PageState(IntEnum):
     OWNED = 1
     PINNED = 2
     QUARANTINED = 3
+    CACHED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageCounts:
-    """Pages by state; the four sum to `total`."""
+    """Pages by state; the five sum to `total`."""
 
     free: int
+    cached: int
     owned: int
     pinned: int
     quarantined: int
@@ -52,7 +56,8 @@ class Reservation:
 class PagePool:
     """Allocates pages, counts their owners and pins, and keeps promises.
 
-    Promised pages stay free until they are taken, but nobody else can allocate them.
+    Promised pages stay free or cached until they are taken, but nobody else can allocate them.
+    Cached pages count as available: when free ones run short, the evictor is asked for them.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -62,8 +67,10 @@ class PagePool:
         self._pins = [0] * num_pages
         self._generations = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: warm pages are used again first
+        self._is_cached = [False] * num_pages
+        self._evict: Callable[[int], None] | None = None
         self._promised = 0
-        self._counts = [num_pages, 0, 0, 0]  # by PageState
+        self._counts = [num_pages, 0, 0, 0, 0]  # by PageState
 
     @property
     def num_pages(self) -> int:
@@ -71,8 +78,12 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Free pages that are not promised to anybody."""
-        return len(self._free) - self._promised
+        """Pages that nobody uses, cached ones among them, and that are not promised to anybody."""
+        return len(self._free) + self._counts[PageState.CACHED] - self._promised
+
+    def set_evictor(self, evict: Callable[[int], None]) -> None:
+        """`evict(n)` has to uncache n cached pages; it is called when free pages run short."""
+        self._evict = evict
 
     def reserve(self, num_pages: int) -> Reservation:
         """Promise `num_pages`. Raises OutOfPages."""
@@ -101,13 +112,38 @@ class PagePool:
         return self._pop(num_pages)
 
     def retain(self, pages: Iterable[int]) -> None:
-        """Add an owner to pages that have one."""
+        """Add an owner to pages that have one or are in the prefix cache.
+
+        Raises OutOfPages when that would use cached pages that are promised to others.
+        """
+        pages = tuple(pages)
+        self._require(self.num_idle(pages))
         for page in pages:
-            self._require_owner(page, "retained")
+            if not self._is_cached[page]:
+                self._require_owner(page, "retained")
             self._change(page, owners=1)
 
+    def num_idle(self, pages: Iterable[int]) -> int:
+        """How many of `pages` nobody uses: to retain these takes from what is available."""
+        return sum(self.state(page) is PageState.CACHED for page in pages)
+
+    def cache(self, page: int) -> None:
+        """The prefix cache knows an owned page: it keeps its content when nobody uses it."""
+        self._require_owner(page, "cached")
+        self._change(page, is_cached=True)
+
+    def uncache(self, page: int) -> None:
+        """The prefix cache forgets a page; without owners and pins it is free."""
+        if not self._is_cached[page]:
+            raise IntegrityError(f"page {page} was uncached without being cached")
+        self._change(page, is_cached=False)
+
+    def is_cached(self, page: int) -> bool:
+        """Whether the prefix cache knows a page, used or not."""
+        return self._is_cached[page]
+
     def release(self, pages: Iterable[int]) -> None:
-        """Remove an owner. Without owners and pins a page is free."""
+        """Remove an owner. Without owners and pins a page is free, or cached."""
         for page in pages:
             self._require_owner(page, "released")
             self._change(page, owners=-1)
@@ -128,16 +164,22 @@ class PagePool:
     def state(self, page: int) -> PageState:
         if self._owners[page]:
             return PageState.PINNED if self._pins[page] else PageState.OWNED
-        return PageState.QUARANTINED if self._pins[page] else PageState.FREE
+        if self._pins[page]:
+            return PageState.QUARANTINED
+        return PageState.CACHED if self._is_cached[page] else PageState.FREE
 
     def generation(self, page: int) -> int:
         """How often the page was freed: a reference with an older generation is stale."""
         return self._generations[page]
 
     def counts(self) -> PageCounts:
-        free, owned, pinned, quarantined = self._counts
         return PageCounts(
-            free=free, owned=owned, pinned=pinned, quarantined=quarantined, total=self.num_pages
+            free=self._counts[PageState.FREE],
+            cached=self._counts[PageState.CACHED],
+            owned=self._counts[PageState.OWNED],
+            pinned=self._counts[PageState.PINNED],
+            quarantined=self._counts[PageState.QUARANTINED],
+            total=self.num_pages,
         )
 
     def check_integrity(self) -> None:
@@ -152,8 +194,11 @@ class PagePool:
             raise IntegrityError(
                 f"{len(self._free)} pages are listed as free, {len(unused)} are unused"
             )
-        if not 0 <= self._promised <= len(self._free):
-            raise IntegrityError(f"{self._promised} pages are promised, {len(self._free)} are free")
+        num_unused = len(unused) + self._counts[PageState.CACHED]
+        if not 0 <= self._promised <= num_unused:
+            raise IntegrityError(
+                f"{self._promised} pages are promised, {num_unused} are free or cached"
+            )
 
     def _require(self, num_pages: int) -> None:
         if num_pages > self.num_available:
@@ -167,16 +212,24 @@ class PagePool:
             raise IntegrityError(f"page {page} was {verb} without an owner")
 
     def _pop(self, num_pages: int) -> tuple[int, ...]:
+        shortage = num_pages - len(self._free)
+        if shortage > 0:
+            assert self._evict is not None, "only a prefix cache caches pages"
+            self._evict(shortage)
         pages = tuple(self._free.pop() for _ in range(num_pages))
         for page in pages:
             self._change(page, owners=1)
         return pages
 
-    def _change(self, page: int, *, owners: int = 0, pins: int = 0) -> None:
-        """Change a page's two counts, and with them its state; the only place that does."""
+    def _change(
+        self, page: int, *, owners: int = 0, pins: int = 0, is_cached: bool | None = None
+    ) -> None:
+        """Change what a page's state follows from; the only place that does."""
         before = self.state(page)
         self._owners[page] += owners
         self._pins[page] += pins
+        if is_cached is not None:
+            self._is_cached[page] = is_cached
         after = self.state(page)
         self._counts[before] -= 1
         self._counts[after] += 1

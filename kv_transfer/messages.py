@@ -59,7 +59,7 @@ def _bytes(length: int = ID_BYTES) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """P → D: a hand-off begins. D reserves what it expects; its Grants are the answer."""
+    """P → D: a hand-off begins. D reserves what it expects; Accepted is the answer."""
 
     code: ClassVar[int] = 1
     id: HandoffId
@@ -152,9 +152,19 @@ class Closed:
     id: HandoffId
 
 
-Message = Open | Grant | Frame | FrameAck | Seal | Committed | Refused | Closed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """D → P: the pages are reserved; Grants follow. P leaves the hits out."""
+
+    code: ClassVar[int] = 9
+    id: HandoffId
+    num_hit_pages: int = _uint()  # leading pages of the prompt that D has already
+
+
+Message = Open | Grant | Frame | FrameAck | Seal | Committed | Refused | Closed | Accepted
 _TYPES: dict[int, type[Message]] = {
-    kind.code: kind for kind in (Open, Grant, Frame, FrameAck, Seal, Committed, Refused, Closed)
+    kind.code: kind
+    for kind in (Open, Grant, Frame, FrameAck, Seal, Committed, Refused, Closed, Accepted)
 }
 
 

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 
 from pagewire.engine.batch import Batch, BatchRow, StepResult
 from pagewire.engine.page_pool import PagePool
+from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
+    Accepted,
     Closed,
     Committed,
     Frame,
@@ -26,6 +28,7 @@ from pagewire.prefill_worker.scheduler import Chunk, PrefillScheduler
 from pagewire.prefill_worker.sender import Sender, SenderState
 from pagewire.prefill_worker.sequence import PrefillSequence
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import PageHasher
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame
 from pagewire.worker.events import failed, page_counts
 from pagewire.worker.identity import (
@@ -76,22 +79,26 @@ class PrefillCore:
         max_model_len: int,
         max_batch_tokens: int,
         slot_bytes: int,
+        hasher: PageHasher | None = None,
         answer_s: float = 5.0,
         send_s: float = 30.0,
     ) -> None:
-        """`answer_s` and `send_s`: see Sender.is_stalled. Raises LayoutError when not even one
-        layer of a page fits in `slot_bytes`.
+        """Without a `hasher` nothing is cached; `answer_s` and `send_s`: see Sender.is_stalled.
+
+        Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
         require_slot(layout, slot_bytes)
         self.incarnation = incarnation
         self.layout = layout
         self.pool = pool
+        self.cache = PrefixCache(pool)
+        self._hasher = hasher
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._slot_bytes = slot_bytes
         self._answer_s = answer_s
         self._send_s = send_s
-        self._scheduler = PrefillScheduler(pool, layout, max_batch_tokens)
+        self._scheduler = PrefillScheduler(self.cache, layout, max_batch_tokens)
         self._sequences: dict[AttemptKey, PrefillSequence] = {}
         self._batch: list[Chunk] = []  # the step that runs now
         self._orphans = OrphanedPages(pool)
@@ -168,6 +175,7 @@ class PrefillCore:
             token_ids=token_ids,
             sampling=sampling,
             sender=sender,
+            page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
             addresses=tuple((item.kind, item.address) for item in body.transports),
         )
 
@@ -190,6 +198,8 @@ class PrefillCore:
             self._num_dropped += 1
             return self._confirm_closed(message)
         match message:
+            case Accepted():
+                return self._on_accepted(sequence, message, now)
             case Grant():
                 return self._carry_out(sequence, sequence.sender.on_grant(message, now))
             case FrameAck():
@@ -204,6 +214,15 @@ class PrefillCore:
             case _:
                 self._num_dropped += 1
                 return []
+
+    def _on_accepted(
+        self, sequence: PrefillSequence, message: Accepted, now: float
+    ) -> list[Effect]:
+        if not sequence.sender.can_accept(message.num_hit_pages):
+            text = "the decode worker claims to have more pages than the prompt takes"
+            failure = failed(sequence.route, text, pb.FAILURE_CODE_INTEGRITY)
+            return [*self._end(sequence), failure]
+        return self._carry_out(sequence, sequence.sender.on_accepted(message.num_hit_pages, now))
 
     def on_peer_lost(self, peer: bytes) -> list[Effect]:
         """The decode worker is gone, or cannot be reached."""
@@ -259,10 +278,16 @@ class PrefillCore:
         effects = [
             effect
             for chunk in self._batch
-            if not chunk.sequence.num_computed
-            for effect in self._carry_out(chunk.sequence, chunk.sequence.sender.open())
+            if chunk.sequence.sender.state is SenderState.QUEUED
+            for effect in self._open(chunk.sequence, now)
         ]
         return Batch(rows=tuple(_row(chunk) for chunk in self._batch)), effects
+
+    def _open(self, sequence: PrefillSequence, now: float) -> list[Effect]:
+        """Begin the hand-off. Pages out of the cache are complete and can leave at once."""
+        messages = sequence.sender.open()
+        messages += sequence.sender.on_computed(sequence.num_cached, now)
+        return self._carry_out(sequence, messages)
 
     def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
         """The step has run."""
@@ -295,6 +320,7 @@ class PrefillCore:
         sequence = chunk.sequence
         sequence.num_computed += chunk.num_tokens
         self._num_prompt_tokens += chunk.num_tokens
+        self._cache_computed(sequence)
         if not tokens:
             return self._carry_out(
                 sequence, sequence.sender.on_computed(sequence.num_computed, now)
@@ -302,12 +328,18 @@ class PrefillCore:
         (token,) = tokens
         self._num_generated_tokens += 1
         reason = finish_reason(token, 1, sequence.sampling)
-        first_token = _first_token(sequence.route, token, reason)
+        first_token = _first_token(sequence, token, reason)
         if reason:
             return [first_token, *self._end(sequence)]
         messages = sequence.sender.on_computed(sequence.num_computed, now)
         messages += sequence.sender.finish(token, now)
         return [first_token, *self._carry_out(sequence, messages)]
+
+    def _cache_computed(self, sequence: PrefillSequence) -> None:
+        """Let others share the full pages that are computed: now, not before."""
+        num_pages = sequence.num_computed // self.layout.page_size
+        keys = sequence.page_keys[:num_pages]
+        self.cache.register(keys, sequence.pages[: len(keys)])
 
     # --- Time and state ---------------------------------------------------------------------------
 
@@ -337,6 +369,7 @@ class PrefillCore:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""
         self.pool.check_integrity()
+        self.cache.check_integrity()
 
     def state(self) -> pb.WorkerState:
         """Counts as of now."""
@@ -354,7 +387,7 @@ class PrefillCore:
     # --- Shared -----------------------------------------------------------------------------------
 
     def _end(self, sequence: PrefillSequence) -> list[Effect]:
-        """Forget a sequence and free its pages; those still in use become quarantined."""
+        """Forget a sequence and release its pages; those still in use become quarantined."""
         del self._sequences[sequence.key]
         self._ended.add(sequence.key)
         self._scheduler.remove(sequence)
@@ -396,9 +429,11 @@ def _row(chunk: Chunk) -> BatchRow:
     )
 
 
-def _first_token(route: pb.Route, token_id: int, reason: "pb.FinishReason.ValueType") -> Emit:
-    body = pb.FirstToken(token_id=token_id, finish_reason=reason)
-    return Emit(event=pb.WorkerEvent(route=reply_route(route), first_token=body))
+def _first_token(
+    sequence: PrefillSequence, token_id: int, reason: "pb.FinishReason.ValueType"
+) -> Emit:
+    body = pb.FirstToken(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached)
+    return Emit(event=pb.WorkerEvent(route=reply_route(sequence.route), first_token=body))
 
 
 def _sealed(route: pb.Route) -> Emit:

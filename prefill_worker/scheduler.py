@@ -3,7 +3,7 @@
 from collections import deque
 from typing import NamedTuple
 
-from pagewire.engine.page_pool import PagePool
+from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.prefill_worker.sequence import PrefillSequence
 
@@ -19,17 +19,18 @@ class PrefillScheduler:
     """First come, first served, in chunks under a token budget.
 
     A sequence gets the pages of its whole prompt when it starts, so that what has started can
-    always be finished; while the pool is too full for the head of the queue, nobody overtakes it.
+    always be finished; it starts behind those that the prefix cache has. While the pool is too full
+    for the head of the queue, nobody overtakes it.
     Chunks that are not the last end on a page boundary, so every chunk completes whole pages.
     """
 
-    def __init__(self, pool: PagePool, layout: KVLayout, max_batch_tokens: int) -> None:
+    def __init__(self, cache: PrefixCache, layout: KVLayout, max_batch_tokens: int) -> None:
         if max_batch_tokens < layout.page_size:
             raise ValueError(
                 f"max_batch_tokens is {max_batch_tokens}; it must be at least the page size "
                 f"{layout.page_size}"
             )
-        self._pool = pool
+        self._cache = cache
         self._layout = layout
         self._max_batch_tokens = max_batch_tokens
         self._queue: deque[PrefillSequence] = deque()
@@ -56,8 +57,10 @@ class PrefillScheduler:
         chunks: list[Chunk] = []
         while self._queue and budget:
             sequence = self._queue[0]
+            if not self._has_pages(sequence):
+                break
             num_tokens = self._chunk_tokens(sequence, budget)
-            if not num_tokens or not self._has_pages(sequence):
+            if not num_tokens:
                 break
             chunks.append(Chunk(sequence, num_tokens))
             budget -= num_tokens
@@ -74,8 +77,12 @@ class PrefillScheduler:
     def _has_pages(self, sequence: PrefillSequence) -> bool:
         if sequence.pages:
             return True
-        num_pages = self._layout.num_pages(len(sequence.token_ids))
-        if num_pages > self._pool.num_available:
+        num_tokens = len(sequence.token_ids)
+        reusable = sequence.page_keys[: (num_tokens - 1) // self._layout.page_size]
+        allocated = self._cache.allocate(reusable, self._layout.num_pages(num_tokens))
+        if allocated is None:
             return False
-        sequence.pages = self._pool.allocate(num_pages)
+        sequence.pages = allocated.pages
+        sequence.num_cached = allocated.num_hits * self._layout.page_size
+        sequence.num_computed = sequence.num_cached
         return True

@@ -2,7 +2,7 @@
 
     state      event                         → state      sends
     QUEUED     open                            STREAMING  Open
-    STREAMING  pages computed, Grant           STREAMING  a Frame for each (range, slot) pair
+    STREAMING  Accepted, computed, Grant       STREAMING  a Frame for each (range, slot) pair
     STREAMING  finished, all frames sent       SEALED     Seal
     SEALED     Committed                       RELEASED
     QUEUED     close                           RELEASED
@@ -33,7 +33,7 @@ class SenderState(Enum):
 
 
 class Sender:
-    """Cuts computed pages into frames and sends them as credit allows.
+    """Cuts computed pages that the peer lacks into frames and sends them as credit allows.
 
     The methods return the messages to send, in order. A Frame among them is to be sent with its
     pages; `on_sent` says that this has happened, and with which checksum.
@@ -57,7 +57,9 @@ class Sender:
         self._layout = layout
         self._layout_digest = layout.digest()
         self._slot_bytes = slot_bytes
-        self._num_planned_pages = 0
+        self._is_accepted = False
+        self._num_computed_pages = 0
+        self._num_planned_pages = 0  # cut into frames, or not needed by the peer
         self._ready: deque[FrameRange] = deque()  # computed, not sent
         self._grants: deque[Grant] = deque()  # credit, not used
         self._seen_grants: set[tuple[int, int]] = set()
@@ -93,14 +95,22 @@ class Sender:
         if self.state is not SenderState.STREAMING:
             return []
         complete = num_tokens >= self._num_prompt_tokens
-        end_page = (
+        self._num_computed_pages = (
             self._layout.num_pages(num_tokens) if complete else num_tokens // self._layout.page_size
         )
-        self._ready.extend(
-            plan_frames(self._layout, self._num_planned_pages, end_page, self._slot_bytes)
-        )
-        self._num_planned_pages = max(self._num_planned_pages, end_page)
         return self._pair_frames_with_credit(now)
+
+    def can_accept(self, num_hit_pages: int) -> bool:
+        """Whether the prompt has so many pages."""
+        return num_hit_pages <= self._layout.num_pages(self._num_prompt_tokens)
+
+    def on_accepted(self, num_hit_pages: int, now: float) -> list[Message]:
+        """The peer has room, and the first pages of the prompt already."""
+        if self.state is not SenderState.STREAMING or self._is_accepted:
+            return []
+        self._is_accepted = True
+        self._num_planned_pages = num_hit_pages
+        return [*self._pair_frames_with_credit(now), *self._seal_if_complete(now)]
 
     def finish(self, first_token: int, now: float) -> list[Message]:
         """Every page is computed and token 0 is sampled: seal as soon as the last frame is out."""
@@ -169,6 +179,10 @@ class Sender:
         return self.state is not SenderState.RELEASED and now - self._progress_at > limit
 
     def _pair_frames_with_credit(self, now: float) -> list[Message]:
+        if self._is_accepted and self._num_planned_pages < self._num_computed_pages:
+            start, end = self._num_planned_pages, self._num_computed_pages
+            self._ready.extend(plan_frames(self._layout, start, end, self._slot_bytes))
+            self._num_planned_pages = end
         frames: list[Message] = []
         while self._ready and self._grants:
             frames.append(self._frame(self._ready.popleft(), self._grants.popleft(), now))
@@ -198,6 +212,7 @@ class Sender:
         if (
             self.state is not SenderState.STREAMING
             or self._first_token is None
+            or not self._is_accepted
             or self._ready
             or self._num_sending
             or len(self._checksums) < self._num_frames

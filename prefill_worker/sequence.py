@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pagewire.engine.batch import SamplingParams
 from pagewire.prefill_worker.sender import Sender
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import PageKey
 from pagewire.worker.identity import AttemptKey
 
 
@@ -22,8 +23,10 @@ class PrefillSequence:
     sampling: SamplingParams
     sender: Sender
     addresses: tuple[tuple[str, bytes], ...]  # transports of the decode worker
+    page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
     pages: tuple[int, ...] = field(default=())
-    num_computed: int = 0
+    num_cached: int = 0  # tokens whose KV was in the prefix cache
+    num_computed: int = 0  # those among them
 
     @property
     def num_remaining(self) -> int:

@@ -32,6 +32,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             max_model_len=runner.max_model_len,
             max_batch_tokens=config.max_batch_tokens,
             slot_bytes=config.slot_bytes,
+            hasher=config.page_hasher,
         )
         reader = FrameReader(runner.layout, runner.kv_cache.buffer())
         super().__init__(config=config, core=core, runner=runner, reader=reader, on_state=on_state)

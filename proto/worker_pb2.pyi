@@ -246,11 +246,14 @@ class PageCounts(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     free: _builtins.int
     owned: _builtins.int
     pinned: _builtins.int
     quarantined: _builtins.int
     total: _builtins.int
+    cached: _builtins.int
+    """in no use, kept by the prefix cache until the pool needs them"""
     def __init__(
         self,
         *,
@@ -259,10 +262,11 @@ class PageCounts(_message.Message):
         pinned: _builtins.int = ...,
         quarantined: _builtins.int = ...,
         total: _builtins.int = ...,
+        cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free", b"free", "owned", b"owned", "pinned", b"pinned", "quarantined", b"quarantined", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "free", b"free", "owned", b"owned", "pinned", b"pinned", "quarantined", b"quarantined", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,6 +358,7 @@ class WorkerCommand(_message.Message):
     PREFILL_FIELD_NUMBER: _builtins.int
     ATTACH_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def route(self) -> Global___Route: ...
     @_builtins.property
@@ -368,6 +373,8 @@ class WorkerCommand(_message.Message):
 
     @_builtins.property
     def abort(self) -> Global___Abort: ...
+    @_builtins.property
+    def kv_snapshot(self) -> Global___KvSnapshot: ...
     def __init__(
         self,
         *,
@@ -376,12 +383,13 @@ class WorkerCommand(_message.Message):
         prefill: Global___Prefill | None = ...,
         attach: Global___Attach | None = ...,
         abort: Global___Abort | None = ...,
+        kv_snapshot: Global___KvSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "prefill", b"prefill", "route", b"route"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "prefill", b"prefill", "route", b"route"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort", "kv_snapshot"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -403,6 +411,23 @@ class Hello(_message.Message):
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
+class KvSnapshot(_message.Message):
+    """Say all that the prefix cache holds: the router has lost track of the changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSnapshot: _TypeAlias = KvSnapshot  # noqa: Y015
+
+@_typing.final
 class Prefill(_message.Message):
     """Compute the KV of a prompt, sample token 0 and hand the pages to a decode worker."""
 
@@ -413,10 +438,13 @@ class Prefill(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes, valid for one hand-off to `decode`"""
     decode: _builtins.bytes
     """incarnation of the decode worker"""
+    cache_salt: _builtins.str
+    """only requests with the same salt share cached pages"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -433,10 +461,11 @@ class Prefill(_message.Message):
         ticket: _builtins.bytes = ...,
         decode: _builtins.bytes = ...,
         transports: _abc.Iterable[Global___TransportAddress] | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode", b"decode", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,9 +481,12 @@ class Attach(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     prefill: _builtins.bytes
     """incarnation of the prefill worker that may use the ticket"""
+    cache_salt: _builtins.str
+    """as in Prefill"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -466,10 +498,11 @@ class Attach(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         ticket: _builtins.bytes = ...,
         prefill: _builtins.bytes = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill", b"prefill", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "prefill", b"prefill", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -530,6 +563,7 @@ class WorkerEvent(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    KV_DELTA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def route(self) -> Global___Route: ...
     @_builtins.property
@@ -548,6 +582,8 @@ class WorkerEvent(_message.Message):
     def tokens(self) -> Global___Tokens: ...
     @_builtins.property
     def failed(self) -> Global___Failed: ...
+    @_builtins.property
+    def kv_delta(self) -> Global___KvDelta: ...
     def __init__(
         self,
         *,
@@ -559,12 +595,13 @@ class WorkerEvent(_message.Message):
         ready: Global___Ready | None = ...,
         tokens: Global___Tokens | None = ...,
         failed: Global___Failed | None = ...,
+        kv_delta: Global___KvDelta | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "kv_delta", b"kv_delta", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "kv_delta", b"kv_delta", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "attached", "first_token", "sealed", "ready", "tokens", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "attached", "first_token", "sealed", "ready", "tokens", "failed", "kv_delta"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -595,18 +632,22 @@ class FirstToken(_message.Message):
 
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """when set there is no hand-off"""
+    cached_tokens: _builtins.int
+    """prompt tokens whose KV was in the prefix cache"""
     def __init__(
         self,
         *,
         token_id: _builtins.int = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -701,6 +742,45 @@ class Failed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Failed: _TypeAlias = Failed  # noqa: Y015
+
+@_typing.final
+class KvDelta(_message.Message):
+    """What has changed in a worker's prefix cache; request_id is empty. Hashes as in page_hash.py.
+    Message 0 of an epoch replaces all that was said before. A router that misses one forgets the
+    worker's pages and asks for a KvSnapshot, which begins the next epoch.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    seq: _builtins.int
+    @_builtins.property
+    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """16 bytes each"""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """16 bytes each"""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        stored: _abc.Iterable[_builtins.bytes] | None = ...,
+        removed: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "removed", b"removed", "seq", b"seq", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvDelta: _TypeAlias = KvDelta  # noqa: Y015
 
 @_typing.final
 class InspectRequest(_message.Message):

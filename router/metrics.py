@@ -180,8 +180,8 @@ def _request_gauges(model_name: str, counts: Mapping[str, int]) -> Iterable[Metr
 def _cache_usage(model_name: str, workers: Sequence[WorkerView]) -> Metric:
     pages = [each.state.pages for each in workers if each.role == "decode"]
     total = sum(each.total for each in pages)
-    used = total - sum(each.free for each in pages)
-    help_text = "Part of the pages of all decode workers that is in use, 0 to 1."
+    used = total - sum(each.free + each.cached for each in pages)
+    help_text = "Part of the pages of all decode workers that requests use, 0 to 1."
     usage = used / total if total else 0.0
     return _gauge("pagewire_kv_cache_usage_ratio", help_text, model_name, usage)
 
@@ -231,7 +231,7 @@ def _worker_pages(workers: Sequence[WorkerView]) -> Metric:
         "pagewire_worker_pages", "KV pages by state.", labels=["worker", "role", "state"]
     )
     for worker in workers:
-        for state in ("free", "owned", "pinned", "quarantined"):
+        for state in ("free", "cached", "owned", "pinned", "quarantined"):
             labels = [worker.name, worker.role, state]
             family.add_metric(labels, getattr(worker.state.pages, state))
     return family

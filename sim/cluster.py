@@ -7,6 +7,7 @@ from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.page_pool import PagePool
 from pagewire.prefill_worker.core import PrefillCore
+from pagewire.proto.page_hash import KEY_BYTES, PageHasher
 from pagewire.sim.clients import Clients
 from pagewire.sim.decode import SimDecodeWorker
 from pagewire.sim.environment import Environment
@@ -18,6 +19,8 @@ from pagewire.sim.process import Process
 from pagewire.sim.router import SimRouter
 from pagewire.sim.scenario import Scenario
 from pagewire.sim.transport import Fabric
+
+_HASHER = PageHasher(secret=bytes(KEY_BYTES), page_size=LAYOUT.page_size)
 
 
 class RouterDesk:
@@ -100,6 +103,7 @@ class Cluster:
             max_model_len=scenario.max_model_len,
             max_batch_tokens=scenario.max_batch_tokens,
             slot_bytes=scenario.slot_bytes,
+            hasher=_HASHER,
         )
         worker = SimPrefillWorker(
             process=self._process(name),
@@ -122,6 +126,7 @@ class Cluster:
             max_model_len=scenario.max_model_len,
             max_batch_size=scenario.max_batch_size,
             slot_bytes=scenario.slot_bytes,
+            hasher=_HASHER,
         )
         worker = SimDecodeWorker(
             process=self._process(name),

@@ -15,7 +15,8 @@ def check_worker(worker: AnyWorker) -> None:
     worker.core.check_integrity()
     counts = worker.core.pool.counts()
     require(
-        counts.free + counts.owned + counts.pinned + counts.quarantined == counts.total,
+        counts.free + counts.cached + counts.owned + counts.pinned + counts.quarantined
+        == counts.total,
         f"the page states of {worker.process.name} do not sum to its {counts.total} pages",
     )
 
@@ -48,7 +49,9 @@ def _worker_leftovers(worker: AnyWorker) -> list[str]:
     pool = worker.core.pool
     found = []
     if pool.num_available != pool.num_pages:
-        found.append(f"{name} has not freed every page, or promises some: {pool.counts()}")
+        found.append(
+            f"{name} has pages that are neither free nor cached, or promises some: {pool.counts()}"
+        )
     if not worker.core.is_idle:
         found.append(f"{name} is not idle: {worker.core.state()}")
     return found

@@ -26,6 +26,7 @@ class Scenario:
     arrival_s: float = 4.0  # requests and faults come in this time
     max_prompt_tokens: int = 96
     max_output_tokens: int = 16
+    shared_prefix_probability: float = 0.6  # a prompt begins like an earlier one
     cancel_probability: float = 0.0
     max_queued: int = 64
     queue_deadline_s: float = 30.0

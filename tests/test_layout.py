@@ -18,7 +18,7 @@ ALLOWED = {
     "kernels": set[str](),
     "router": {"proto"},
     "kv_transfer": {"kernels"},
-    "engine": {"kernels", "kv_transfer"},
+    "engine": {"kernels", "kv_transfer", "proto"},  # proto for the hash of pages
     "worker": WORKER_PARTS,
     "prefill_worker": WORKER_PARTS | {"worker"},
     "decode_worker": WORKER_PARTS | {"worker"},

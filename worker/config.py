@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from pagewire.proto.page_hash import PageHasher
+
 
 class Role(StrEnum):
     PREFILL = "prefill"
@@ -31,6 +33,15 @@ class WorkerConfig:
     max_batch_size: int = 32  # sequences that one decode step runs
     slot_bytes: int = 4 << 20  # a staging slot, and so the largest frame
     num_slots: int = 16  # staging slots of a decode worker
+    prefix_cache_secret: str | None = None  # hexadecimal, the same for all; None: nothing is cached
+
+    @property
+    def page_hasher(self) -> PageHasher | None:
+        """What names pages for the prefix cache, when there is one."""
+        if self.prefix_cache_secret is None:
+            return None
+        secret = bytes.fromhex(self.prefix_cache_secret)
+        return PageHasher(secret=secret, page_size=self.page_size)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

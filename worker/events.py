@@ -22,6 +22,7 @@ def page_counts(pool: PagePool) -> pb.PageCounts:
     counts = pool.counts()
     return pb.PageCounts(
         free=counts.free,
+        cached=counts.cached,
         owned=counts.owned,
         pinned=counts.pinned,
         quarantined=counts.quarantined,

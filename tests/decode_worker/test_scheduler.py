@@ -18,7 +18,7 @@ def sequence(name: str) -> DecodeSequence:
     return DecodeSequence(
         key=AttemptKey(name, 1),
         route=route(b"d" * 16, name),
-        num_prompt_tokens=5,
+        token_ids=(1,) * 5,
         sampling=SamplingParams(),
         receiver=Receiver(
             id=identity,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pagewire.kv_transfer.messages import (
     ID_BYTES,
     MAX_HEADER_BYTES,
+    Accepted,
     Closed,
     Committed,
     Frame,
@@ -35,6 +36,7 @@ KINDS: tuple[type[Message], ...] = (
     Committed,
     Refused,
     Closed,
+    Accepted,
 )
 
 ids = st.builds(

@@ -19,6 +19,7 @@ from handoff_pair import (
 
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.kv_transfer.messages import (
+    Accepted,
     Closed,
     Committed,
     FrameAck,
@@ -73,6 +74,7 @@ def computed() -> PrefillCore:
     core = prefill_core()
     core.on_command(prefill_command(PROMPT), 0.0)
     run_step(core)
+    core.on_message(DECODE, Accepted(id=ID, num_hit_pages=0), 0.0)
     return core
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pagewire.engine.batch import SamplingParams
 from pagewire.engine.page_pool import PagePool
+from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.kv_transfer.messages import HandoffId
 from pagewire.prefill_worker.scheduler import PrefillScheduler
 from pagewire.prefill_worker.sender import Sender
@@ -46,7 +47,7 @@ def test_everything_runs_in_order_within_its_limits(
     lengths: list[int], budget: int, num_pages: int, num_kept: int
 ) -> None:
     pool = PagePool(num_pages)
-    scheduler = PrefillScheduler(pool, LAYOUT, budget)
+    scheduler = PrefillScheduler(PrefixCache(pool), LAYOUT, budget)
     waiting = [sequence(str(index), length) for index, length in enumerate(lengths)]
     for item in waiting:
         scheduler.add(item)
@@ -79,7 +80,7 @@ def test_everything_runs_in_order_within_its_limits(
 
 def test_nobody_overtakes_a_sequence_that_waits_for_pages() -> None:
     pool = PagePool(4)
-    scheduler = PrefillScheduler(pool, LAYOUT, 64)
+    scheduler = PrefillScheduler(PrefixCache(pool), LAYOUT, 64)
     held = pool.allocate(2)
     large, small = sequence("large", 3 * PAGE_SIZE), sequence("small", 1)
     scheduler.add(large)
@@ -90,7 +91,7 @@ def test_nobody_overtakes_a_sequence_that_waits_for_pages() -> None:
 
 
 def test_a_removed_sequence_is_forgotten() -> None:
-    scheduler = PrefillScheduler(PagePool(4), LAYOUT, 64)
+    scheduler = PrefillScheduler(PrefixCache(PagePool(4)), LAYOUT, 64)
     first, second = sequence("first", 5), sequence("second", 5)
     scheduler.add(first)
     scheduler.add(second)
@@ -101,4 +102,4 @@ def test_a_removed_sequence_is_forgotten() -> None:
 
 def test_a_budget_below_a_page_is_refused() -> None:
     with pytest.raises(ValueError, match="max_batch_tokens is 15"):
-        PrefillScheduler(PagePool(4), LAYOUT, PAGE_SIZE - 1)
+        PrefillScheduler(PrefixCache(PagePool(4)), LAYOUT, PAGE_SIZE - 1)

@@ -30,6 +30,7 @@ def grant(sender: Sender, slot: int, generation: int = 0) -> Grant:
 def streaming() -> Sender:
     sender = make_sender()
     sender.open()
+    sender.on_accepted(0, 0.0)
     return sender
 
 
@@ -162,6 +163,7 @@ def test_repeated_credit_is_used_once() -> None:
 def test_a_page_larger_than_a_slot_goes_in_layers() -> None:
     sender = make_sender(slot_bytes=LAYOUT.layer_bytes)
     sender.open()
+    sender.on_accepted(0, 0.0)
     sender.on_computed(16, 0.0)
     parts = [sender.on_grant(grant(sender, slot), 0.0)[0] for slot in range(2)]
     assert [(part.first_layer, part.num_layers) for part in parts if isinstance(part, Frame)] == [
@@ -239,3 +241,24 @@ def test_a_seal_that_is_not_committed_is_a_stall() -> None:
     assert is_stalled(sender, 5.1)
     sender.on_committed()
     assert not is_stalled(sender, 100.0)
+
+
+def test_nothing_is_sent_or_sealed_before_the_peer_has_accepted() -> None:
+    sender = make_sender()
+    sender.open()
+    sender.on_computed(NUM_TOKENS, 0.0)
+    assert sender.on_grant(grant(sender, 0), 0.0) == []
+    assert sender.finish(7, 0.0) == []
+    (frame,) = sender.on_accepted(2, 0.0)
+    assert isinstance(frame, Frame) and (frame.first_page, frame.num_pages) == (2, 1)
+    assert sender.on_accepted(0, 0.0) == []
+    assert [type(message) for message in sender.on_sent(0, 5, 0.0)] == [Seal]
+
+
+def test_a_prompt_that_the_peer_has_is_sealed_without_a_frame() -> None:
+    sender = make_sender()
+    sender.open()
+    sender.on_computed(NUM_TOKENS, 0.0)
+    sender.finish(7, 0.0)
+    (seal,) = sender.on_accepted(3, 0.0)
+    assert isinstance(seal, Seal) and (seal.num_frames, seal.digest) == (0, EMPTY_DIGEST)

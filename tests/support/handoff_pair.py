@@ -12,6 +12,7 @@ from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, Message
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import KEY_BYTES, PageHasher
 from pagewire.worker.effects import Connect, Effect, Emit, Scatter, Send, SendFrame
 
 LAYOUT = KVLayout(page_size=16, num_layers=2, num_kv_heads=1, head_dim=1, dtype="float32")
@@ -19,6 +20,7 @@ ROUTER = b"r" * 16
 PREFILL = b"p" * 16
 DECODE = b"d" * 16
 TICKET = b"t" * 16
+HASHER = PageHasher(secret=bytes(KEY_BYTES), page_size=LAYOUT.page_size)
 VOCAB_SIZE = 100
 TOKEN = 7  # what the model samples, always
 
@@ -81,7 +83,11 @@ def abort_command(
 
 
 def prefill_core(
-    *, num_pages: int = 16, max_batch_tokens: int = 32, slot_bytes: int = LAYOUT.page_bytes
+    *,
+    num_pages: int = 16,
+    max_batch_tokens: int = 32,
+    slot_bytes: int = LAYOUT.page_bytes,
+    hasher: PageHasher | None = None,
 ) -> PrefillCore:
     return PrefillCore(
         incarnation=PREFILL,
@@ -91,6 +97,7 @@ def prefill_core(
         max_model_len=256,
         max_batch_tokens=max_batch_tokens,
         slot_bytes=slot_bytes,
+        hasher=hasher,
     )
 
 
@@ -100,6 +107,7 @@ def decode_core(
     num_slots: int = 3,
     max_batch_size: int = 4,
     slot_bytes: int = 4 * LAYOUT.page_bytes,
+    hasher: PageHasher | None = None,
 ) -> DecodeCore:
     return DecodeCore(
         incarnation=DECODE,
@@ -110,6 +118,7 @@ def decode_core(
         max_model_len=256,
         max_batch_size=max_batch_size,
         slot_bytes=slot_bytes,
+        hasher=hasher,
     )
 
 
@@ -227,6 +236,10 @@ class HandoffPair:
             self._decode_batch = None
             effects = self.decode.on_batch_done(result, 0.0)
         self.carry_out(effects)
+
+    def running_batches(self) -> tuple[Batch | None, Batch | None]:
+        """What the prefill and the decode worker compute now."""
+        return self._prefill_batch, self._decode_batch
 
     def event_names(self) -> list[str | None]:
         return [event.WhichOneof("body") for event in self.events]

@@ -154,6 +154,6 @@ async def outcome(generation: Awaitable[object]) -> RequestFailed | None:
 
 
 def _is_idle(state: pb.WorkerState) -> bool:
-    return state.pages.free == state.pages.total and not (
+    return state.pages.free + state.pages.cached == state.pages.total and not (
         state.queued or state.running or state.handoffs
     )
