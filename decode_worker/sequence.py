@@ -19,6 +19,7 @@ class DecodeSequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     receiver: Receiver
+    priority: int  # lower runs first
     reservation: Reservation | None = None  # from Open to the end
     pages: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)  # token 0 comes with the Seal

@@ -22,6 +22,9 @@ class PrefillSequence:
     sampling: SamplingParams
     sender: Sender
     addresses: tuple[tuple[str, bytes], ...]  # transports of the decode worker
+    arrived: float  # seconds on the worker's clock, as is the deadline
+    deadline: float  # when the router gives the request up
+    priority: int  # lower runs first
     pages: tuple[int, ...] = field(default=())
     num_computed: int = 0
 
