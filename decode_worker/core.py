@@ -6,6 +6,7 @@ and reports back; the simulator drives the very same class.
 """
 
 from collections import deque
+from collections.abc import Collection
 
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.scheduler import DecodeScheduler
@@ -155,6 +156,7 @@ class DecodeCore:
             receiver=receiver,
             cache_salt=body.cache_salt,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
+            priority=body.priority,
         )
         num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
         if num_pages > self.pool.num_pages:
@@ -403,12 +405,12 @@ class DecodeCore:
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
-    def on_batch_failed(self) -> list[Effect]:
-        """The model raised: everything in the batch fails, everything else goes on."""
+    def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
+        """The model raised because of `rows`: they fail, the rest of the batch runs again."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for sequence in batch:
-            if self._sequences.get(sequence.key) is sequence:
+        for index, sequence in enumerate(batch):
+            if index in rows and self._sequences.get(sequence.key) is sequence:
                 effects += self._end(sequence)
                 effects.append(
                     failed(

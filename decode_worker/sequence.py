@@ -22,6 +22,7 @@ class DecodeSequence:
     receiver: Receiver
     cache_salt: str = ""
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
+    priority: int  # lower runs first
     reservation: Reservation | None = None  # from Open to the end
     pages: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)  # token 0 comes with the Seal

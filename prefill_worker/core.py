@@ -5,7 +5,7 @@ router. The shell (`pagewire.worker.shell`) carries the effects out and reports 
 drives the very same class.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from pagewire.engine.batch import Batch, BatchRow, StepResult
 from pagewire.engine.page_pool import PagePool
@@ -117,7 +117,7 @@ class PrefillCore:
             return []
         match command.WhichOneof("body"):
             case "prefill":
-                return self._on_prefill(key, command)
+                return self._on_prefill(key, command, now)
             case "abort":
                 return self._on_abort(key, command.route.sender)
             case body:
@@ -132,12 +132,12 @@ class PrefillCore:
             for effect in self._end(sequence)
         ]
 
-    def _on_prefill(self, key: AttemptKey, command: pb.WorkerCommand) -> list[Effect]:
+    def _on_prefill(self, key: AttemptKey, command: pb.WorkerCommand, now: float) -> list[Effect]:
         if key in self._sequences or key in self._ended:
             self._num_dropped += 1
             return []
         try:
-            sequence = self._read_prefill(key, command)
+            sequence = self._read_prefill(key, command, now)
         except CommandError as error:
             self._ended.add(key)
             return [failed(command.route, str(error))]
@@ -145,7 +145,9 @@ class PrefillCore:
         self._scheduler.add(sequence)
         return []
 
-    def _read_prefill(self, key: AttemptKey, command: pb.WorkerCommand) -> PrefillSequence:
+    def _read_prefill(
+        self, key: AttemptKey, command: pb.WorkerCommand, now: float
+    ) -> PrefillSequence:
         body = command.prefill
         token_ids, sampling = read_work(
             body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
@@ -177,6 +179,9 @@ class PrefillCore:
             sender=sender,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
             addresses=tuple((item.kind, item.address) for item in body.transports),
+            arrived=now,
+            deadline=now + body.seconds_left,
+            priority=body.priority,
         )
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
@@ -272,7 +277,7 @@ class PrefillCore:
     def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
         """What the model runs next. At most one batch is out at a time."""
         assert not self._batch, "a batch is out already"
-        self._batch = self._scheduler.schedule()
+        self._batch = self._scheduler.schedule(now)
         if not self._batch:
             return None, []
         effects = [
@@ -299,12 +304,16 @@ class PrefillCore:
         self._orphans.free()
         return effects
 
-    def on_batch_failed(self) -> list[Effect]:
-        """The model raised: everything in the batch fails, everything else goes on."""
+    def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
+        """The model raised because of `rows`: they fail, the rest of the batch runs again."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for chunk in batch:
-            if self._sequences.get(chunk.sequence.key) is chunk.sequence:
+        for index, chunk in enumerate(batch):
+            if self._sequences.get(chunk.sequence.key) is not chunk.sequence:
+                continue
+            if index not in rows:
+                self._scheduler.put_back(chunk)
+            else:
                 effects += self._end(chunk.sequence)
                 effects.append(
                     failed(

@@ -1,11 +1,13 @@
 """Which prompt chunks a prefill step runs. Pure."""
 
-from collections import deque
 from typing import NamedTuple
 
 from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.prefill_worker.sequence import PrefillSequence
+
+# A deadline is at risk when less than this part of the time until it is left.
+AT_RISK = 0.25
 
 
 class Chunk(NamedTuple):
@@ -16,15 +18,27 @@ class Chunk(NamedTuple):
 
 
 class PrefillScheduler:
-    """First come, first served, in chunks under a token budget.
+    """Chunks of several prompts under one token budget, the most urgent first.
+
+    Lower priority numbers go first; among equals those whose deadline is at risk, the earliest
+    first, and then the shortest remaining prompt, which has the lowest mean time to first token.
+    Whoever has waited for `ageing_s` goes before everybody younger, so nobody starves: from then
+    on it waits only for prompts that came before it.
 
     A sequence gets the pages of its whole prompt when it starts, so that what has started can
     always be finished; it starts behind those that the prefix cache has. While the pool is too full
-    for the head of the queue, nobody overtakes it.
-    Chunks that are not the last end on a page boundary, so every chunk completes whole pages.
+    for one, others may start before it, until it has aged. Chunks that are not the last of a prompt
+    end on a page boundary, so every chunk completes whole pages.
     """
 
-    def __init__(self, cache: PrefixCache, layout: KVLayout, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        layout: KVLayout,
+        max_batch_tokens: int,
+        *,
+        ageing_s: float = 5.0,
+    ) -> None:
         if max_batch_tokens < layout.page_size:
             raise ValueError(
                 f"max_batch_tokens is {max_batch_tokens}; it must be at least the page size "
@@ -33,7 +47,8 @@ class PrefillScheduler:
         self._cache = cache
         self._layout = layout
         self._max_batch_tokens = max_batch_tokens
-        self._queue: deque[PrefillSequence] = deque()
+        self._ageing_s = ageing_s
+        self._queue: list[PrefillSequence] = []  # in order of arrival
 
     @property
     def num_queued(self) -> int:
@@ -51,23 +66,45 @@ class PrefillScheduler:
         if sequence in self._queue:
             self._queue.remove(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """Chunks of the next step. Allocates pages for those that start."""
+    def put_back(self, chunk: Chunk) -> None:
+        """The step of a chunk has failed through no fault of its own: it is to run again."""
+        if chunk.sequence not in self._queue:
+            self._queue.append(chunk.sequence)
+
+    def schedule(self, now: float) -> list[Chunk]:
+        """Chunks of the next step, at most one a sequence. Allocates pages for those that start.
+
+        Sequences whose last chunk is among them leave the queue.
+        """
         budget = self._max_batch_tokens
         chunks: list[Chunk] = []
-        while self._queue and budget:
-            sequence = self._queue[0]
-            if not self._has_pages(sequence):
+        may_start = True
+        for sequence in sorted(self._queue, key=lambda item: self._rank(item, now)):
+            if not budget:
                 break
+            if not sequence.pages and not (may_start and self._has_pages(sequence)):
+                may_start = may_start and not self._has_aged(sequence, now)
+                continue
             num_tokens = self._chunk_tokens(sequence, budget)
             if not num_tokens:
-                break
+                continue
             chunks.append(Chunk(sequence, num_tokens))
             budget -= num_tokens
-            if num_tokens < sequence.num_remaining:
-                break
-            self._queue.popleft()
+        for chunk in chunks:
+            if chunk.num_tokens == chunk.sequence.num_remaining:
+                self._queue.remove(chunk.sequence)
         return chunks
+
+    def _rank(self, sequence: PrefillSequence, now: float) -> tuple[float, ...]:
+        """The smallest is the most urgent; equals keep their order of arrival."""
+        if self._has_aged(sequence, now):
+            return (0, sequence.arrived)
+        if sequence.deadline - now < AT_RISK * (sequence.deadline - sequence.arrived):
+            return (1, sequence.priority, 0, sequence.deadline)
+        return (1, sequence.priority, 1, sequence.num_remaining)
+
+    def _has_aged(self, sequence: PrefillSequence, now: float) -> bool:
+        return now - sequence.arrived >= self._ageing_s
 
     def _chunk_tokens(self, sequence: PrefillSequence, budget: int) -> int:
         if sequence.num_remaining <= budget:
@@ -75,8 +112,7 @@ class PrefillScheduler:
         return budget - budget % self._layout.page_size
 
     def _has_pages(self, sequence: PrefillSequence) -> bool:
-        if sequence.pages:
-            return True
+        """Whether a sequence could be given the pages of its prompt, cached ones among them."""
         num_tokens = len(sequence.token_ids)
         reusable = sequence.page_keys[: (num_tokens - 1) // self._layout.page_size]
         allocated = self._cache.allocate(reusable, self._layout.num_pages(num_tokens))

@@ -24,6 +24,9 @@ class PrefillSequence:
     sender: Sender
     addresses: tuple[tuple[str, bytes], ...]  # transports of the decode worker
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
+    arrived: float  # seconds on the worker's clock, as is the deadline
+    deadline: float  # when the router gives the request up
+    priority: int  # lower runs first
     pages: tuple[int, ...] = field(default=())
     num_cached: int = 0  # tokens whose KV was in the prefix cache
     num_computed: int = 0  # those among them

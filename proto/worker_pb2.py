@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpagewire/proto/worker.proto\x12\x08pagewire\"N\n\x05Route\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06sender\x18\x03 \x01(\x0c\x12\x10\n\x08receiver\x18\x04 \x01(\x0c\"}\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\"h\n\x08KVLayout\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"1\n\x10TransportAddress\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0c\"m\n\nPageCounts\x12\x0c\n\x04\x66ree\x18\x01 \x01(\r\x12\r\n\x05owned\x18\x02 \x01(\r\x12\x0e\n\x06pinned\x18\x03 \x01(\r\x12\x13\n\x0bquarantined\x18\x04 \x01(\r\x12\r\n\x05total\x18\x05 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x06 \x01(\r\"\xa3\x02\n\x0fRegisterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.pagewire.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\"\n\x06layout\x18\n \x01(\x0b\x32\x12.pagewire.KVLayout\x12.\n\ntransports\x18\x0b \x03(\x0b\x32\x1a.pagewire.TransportAddress\x12\x14\n\x0cmodel_digest\x18\x0c \x01(\x0c\"\"\n\x10RegisterResponse\x12\x0e\n\x06router\x18\x01 \x01(\x0c\"\xf2\x01\n\rWorkerCommand\x12\x1e\n\x05route\x18\x01 \x01(\x0b\x32\x0f.pagewire.Route\x12 \n\x05hello\x18\x02 \x01(\x0b\x32\x0f.pagewire.HelloH\x00\x12$\n\x07prefill\x18\x03 \x01(\x0b\x32\x11.pagewire.PrefillH\x00\x12\"\n\x06\x61ttach\x18\x04 \x01(\x0b\x32\x10.pagewire.AttachH\x00\x12 \n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x0f.pagewire.AbortH\x00\x12+\n\x0bkv_snapshot\x18\x0c \x01(\x0b\x32\x14.pagewire.KvSnapshotH\x00\x42\x06\n\x04\x62ody\"\x07\n\x05Hello\"\x0c\n\nKvSnapshot\"\xac\x01\n\x07Prefill\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08sampling\x18\x02 \x01(\x0b\x32\x18.pagewire.SamplingParams\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0c\x12.\n\ntransports\x18\x05 \x03(\x0b\x32\x1a.pagewire.TransportAddress\x12\x12\n\ncache_salt\x18\x06 \x01(\t\"|\n\x06\x41ttach\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08sampling\x18\x02 \x01(\x0b\x32\x18.pagewire.SamplingParams\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12\x0f\n\x07prefill\x18\x04 \x01(\x0c\x12\x12\n\ncache_salt\x18\x06 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"5\n\x0cWorkerEvents\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.pagewire.WorkerEvent\"\xeb\x02\n\x0bWorkerEvent\x12\x1e\n\x05route\x18\x01 \x01(\x0b\x32\x0f.pagewire.Route\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.pagewire.WorkerStateH\x00\x12&\n\x08\x61ttached\x18\x03 \x01(\x0b\x32\x12.pagewire.AttachedH\x00\x12+\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x14.pagewire.FirstTokenH\x00\x12\"\n\x06sealed\x18\x05 \x01(\x0b\x32\x10.pagewire.SealedH\x00\x12 \n\x05ready\x18\x06 \x01(\x0b\x32\x0f.pagewire.ReadyH\x00\x12\"\n\x06tokens\x18\x07 \x01(\x0b\x32\x10.pagewire.TokensH\x00\x12\"\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x10.pagewire.FailedH\x00\x12%\n\x08kv_delta\x18\x0c \x01(\x0b\x32\x11.pagewire.KvDeltaH\x00\x42\x06\n\x04\x62ody\"\n\n\x08\x41ttached\"d\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.pagewire.FinishReason\x12\x15\n\rcached_tokens\x18\x0c \x01(\r\"\x08\n\x06Sealed\"\x07\n\x05Ready\"\\\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.pagewire.FinishReason\">\n\x06\x46\x61iled\x12#\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x15.pagewire.FailureCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"F\n\x07KvDelta\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\"\x10\n\x0eInspectRequest\"\x8d\x02\n\x0bWorkerState\x12#\n\x05pages\x18\x01 \x01(\x0b\x32\x14.pagewire.PageCounts\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x10\n\x08handoffs\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x07 \x01(\x04\x12\x18\n\x10\x64ropped_messages\x18\x08 \x01(\x04\x12+\n\ttransfers\x18\t \x03(\x0b\x32\x18.pagewire.TransferTotals\x12\x17\n\x0fintegrity_error\x18\n \x01(\t\"\x8b\x01\n\x0eTransferTotals\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\nbytes_sent\x18\x02 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x03 \x01(\x04\x12\x14\n\x0csend_seconds\x18\x04 \x01(\x01\x12\x17\n\x0freceive_seconds\x18\x05 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x04*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xb2\x01\n\x0b\x46\x61ilureCode\x12\x1c\n\x18\x46\x41ILURE_CODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x41ILURE_CODE_INVALID\x10\x01\x12\x1a\n\x16\x46\x41ILURE_CODE_PEER_LOST\x10\x02\x12\x18\n\x14\x46\x41ILURE_CODE_STALLED\x10\x03\x12\x1a\n\x16\x46\x41ILURE_CODE_INTEGRITY\x10\x04\x12\x19\n\x15\x46\x41ILURE_CODE_INTERNAL\x10\x05\x32O\n\nMembership\x12\x41\n\x08Register\x12\x19.pagewire.RegisterRequest\x1a\x1a.pagewire.RegisterResponse2\x84\x01\n\x06Worker\x12>\n\x07Session\x12\x17.pagewire.WorkerCommand\x1a\x16.pagewire.WorkerEvents(\x01\x30\x01\x12:\n\x07Inspect\x12\x18.pagewire.InspectRequest\x1a\x15.pagewire.WorkerStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpagewire/proto/worker.proto\x12\x08pagewire\"N\n\x05Route\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06sender\x18\x03 \x01(\x0c\x12\x10\n\x08receiver\x18\x04 \x01(\x0c\"}\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\"h\n\x08KVLayout\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"1\n\x10TransportAddress\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0c\"m\n\nPageCounts\x12\x0c\n\x04\x66ree\x18\x01 \x01(\r\x12\r\n\x05owned\x18\x02 \x01(\r\x12\x0e\n\x06pinned\x18\x03 \x01(\r\x12\x13\n\x0bquarantined\x18\x04 \x01(\r\x12\r\n\x05total\x18\x05 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x06 \x01(\r\"\xa3\x02\n\x0fRegisterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.pagewire.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\"\n\x06layout\x18\n \x01(\x0b\x32\x12.pagewire.KVLayout\x12.\n\ntransports\x18\x0b \x03(\x0b\x32\x1a.pagewire.TransportAddress\x12\x14\n\x0cmodel_digest\x18\x0c \x01(\x0c\"\"\n\x10RegisterResponse\x12\x0e\n\x06router\x18\x01 \x01(\x0c\"\xf2\x01\n\rWorkerCommand\x12\x1e\n\x05route\x18\x01 \x01(\x0b\x32\x0f.pagewire.Route\x12 \n\x05hello\x18\x02 \x01(\x0b\x32\x0f.pagewire.HelloH\x00\x12$\n\x07prefill\x18\x03 \x01(\x0b\x32\x11.pagewire.PrefillH\x00\x12\"\n\x06\x61ttach\x18\x04 \x01(\x0b\x32\x10.pagewire.AttachH\x00\x12 \n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x0f.pagewire.AbortH\x00\x12+\n\x0bkv_snapshot\x18\x0c \x01(\x0b\x32\x14.pagewire.KvSnapshotH\x00\x42\x06\n\x04\x62ody\"\x07\n\x05Hello\"\x0c\n\nKvSnapshot\"\xd4\x01\n\x07Prefill\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08sampling\x18\x02 \x01(\x0b\x32\x18.pagewire.SamplingParams\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0c\x12.\n\ntransports\x18\x05 \x03(\x0b\x32\x1a.pagewire.TransportAddress\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x14\n\x0cseconds_left\x18\x08 \x01(\x01\"\x8e\x01\n\x06\x41ttach\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08sampling\x18\x02 \x01(\x0b\x32\x18.pagewire.SamplingParams\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12\x0f\n\x07prefill\x18\x04 \x01(\x0c\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"5\n\x0cWorkerEvents\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.pagewire.WorkerEvent\"\xeb\x02\n\x0bWorkerEvent\x12\x1e\n\x05route\x18\x01 \x01(\x0b\x32\x0f.pagewire.Route\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.pagewire.WorkerStateH\x00\x12&\n\x08\x61ttached\x18\x03 \x01(\x0b\x32\x12.pagewire.AttachedH\x00\x12+\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x14.pagewire.FirstTokenH\x00\x12\"\n\x06sealed\x18\x05 \x01(\x0b\x32\x10.pagewire.SealedH\x00\x12 \n\x05ready\x18\x06 \x01(\x0b\x32\x0f.pagewire.ReadyH\x00\x12\"\n\x06tokens\x18\x07 \x01(\x0b\x32\x10.pagewire.TokensH\x00\x12\"\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x10.pagewire.FailedH\x00\x12%\n\x08kv_delta\x18\x0c \x01(\x0b\x32\x11.pagewire.KvDeltaH\x00\x42\x06\n\x04\x62ody\"\n\n\x08\x41ttached\"d\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.pagewire.FinishReason\x12\x15\n\rcached_tokens\x18\x0c \x01(\r\"\x08\n\x06Sealed\"\x07\n\x05Ready\"\\\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.pagewire.FinishReason\">\n\x06\x46\x61iled\x12#\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x15.pagewire.FailureCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"F\n\x07KvDelta\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\"\x10\n\x0eInspectRequest\"\x8d\x02\n\x0bWorkerState\x12#\n\x05pages\x18\x01 \x01(\x0b\x32\x14.pagewire.PageCounts\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x10\n\x08handoffs\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x07 \x01(\x04\x12\x18\n\x10\x64ropped_messages\x18\x08 \x01(\x04\x12+\n\ttransfers\x18\t \x03(\x0b\x32\x18.pagewire.TransferTotals\x12\x17\n\x0fintegrity_error\x18\n \x01(\t\"\x8b\x01\n\x0eTransferTotals\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\nbytes_sent\x18\x02 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x03 \x01(\x04\x12\x14\n\x0csend_seconds\x18\x04 \x01(\x01\x12\x17\n\x0freceive_seconds\x18\x05 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x04*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xb2\x01\n\x0b\x46\x61ilureCode\x12\x1c\n\x18\x46\x41ILURE_CODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x41ILURE_CODE_INVALID\x10\x01\x12\x1a\n\x16\x46\x41ILURE_CODE_PEER_LOST\x10\x02\x12\x18\n\x14\x46\x41ILURE_CODE_STALLED\x10\x03\x12\x1a\n\x16\x46\x41ILURE_CODE_INTEGRITY\x10\x04\x12\x19\n\x15\x46\x41ILURE_CODE_INTERNAL\x10\x05\x32O\n\nMembership\x12\x41\n\x08Register\x12\x19.pagewire.RegisterRequest\x1a\x1a.pagewire.RegisterResponse2\x84\x01\n\x06Worker\x12>\n\x07Session\x12\x17.pagewire.WorkerCommand\x1a\x16.pagewire.WorkerEvents(\x01\x30\x01\x12:\n\x07Inspect\x12\x18.pagewire.InspectRequest\x1a\x15.pagewire.WorkerStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewire.proto.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2656
-  _globals['_ROLE']._serialized_end=2719
-  _globals['_FINISHREASON']._serialized_start=2721
-  _globals['_FINISHREASON']._serialized_end=2816
-  _globals['_FAILURECODE']._serialized_start=2819
-  _globals['_FAILURECODE']._serialized_end=2997
+  _globals['_ROLE']._serialized_start=2715
+  _globals['_ROLE']._serialized_end=2778
+  _globals['_FINISHREASON']._serialized_start=2780
+  _globals['_FINISHREASON']._serialized_end=2875
+  _globals['_FAILURECODE']._serialized_start=2878
+  _globals['_FAILURECODE']._serialized_end=3056
   _globals['_ROUTE']._serialized_start=41
   _globals['_ROUTE']._serialized_end=119
   _globals['_SAMPLINGPARAMS']._serialized_start=121
@@ -58,37 +58,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVSNAPSHOT']._serialized_start=1100
   _globals['_KVSNAPSHOT']._serialized_end=1112
   _globals['_PREFILL']._serialized_start=1115
-  _globals['_PREFILL']._serialized_end=1287
-  _globals['_ATTACH']._serialized_start=1289
-  _globals['_ATTACH']._serialized_end=1413
-  _globals['_ABORT']._serialized_start=1415
-  _globals['_ABORT']._serialized_end=1438
-  _globals['_WORKEREVENTS']._serialized_start=1440
-  _globals['_WORKEREVENTS']._serialized_end=1493
-  _globals['_WORKEREVENT']._serialized_start=1496
-  _globals['_WORKEREVENT']._serialized_end=1859
-  _globals['_ATTACHED']._serialized_start=1861
-  _globals['_ATTACHED']._serialized_end=1871
-  _globals['_FIRSTTOKEN']._serialized_start=1873
-  _globals['_FIRSTTOKEN']._serialized_end=1973
-  _globals['_SEALED']._serialized_start=1975
-  _globals['_SEALED']._serialized_end=1983
-  _globals['_READY']._serialized_start=1985
-  _globals['_READY']._serialized_end=1992
-  _globals['_TOKENS']._serialized_start=1994
-  _globals['_TOKENS']._serialized_end=2086
-  _globals['_FAILED']._serialized_start=2088
-  _globals['_FAILED']._serialized_end=2150
-  _globals['_KVDELTA']._serialized_start=2152
-  _globals['_KVDELTA']._serialized_end=2222
-  _globals['_INSPECTREQUEST']._serialized_start=2224
-  _globals['_INSPECTREQUEST']._serialized_end=2240
-  _globals['_WORKERSTATE']._serialized_start=2243
-  _globals['_WORKERSTATE']._serialized_end=2512
-  _globals['_TRANSFERTOTALS']._serialized_start=2515
-  _globals['_TRANSFERTOTALS']._serialized_end=2654
-  _globals['_MEMBERSHIP']._serialized_start=2999
-  _globals['_MEMBERSHIP']._serialized_end=3078
-  _globals['_WORKER']._serialized_start=3081
-  _globals['_WORKER']._serialized_end=3213
+  _globals['_PREFILL']._serialized_end=1327
+  _globals['_ATTACH']._serialized_start=1330
+  _globals['_ATTACH']._serialized_end=1472
+  _globals['_ABORT']._serialized_start=1474
+  _globals['_ABORT']._serialized_end=1497
+  _globals['_WORKEREVENTS']._serialized_start=1499
+  _globals['_WORKEREVENTS']._serialized_end=1552
+  _globals['_WORKEREVENT']._serialized_start=1555
+  _globals['_WORKEREVENT']._serialized_end=1918
+  _globals['_ATTACHED']._serialized_start=1920
+  _globals['_ATTACHED']._serialized_end=1930
+  _globals['_FIRSTTOKEN']._serialized_start=1932
+  _globals['_FIRSTTOKEN']._serialized_end=2032
+  _globals['_SEALED']._serialized_start=2034
+  _globals['_SEALED']._serialized_end=2042
+  _globals['_READY']._serialized_start=2044
+  _globals['_READY']._serialized_end=2051
+  _globals['_TOKENS']._serialized_start=2053
+  _globals['_TOKENS']._serialized_end=2145
+  _globals['_FAILED']._serialized_start=2147
+  _globals['_FAILED']._serialized_end=2209
+  _globals['_KVDELTA']._serialized_start=2211
+  _globals['_KVDELTA']._serialized_end=2281
+  _globals['_INSPECTREQUEST']._serialized_start=2283
+  _globals['_INSPECTREQUEST']._serialized_end=2299
+  _globals['_WORKERSTATE']._serialized_start=2302
+  _globals['_WORKERSTATE']._serialized_end=2571
+  _globals['_TRANSFERTOTALS']._serialized_start=2574
+  _globals['_TRANSFERTOTALS']._serialized_end=2713
+  _globals['_MEMBERSHIP']._serialized_start=3058
+  _globals['_MEMBERSHIP']._serialized_end=3137
+  _globals['_WORKER']._serialized_start=3140
+  _globals['_WORKER']._serialized_end=3272
 # @@protoc_insertion_point(module_scope)

@@ -439,12 +439,18 @@ class Prefill(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes, valid for one hand-off to `decode`"""
     decode: _builtins.bytes
     """incarnation of the decode worker"""
     cache_salt: _builtins.str
     """only requests with the same salt share cached pages"""
+    priority: _builtins.int
+    """lower runs first"""
+    seconds_left: _builtins.float
+    """until the router gives the request up, when this was sent"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -462,10 +468,12 @@ class Prefill(_message.Message):
         decode: _builtins.bytes = ...,
         transports: _abc.Iterable[Global___TransportAddress] | None = ...,
         cache_salt: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        seconds_left: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode", b"decode", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode", b"decode", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -482,11 +490,14 @@ class Attach(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     prefill: _builtins.bytes
     """incarnation of the prefill worker that may use the ticket"""
     cache_salt: _builtins.str
     """as in Prefill"""
+    priority: _builtins.int
+    """lower runs first"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -499,10 +510,11 @@ class Attach(_message.Message):
         ticket: _builtins.bytes = ...,
         prefill: _builtins.bytes = ...,
         cache_salt: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "prefill", b"prefill", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "prefill", b"prefill", "priority", b"priority", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,8 @@ workers and drives every request's lifecycle. The shell (`pagewire.router.contro
 effects out; the simulator drives the very same class.
 """
 
-from collections import Counter, deque
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from pagewire.proto import worker_pb2 as pb
@@ -28,7 +29,7 @@ class DispatchCore:
         self._max_queued = max_queued
         self._make_ticket = make_ticket
         self._live: dict[str, Lifecycle] = {}
-        self._queue: deque[Lifecycle] = deque()
+        self._queue: list[Lifecycle] = []  # by priority, then first come, first served
         self._prefilling: dict[str, int] = {}  # prompt tokens not known to be computed
         self._ticked_at: float | None = None
         self._is_stopping = False
@@ -59,7 +60,7 @@ class DispatchCore:
         lifecycle = Lifecycle(request, self.incarnation)
         lifecycle.enqueue()
         self._live[request.request_id] = lifecycle
-        self._queue.append(lifecycle)
+        insort(self._queue, lifecycle, key=lambda item: item.request.priority)
         return self._dispatch_queued()
 
     def cancel(self, request_id: str, reason: str) -> list[Effect]:
@@ -134,7 +135,7 @@ class DispatchCore:
         if lifecycle is None:
             self.num_dropped += 1
             return []
-        return self._after(lifecycle, lifecycle.on_event(event))
+        return self._after(lifecycle, lifecycle.on_event(event, now))
 
     # --- Time -------------------------------------------------------------------------------------
 
@@ -158,7 +159,7 @@ class DispatchCore:
     # --- Shared -----------------------------------------------------------------------------------
 
     def _dispatch_queued(self) -> list[Effect]:
-        """Send queued requests out, first come, first served, while a pair has room.
+        """Send queued requests out, in the order of the queue, while a pair has room.
 
         One that no worker could hold at the moment, however idle, stands aside for those behind it.
         """

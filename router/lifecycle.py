@@ -113,11 +113,12 @@ class Lifecycle:
             sampling=self.request.sampling,
             ticket=assignment.ticket,
             prefill=assignment.prefill,
+            priority=self.request.priority,
         )
         route = self._route(assignment.decode)
         return [SendCommand(command=pb.WorkerCommand(route=route, attach=attach))]
 
-    def on_event(self, event: pb.WorkerEvent) -> list[Effect]:
+    def on_event(self, event: pb.WorkerEvent, now: float) -> list[Effect]:
         """An event of a worker, addressed to this request."""
         assigned = self.assignment
         if not self.is_live or assigned is None or event.route.attempt != assigned.attempt:
@@ -126,7 +127,7 @@ class Lifecycle:
         is_decode = event.route.sender == assigned.decode
         match event.WhichOneof("body"):
             case "attached" if is_decode:
-                return self._on_attached(assigned)
+                return self._on_attached(assigned, now)
             case "first_token" if is_prefill:
                 token = event.first_token
                 return self._on_tokens(0, (token.token_id,), token.finish_reason, State.HANDOFF)
@@ -183,7 +184,7 @@ class Lifecycle:
             Fail(request_id=self.request.request_id, error=error),
         ]
 
-    def _on_attached(self, assigned: Assignment) -> list[Effect]:
+    def _on_attached(self, assigned: Assignment, now: float) -> list[Effect]:
         if self._is_prefill_sent:
             return []
         self._is_prefill_sent = True
@@ -196,6 +197,8 @@ class Lifecycle:
                 pb.TransportAddress(kind=kind, address=address)
                 for kind, address in assigned.transports
             ],
+            priority=self.request.priority,
+            seconds_left=self.request.deadline - now,
         )
         route = self._route(assigned.prefill)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]

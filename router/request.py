@@ -24,6 +24,7 @@ class Request:
     sampling: pb.SamplingParams  # stop_token_ids include the end-of-sequence ids unless ignored
     queue_deadline: float  # seconds on the router's clock; still waiting then: failed
     deadline: float  # seconds on the router's clock; still running then: failed
+    priority: int = 0  # lower runs first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

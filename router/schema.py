@@ -111,6 +111,7 @@ class GenerationRequest(RequestModel):
     stop: Annotated[list[Text], FailFast(), BeforeValidator(_as_list)] = []
     stop_token_ids: Annotated[list[int], FailFast()] = []
     ignore_eos: bool = False
+    priority: int = Field(0, ge=-100, le=100)  # as in vLLM: lower runs first
     stream: bool = False
     stream_options: StreamOptions | None = None
 

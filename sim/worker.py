@@ -196,7 +196,8 @@ class SimWorker(SimHandler, Generic[Core]):
     def _finish_step(self, batch: Batch) -> None:
         # The model writes at the end of the step, so that pages freed too early would show.
         if self._environment.happens(self._environment.faults.step_failure):
-            self.carry_out(self.core.on_batch_failed())
+            faulty = self._environment.random.randrange(len(batch.rows))
+            self.carry_out(self.core.on_batch_failed({faulty}))
         else:
             result = self._model.execute(batch)
             self.carry_out(self.core.on_batch_done(result, self.process.now))

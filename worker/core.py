@@ -1,5 +1,6 @@
 """What the shell needs of a worker's pure core; prefill and decode workers each have one."""
 
+from collections.abc import Collection
 from typing import Protocol
 
 from pagewire.engine.batch import Batch, StepResult
@@ -31,8 +32,8 @@ class WorkerCore(Protocol):
     def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
         """The step has run."""
 
-    def on_batch_failed(self) -> list[Effect]:
-        """The step raised."""
+    def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
+        """The step raised because of `rows`, by index. They fail, the others run again."""
 
     def tick(self, now: float) -> list[Effect]:
         """Time passes; called a few times a second."""

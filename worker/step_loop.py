@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from pagewire.engine.batch import Batch, StepResult
+from pagewire.engine.batch import Batch, BatchRow, StepResult
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Effect
 
 logger = logging.getLogger(__name__)
+
+_STEP_ERRORS = (RuntimeError, ValueError, IndexError)  # what torch and our checks raise
 
 
 class StepLoop:
@@ -51,8 +53,28 @@ class StepLoop:
                 continue
             try:
                 result = await loop.run_in_executor(self._thread, self._execute, batch)
-            except (RuntimeError, ValueError, IndexError):  # what torch and our checks raise
+            except _STEP_ERRORS:
                 logger.exception("a step of %d rows failed", len(batch.rows))
-                self._carry_out(self._core.on_batch_failed())
+                rows = await loop.run_in_executor(self._thread, self._faulty_rows, batch)
+                self._carry_out(self._core.on_batch_failed(rows))
             else:
                 self._carry_out(self._core.on_batch_done(result, self._clock()))
+
+    def _faulty_rows(self, batch: Batch) -> frozenset[int]:
+        """Which rows of a step that raised are to blame: those that raise alone as well.
+
+        To run a row again does no harm, since it writes the same KV to the same slots. When only
+        the batch as a whole raises, all of its rows are.
+        """
+        everybody = range(len(batch.rows))
+        if len(everybody) == 1:
+            return frozenset(everybody)
+        faulty = frozenset(index for index in everybody if self._raises(batch.rows[index]))
+        return faulty or frozenset(everybody)
+
+    def _raises(self, row: BatchRow) -> bool:
+        try:
+            self._execute(Batch(rows=(row,)))
+        except _STEP_ERRORS:
+            return True
+        return False

@@ -293,15 +293,17 @@ def test_pages_of_a_running_step_are_quarantined_until_it_ends() -> None:
     check_nothing_is_left(core)
 
 
-def test_a_failed_step_fails_its_sequences() -> None:
-    core = decode_core(max_batch_size=1)
+def test_a_failed_step_fails_the_rows_to_blame_and_runs_the_others_again() -> None:
+    core = decode_core()
     hand_off(core, "first")
     hand_off(core, "second")
-    core.next_batch(0.0)
-    assert failure(core.on_batch_failed()).code == pb.FAILURE_CODE_INTERNAL
     batch, _ = core.next_batch(0.0)
     assert batch is not None
-    assert [row.request_id for row in batch.rows] == ["second"]
+    assert failure(core.on_batch_failed({0})).code == pb.FAILURE_CODE_INTERNAL
+    again, _ = core.next_batch(0.0)
+    assert again is not None
+    assert again.rows == batch.rows[1:]
+    assert [row.request_id for row in again.rows] == ["second"]
 
 
 @pytest.mark.parametrize("item", [opening(), seal(), Closed(id=handoff_id())])

@@ -13,13 +13,14 @@ from pagewire.kv_transfer.messages import HandoffId
 from pagewire.worker.identity import AttemptKey
 
 
-def sequence(name: str) -> DecodeSequence:
+def sequence(name: str, priority: int = 0) -> DecodeSequence:
     identity = HandoffId(request_id=name, attempt=1, sender=b"d" * 16, receiver=b"p" * 16)
     return DecodeSequence(
         key=AttemptKey(name, 1),
         route=route(b"d" * 16, name),
         token_ids=(1,) * 5,
         sampling=SamplingParams(),
+        priority=priority,
         receiver=Receiver(
             id=identity,
             ticket=b"t" * 16,
@@ -59,6 +60,52 @@ def test_everybody_runs_in_the_order_of_becoming_ready(steps: list[int], size: i
                 scheduler.remove(item)
     assert first_steps == everybody
     assert scheduler.schedule() == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    priorities=st.lists(st.integers(-100, 100), min_size=1, max_size=10),
+    size=st.integers(1, 4),
+    ageing_steps=st.integers(1, 8),
+)
+def test_nobody_starves_behind_those_that_never_end(
+    priorities: list[int], size: int, ageing_steps: int
+) -> None:
+    """Every sequence gets a step once it has aged and those that aged before it had theirs."""
+    scheduler = DecodeScheduler(size, ageing_steps=ageing_steps)
+    everybody = [sequence(str(index), priority) for index, priority in enumerate(priorities)]
+    for item in everybody:
+        scheduler.add(item)
+    bound = ageing_steps + 1 + -(-len(everybody) // size)
+    last = dict.fromkeys(everybody, -1)
+    for step in range(10 * bound):
+        batch = scheduler.schedule()
+        assert len(batch) == min(size, len(everybody))
+        last |= dict.fromkeys(batch, step)
+        assert all(step - at <= bound for at in last.values())
+
+
+def test_priority_decides_who_runs() -> None:
+    scheduler = DecodeScheduler(2)
+    first, second, urgent = sequence("first"), sequence("second", 5), sequence("urgent", -1)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.schedule() == [first, second]
+    scheduler.add(urgent)
+    assert scheduler.schedule() == [first, urgent]
+    scheduler.remove(first)
+    assert scheduler.schedule() == [second, urgent]
+
+
+def test_a_straggler_gives_its_place_to_who_has_waited_long_enough() -> None:
+    scheduler = DecodeScheduler(2, ageing_steps=3)
+    straggler, recent, waiting = sequence("straggler"), sequence("recent"), sequence("waiting")
+    scheduler.add(straggler)
+    assert scheduler.schedule() == [straggler]
+    scheduler.add(recent)
+    scheduler.add(waiting)
+    assert [scheduler.schedule() for _ in range(3)] == [[straggler, recent]] * 3
+    assert scheduler.schedule() == [recent, waiting]
 
 
 def test_removal_of_the_unknown_is_no_error() -> None:

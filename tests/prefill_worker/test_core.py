@@ -202,16 +202,19 @@ def test_pages_of_a_frame_that_is_being_sent_are_quarantined_until_it_left() -> 
     check_nothing_is_left(core)
 
 
-def test_a_failed_step_fails_its_sequences_only() -> None:
-    core = prefill_core(max_batch_tokens=32)
-    core.on_command(prefill_command([1] * 32, request_id="first"), 0.0)
-    core.on_command(prefill_command([1] * 16, request_id="second"), 0.0)
-    begin_step(core)
-    answer = event(core.on_batch_failed())
-    assert answer.route.request_id == "first"
-    assert answer.failed.code == pb.FAILURE_CODE_INTERNAL
+def test_a_failed_step_fails_the_rows_to_blame_and_runs_the_others_again() -> None:
+    core = prefill_core(max_batch_tokens=48)
+    core.on_command(prefill_command([1] * 40, request_id="large"), 0.0)
+    core.on_command(prefill_command([1] * 10, request_id="small"), 0.0)
+    core.on_command(prefill_command([1] * 5, request_id="faulty"), 0.0)
     batch, _ = begin_step(core)
-    assert [row.request_id for row in batch.rows] == ["second"]
+    assert [row.request_id for row in batch.rows] == ["faulty", "small", "large"]
+    answer = event(core.on_batch_failed({0}))
+    assert answer.route.request_id == "faulty"
+    assert answer.failed.code == pb.FAILURE_CODE_INTERNAL
+    again, effects = begin_step(core)
+    assert again.rows == batch.rows[1:]
+    assert message_types(effects) == []  # both hand-offs are open already
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Chunks of a prefill step: whole pages, within the budget, first come first served."""
+"""Chunks of a prefill step: whole pages, within the budget, the most urgent first."""
+
+from itertools import count
 
 import pytest
 from handoff_pair import LAYOUT, route
@@ -17,7 +19,14 @@ from pagewire.worker.identity import AttemptKey
 PAGE_SIZE = LAYOUT.page_size
 
 
-def sequence(name: str, num_tokens: int) -> PrefillSequence:
+def sequence(
+    name: str,
+    num_tokens: int,
+    *,
+    arrived: float = 0.0,
+    deadline: float = 600.0,
+    priority: int = 0,
+) -> PrefillSequence:
     identity = HandoffId(request_id=name, attempt=1, sender=b"p" * 16, receiver=b"d" * 16)
     return PrefillSequence(
         key=AttemptKey(name, 1),
@@ -33,6 +42,9 @@ def sequence(name: str, num_tokens: int) -> PrefillSequence:
             slot_bytes=LAYOUT.page_bytes,
         ),
         addresses=(),
+        arrived=arrived,
+        deadline=deadline,
+        priority=priority,
     )
 
 
@@ -42,9 +54,10 @@ def sequence(name: str, num_tokens: int) -> PrefillSequence:
     budget=st.integers(PAGE_SIZE, 96),
     num_pages=st.integers(7, 20),
     num_kept=st.integers(0, 2),
+    pace=st.sampled_from([0.0, 0.5, 10.0]),
 )
-def test_everything_runs_in_order_within_its_limits(
-    lengths: list[int], budget: int, num_pages: int, num_kept: int
+def test_everything_runs_within_its_limits(
+    lengths: list[int], budget: int, num_pages: int, num_kept: int, pace: float
 ) -> None:
     pool = PagePool(num_pages)
     scheduler = PrefillScheduler(PrefixCache(pool), LAYOUT, budget)
@@ -52,20 +65,18 @@ def test_everything_runs_in_order_within_its_limits(
     for item in waiting:
         scheduler.add(item)
     computed: list[PrefillSequence] = []  # whose pages still wait to be sent
-    started: list[PrefillSequence] = []
     finished: list[PrefillSequence] = []
-    while len(finished) < len(waiting):
+    for step in count():
         assert scheduler.num_queued_tokens == sum(item.num_remaining for item in waiting)
-        chunks = scheduler.schedule()
+        if len(finished) == len(waiting):
+            break
+        chunks = scheduler.schedule(step * pace)
         assert chunks or computed
         assert sum(chunk.num_tokens for chunk in chunks) <= budget
         for chunk in chunks:
             assert len(chunk.sequence.pages) == LAYOUT.num_pages(len(chunk.sequence.token_ids))
-            if chunk.sequence not in started:
-                started.append(chunk.sequence)
             chunk.sequence.num_computed += chunk.num_tokens
             if chunk.sequence.num_remaining:
-                assert chunk is chunks[-1]
                 assert chunk.sequence.num_computed % PAGE_SIZE == 0
             else:
                 finished.append(chunk.sequence)
@@ -73,21 +84,84 @@ def test_everything_runs_in_order_within_its_limits(
         while len(computed) > (num_kept if chunks else 0):
             pool.release(computed.pop(0).pages)
         pool.check_integrity()
-    assert started == waiting
-    assert finished == waiting
     assert scheduler.num_queued == 0
 
 
-def test_nobody_overtakes_a_sequence_that_waits_for_pages() -> None:
+@settings(max_examples=200, deadline=None)
+@given(
+    before=st.lists(st.integers(1, 100), max_size=4),
+    length=st.integers(1, 100),
+    after=st.lists(
+        st.lists(st.tuples(st.integers(1, 100), st.integers(-100, 100)), max_size=3),
+        min_size=1,
+        max_size=8,
+    ),
+    budget=st.integers(2 * PAGE_SIZE, 96),
+)
+def test_nobody_starves(
+    before: list[int], length: int, after: list[list[tuple[int, int]]], budget: int
+) -> None:
+    """Once it has aged, a sequence waits only for the work of those that came before it.
+
+    A step a second; more urgent sequences arrive with every step, for ever. A step may leave less
+    than a page of its budget to others.
+    """
+    scheduler = PrefillScheduler(PrefixCache(PagePool(10_000)), LAYOUT, budget, ageing_s=3.0)
+    for index, tokens in enumerate(before):
+        scheduler.add(sequence(f"before-{index}", tokens, arrived=-1.0))
+    victim = sequence("victim", length, priority=100)
+    scheduler.add(victim)
+    num_steps = 3 + -(-(sum(before) + length) // (budget - PAGE_SIZE + 1))
+    for step in range(num_steps):
+        for index, (tokens, priority) in enumerate(after[step % len(after)]):
+            name = f"after-{step}-{index}"
+            scheduler.add(sequence(name, tokens, arrived=step + 0.5, priority=priority))
+        for chunk in scheduler.schedule(float(step)):
+            chunk.sequence.num_computed += chunk.num_tokens
+    assert victim.num_remaining == 0
+
+
+def names(scheduler: PrefillScheduler, now: float = 0.0) -> list[str]:
+    return [chunk.sequence.key.request_id for chunk in scheduler.schedule(now)]
+
+
+def test_the_order_is_priority_then_deadlines_at_risk_then_the_shortest() -> None:
+    scheduler = PrefillScheduler(PrefixCache(PagePool(100)), LAYOUT, 1024, ageing_s=90.0)
+    for item in (
+        sequence("long", 50),
+        sequence("short", 5),
+        sequence("late", 60, deadline=55.0),
+        sequence("later", 6, deadline=60.0),
+        sequence("idle", 1, priority=1),
+        sequence("urgent", 100, priority=-1),
+    ):
+        scheduler.add(item)
+    assert names(scheduler, now=50.0) == ["urgent", "late", "later", "short", "long", "idle"]
+
+
+def test_a_short_prompt_shares_the_step_of_a_long_one() -> None:
+    scheduler = PrefillScheduler(PrefixCache(PagePool(100)), LAYOUT, 64)
+    scheduler.add(sequence("long", 200))
+    scheduler.add(sequence("short", 10))
+    chunks = scheduler.schedule(0.0)
+    assert [(chunk.sequence.key.request_id, chunk.num_tokens) for chunk in chunks] == [
+        ("short", 10),
+        ("long", 48),
+    ]
+    assert scheduler.num_queued == 1
+
+
+def test_a_sequence_that_waits_for_pages_is_overtaken_until_it_has_aged() -> None:
     pool = PagePool(4)
-    scheduler = PrefillScheduler(PrefixCache(pool), LAYOUT, 64)
+    scheduler = PrefillScheduler(PrefixCache(pool), LAYOUT, 64, ageing_s=3.0)
     held = pool.allocate(2)
-    large, small = sequence("large", 3 * PAGE_SIZE), sequence("small", 1)
-    scheduler.add(large)
-    scheduler.add(small)
-    assert scheduler.schedule() == []
+    scheduler.add(sequence("large", 3 * PAGE_SIZE))
+    scheduler.add(sequence("early", 1, arrived=1.0))
+    assert names(scheduler, now=2.9) == ["early"]
+    scheduler.add(sequence("small", 1, arrived=2.95))
+    assert names(scheduler, now=3.0) == []
     pool.release(held)
-    assert [chunk.sequence for chunk in scheduler.schedule()] == [large, small]
+    assert names(scheduler, now=3.1) == ["large"]
 
 
 def test_a_removed_sequence_is_forgotten() -> None:
@@ -97,7 +171,7 @@ def test_a_removed_sequence_is_forgotten() -> None:
     scheduler.add(second)
     scheduler.remove(first)
     scheduler.remove(first)
-    assert [chunk.sequence for chunk in scheduler.schedule()] == [second]
+    assert names(scheduler) == ["second"]
 
 
 def test_a_budget_below_a_page_is_refused() -> None:

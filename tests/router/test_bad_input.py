@@ -44,7 +44,7 @@ REFUSED: dict[str, list[Any]] = {
     "structured_outputs": [{"json": {}}],
     "include_stop_str_in_output": [True],
     "skip_special_tokens": [False],
-    "priority": [1],
+    "priority": [-101, 101, 1.5, "1", True],
     "cache_salt": ["x"],
     "kv_transfer_params": [{}],
     "bootstrap_room": [1],

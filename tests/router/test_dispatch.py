@@ -105,6 +105,16 @@ def test_each_attempt_has_its_own_ticket() -> None:
     assert first.command.attach.ticket != second.command.attach.ticket
 
 
+def test_the_queue_is_ordered_by_priority_then_arrival() -> None:
+    core = running_core(max_queued=4)
+    fill(core)
+    for name, priority in (("idle", 1), ("first", 0), ("urgent", -1), ("second", 0)):
+        core.submit(make_request(name, priority=priority), 0.0)
+    effects = core.cancel("large", "test")
+    attached_in_order = [name for body, name, _ in commands(effects) if body == "attach"]
+    assert attached_in_order == ["urgent", "first", "second", "idle"]
+
+
 def test_what_does_not_fit_waits_in_order() -> None:
     core = running_core(max_queued=3)
     fill(core)

@@ -55,31 +55,31 @@ def prefilling() -> Lifecycle:
 
 def prefill_sent() -> Lifecycle:
     lifecycle = prefilling()
-    lifecycle.on_event(attached(D))
+    lifecycle.on_event(attached(D), 0.0)
     return lifecycle
 
 
 def handing_off() -> Lifecycle:
     lifecycle = prefill_sent()
-    lifecycle.on_event(first_token(P))
+    lifecycle.on_event(first_token(P), 0.0)
     return lifecycle
 
 
 def handed_over() -> Lifecycle:
     lifecycle = handing_off()
-    lifecycle.on_event(sealed(P))
+    lifecycle.on_event(sealed(P), 0.0)
     return lifecycle
 
 
 def decoding() -> Lifecycle:
     lifecycle = handing_off()
-    lifecycle.on_event(ready(D))
+    lifecycle.on_event(ready(D), 0.0)
     return lifecycle
 
 
 def done() -> Lifecycle:
     lifecycle = decoding()
-    lifecycle.on_event(tokens(D, finish=STOP))
+    lifecycle.on_event(tokens(D, finish=STOP), 0.0)
     return lifecycle
 
 
@@ -91,7 +91,7 @@ def cancelled() -> Lifecycle:
 
 def failed_before() -> Lifecycle:
     lifecycle = decoding()
-    lifecycle.on_event(failed(D))
+    lifecycle.on_event(failed(D), 0.0)
     return lifecycle
 
 
@@ -100,7 +100,7 @@ Happen = Callable[[Lifecycle], list[Effect]]
 
 
 def event(item: pb.WorkerEvent) -> Happen:
-    return lambda lifecycle: lifecycle.on_event(item)
+    return lambda lifecycle: lifecycle.on_event(item, 0.0)
 
 
 EVENTS: dict[str, Happen] = {
@@ -248,7 +248,7 @@ def test_what_is_not_addressed_to_it_changes_nothing(make: Make, who: str) -> No
     lifecycle = make()
     before = lifecycle.state
     for item in STRANGERS[who]:
-        assert lifecycle.on_event(item) == []
+        assert lifecycle.on_event(item, 0.0) == []
     assert lifecycle.on_worker_lost(b"x" * 16) == []
     assert lifecycle.state is before
 
@@ -256,7 +256,7 @@ def test_what_is_not_addressed_to_it_changes_nothing(make: Make, who: str) -> No
 def test_both_workers_get_the_same_work() -> None:
     lifecycle = queued()
     (first,) = lifecycle.dispatch(ASSIGNMENT)
-    (second,) = lifecycle.on_event(attached(D))
+    (second,) = lifecycle.on_event(attached(D), 0.0)
     assert isinstance(first, SendCommand) and isinstance(second, SendCommand)
     attach, prefill = first.command.attach, second.command.prefill
     assert attach.token_ids == prefill.token_ids == list(range(20))
@@ -268,11 +268,21 @@ def test_both_workers_get_the_same_work() -> None:
     assert (route.request_id, route.attempt, route.sender) == ("request", 1, ROUTER)
 
 
+def test_workers_learn_the_priority_and_how_long_the_request_has() -> None:
+    lifecycle = Lifecycle(make_request(priority=-3, deadline=60.0), ROUTER)
+    lifecycle.enqueue()
+    (first,) = lifecycle.dispatch(ASSIGNMENT)
+    (second,) = lifecycle.on_event(attached(D), 12.5)
+    assert isinstance(first, SendCommand) and isinstance(second, SendCommand)
+    assert first.command.attach.priority == second.command.prefill.priority == -3
+    assert second.command.prefill.seconds_left == 47.5
+
+
 def test_a_token_told_twice_is_delivered_once() -> None:
     lifecycle = prefill_sent()
-    lifecycle.on_event(tokens(D, [5, 6]))
-    assert lifecycle.on_event(first_token(P, 5)) == []
-    (effect,) = lifecycle.on_event(tokens(D, [7], position=2))
+    lifecycle.on_event(tokens(D, [5, 6]), 0.0)
+    assert lifecycle.on_event(first_token(P, 5), 0.0) == []
+    (effect,) = lifecycle.on_event(tokens(D, [7], position=2), 0.0)
     assert isinstance(effect, Deliver)
     assert (effect.update.position, effect.update.token_ids) == (2, (7,))
 
@@ -282,7 +292,7 @@ def test_a_token_told_twice_is_delivered_once() -> None:
 )
 def test_a_stream_that_lost_its_place_is_ended(item: pb.WorkerEvent) -> None:
     lifecycle = decoding()
-    *aborts, fail = lifecycle.on_event(item)
+    *aborts, fail = lifecycle.on_event(item, 0.0)
     assert [describe(effect) for effect in aborts] == ["Abort to P", "Abort to D"]
     assert isinstance(fail, Fail)
     assert (fail.error.status, fail.error.code) == (500, "stream_broken")
@@ -290,7 +300,7 @@ def test_a_stream_that_lost_its_place_is_ended(item: pb.WorkerEvent) -> None:
 
 
 def test_the_last_update_says_why() -> None:
-    (effect,) = decoding().on_event(tokens(D, [5, 6], finish=pb.FINISH_REASON_LENGTH))
+    (effect,) = decoding().on_event(tokens(D, [5, 6], finish=pb.FINISH_REASON_LENGTH), 0.0)
     assert isinstance(effect, Deliver)
     assert effect.update.finish_reason is FinishReason.LENGTH
 
@@ -316,7 +326,7 @@ def test_what_a_failure_means_for_the_client(
 
 def test_a_prefill_worker_that_has_sealed_is_not_missed() -> None:
     lifecycle = prefilling()
-    lifecycle.on_event(first_token(P))
-    lifecycle.on_event(sealed(P))
+    lifecycle.on_event(first_token(P), 0.0)
+    lifecycle.on_event(sealed(P), 0.0)
     assert lifecycle.on_worker_lost(P) == []
     assert lifecycle.state is State.HANDOFF

@@ -38,6 +38,7 @@ def make_request(
     max_tokens: int = 4,
     queue_deadline: float = 30.0,
     deadline: float = 60.0,
+    priority: int = 0,
 ) -> Request:
     return Request(
         request_id=request_id,
@@ -45,6 +46,7 @@ def make_request(
         sampling=pb.SamplingParams(max_tokens=max_tokens, top_p=1.0),
         queue_deadline=queue_deadline,
         deadline=deadline,
+        priority=priority,
     )
 
 

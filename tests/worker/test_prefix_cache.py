@@ -129,7 +129,7 @@ def test_a_step_that_fails_caches_nothing() -> None:
     core = prefill_core(hasher=HASHER)
     core.on_command(prefill_command(PROMPT), 0.0)
     core.next_batch(0.0)
-    core.on_batch_failed()
+    core.on_batch_failed({0})
     core.check_integrity()
     assert len(core.cache) == 0
     assert core.pool.counts().free == core.pool.num_pages
