@@ -11,7 +11,7 @@ from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
-from pagewire.engine.batch import Batch
+from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
@@ -366,14 +366,13 @@ class DecodeCore:
             self._grow(sequence, sequence.num_kv_tokens)
         return Batch(rows=tuple(sequence.next_row() for sequence in self._batch)), []
 
-    def on_batch_done(self, tokens: list[int | None], now: float) -> list[Effect]:
-        """The step has run; `tokens` are its rows' sampled tokens."""
+    def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
+        """The step has run."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for sequence, token in zip(batch, tokens, strict=True):
+        for sequence, tokens in zip(batch, result.tokens, strict=True):
             if self._sequences.get(sequence.key) is sequence:
-                assert token is not None, "every row of a decode step samples"
-                effects += self._on_token(sequence, token)
+                effects += self._on_tokens(sequence, tokens)
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
@@ -394,10 +393,15 @@ class DecodeCore:
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
-    def _on_token(self, sequence: DecodeSequence, token: int) -> list[Effect]:
-        sequence.output.append(token)
-        self._num_generated_tokens += 1
-        reason = finish_reason(token, len(sequence.output), sequence.sampling)
+    def _on_tokens(self, sequence: DecodeSequence, sampled: tuple[int, ...]) -> list[Effect]:
+        """Take the tokens of a step up to the one that ends the sequence."""
+        reason = pb.FINISH_REASON_UNSPECIFIED
+        for token in sampled:
+            sequence.output.append(token)
+            self._num_generated_tokens += 1
+            reason = finish_reason(token, len(sequence.output), sequence.sampling)
+            if reason:
+                break
         tokens = pb.Tokens(
             position=sequence.num_emitted,
             token_ids=sequence.output[sequence.num_emitted :],

@@ -6,7 +6,7 @@ The oracle of tests and benchmarks: what a hand-off between workers must not cha
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.batch import Batch, BatchRow, SamplingParams, StepResult
 from pagewire.engine.model_runner import ModelRunner
 
 
@@ -84,12 +84,9 @@ def _prefill(runner: ModelRunner, generation: _Generation, chunk_size: int) -> N
             page_table=generation.page_table,
             sampling=generation.sampling if last else None,
         )
-        tokens = runner.execute(Batch(rows=(row,)))
-        if last:
-            _append([generation], tokens)
+        _append([generation], runner.execute(Batch(rows=(row,))))
 
 
-def _append(generations: Sequence[_Generation], tokens: Sequence[int | None]) -> None:
-    for generation, token in zip(generations, tokens, strict=True):
-        if token is not None:
-            generation.output.append(token)
+def _append(generations: Sequence[_Generation], result: StepResult) -> None:
+    for generation, tokens in zip(generations, result.tokens, strict=True):
+        generation.output += tokens

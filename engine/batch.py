@@ -1,7 +1,8 @@
-"""What one step runs: the only thing that a scheduler hands to the model runner."""
+"""What one step runs, and what comes of it: all that schedulers and the model runner exchange."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +46,27 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of one step, in the order in which the runner returns their tokens."""
+    """Rows of one step, in the order in which its StepResult has their tokens."""
 
     rows: tuple[BatchRow, ...]
 
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """How likely a sampled token was for the model, and which tokens were the most likely."""
+
+    logprob: float  # natural logarithm, of the distribution before any sampling parameter
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), the most likely first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step sampled, in the order of its batch's rows."""
+
+    tokens: tuple[tuple[int, ...], ...]  # of each row; empty where nothing was to be sampled
+    # By index of the row, for the rows that asked: one entry a token.
+    logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.batch import Batch, BatchRow, StepResult
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
 from pagewire.engine.sampler import sample
@@ -44,18 +44,17 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
-    def execute(self, batch: Batch) -> list[int | None]:
-        """Run a step; the sampled token of each row, None where nothing is to be sampled.
-
-        Raises ValueError as `forward` does.
-        """
+    def execute(self, batch: Batch) -> StepResult:
+        """Run a step and sample. Raises ValueError as `forward` does."""
         logits = self.forward(batch)
         sampled = [(row.sampling, row.output_position) for row in batch.rows if row.sampling]
         if not sampled:
-            return [None] * len(batch.rows)
+            return StepResult(tokens=((),) * len(batch.rows))
         params, positions = zip(*sampled, strict=True)
         tokens = iter(sample(logits, params, positions))
-        return [next(tokens) if row.sampling else None for row in batch.rows]
+        return StepResult(
+            tokens=tuple((next(tokens),) if row.sampling else () for row in batch.rows)
+        )
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

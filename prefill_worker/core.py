@@ -7,7 +7,7 @@ drives the very same class.
 
 from collections.abc import Iterable
 
-from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.batch import Batch, BatchRow, StepResult
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
@@ -264,13 +264,13 @@ class PrefillCore:
         ]
         return Batch(rows=tuple(_row(chunk) for chunk in self._batch)), effects
 
-    def on_batch_done(self, tokens: list[int | None], now: float) -> list[Effect]:
-        """The step has run; `tokens` are its rows' sampled tokens."""
+    def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
+        """The step has run."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for chunk, token in zip(batch, tokens, strict=True):
+        for chunk, tokens in zip(batch, result.tokens, strict=True):
             if self._sequences.get(chunk.sequence.key) is chunk.sequence:
-                effects += self._on_chunk_done(chunk, token, now)
+                effects += self._on_chunk_done(chunk, tokens, now)
         self._orphans.free()
         return effects
 
@@ -291,14 +291,15 @@ class PrefillCore:
         self._orphans.free()
         return effects
 
-    def _on_chunk_done(self, chunk: Chunk, token: int | None, now: float) -> list[Effect]:
+    def _on_chunk_done(self, chunk: Chunk, tokens: tuple[int, ...], now: float) -> list[Effect]:
         sequence = chunk.sequence
         sequence.num_computed += chunk.num_tokens
         self._num_prompt_tokens += chunk.num_tokens
-        if token is None:
+        if not tokens:
             return self._carry_out(
                 sequence, sequence.sender.on_computed(sequence.num_computed, now)
             )
+        (token,) = tokens
         self._num_generated_tokens += 1
         reason = finish_reason(token, 1, sequence.sampling)
         first_token = _first_token(sequence.route, token, reason)

@@ -6,7 +6,7 @@ in the wrong place or somebody else's changes the token.
 
 from collections.abc import Sequence
 
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.batch import Batch, BatchRow, SamplingParams, StepResult
 from pagewire.sim.kv_memory import LANES, LAYOUT, KvMemory
 
 VOCAB_SIZE = 50_000
@@ -20,11 +20,11 @@ class SimModel:
     def __init__(self, memory: KvMemory) -> None:
         self._memory = memory
 
-    def execute(self, batch: Batch) -> list[int | None]:
+    def execute(self, batch: Batch) -> StepResult:
         """Write the KV of every row; sample where the row says so."""
-        return [self._run(row) for row in batch.rows]
+        return StepResult(tokens=tuple(self._run(row) for row in batch.rows))
 
-    def _run(self, row: BatchRow) -> int | None:
+    def _run(self, row: BatchRow) -> tuple[int, ...]:
         state = self._memory.read(row.page_table, row.start - 1, 0) if row.start else 0
         for position, token in enumerate(row.token_ids, row.start):
             state = _mix(state ^ token)
@@ -32,8 +32,8 @@ class SimModel:
                 word = (state + lane * _LANE_STEP) & _MASK  # lane 0 holds the state itself
                 self._memory.write(row.page_table, position, lane, word)
         if row.sampling is None:
-            return None
-        return self._attend(row.page_table, row.start + len(row.token_ids)) % VOCAB_SIZE
+            return ()
+        return (self._attend(row.page_table, row.start + len(row.token_ids)) % VOCAB_SIZE,)
 
     def _attend(self, page_table: Sequence[int], num_tokens: int) -> int:
         total = 0
@@ -59,8 +59,7 @@ def reference_tokens(prompt: Sequence[int], sampling: SamplingParams) -> list[in
             page_table=range(num_pages),
             sampling=sampling,
         )
-        (token,) = model.execute(Batch(rows=(row,)))
-        assert token is not None, "a row with sampling yields a token"
+        ((token,),) = model.execute(Batch(rows=(row,))).tokens
         output.append(token)
         start += len(inputs)
         inputs = [token]

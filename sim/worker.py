@@ -198,8 +198,8 @@ class SimWorker(SimHandler, Generic[Core]):
         if self._environment.happens(self._environment.faults.step_failure):
             self.carry_out(self.core.on_batch_failed())
         else:
-            tokens = self._model.execute(batch)
-            self.carry_out(self.core.on_batch_done(tokens, self.process.now))
+            result = self._model.execute(batch)
+            self.carry_out(self.core.on_batch_done(result, self.process.now))
         self.process.after(0.0, self._step)
 
     # --- Time -------------------------------------------------------------------------------------

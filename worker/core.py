@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from pagewire.engine.batch import Batch
+from pagewire.engine.batch import Batch, StepResult
 from pagewire.kv_transfer.messages import Message
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.effects import Effect
@@ -28,8 +28,8 @@ class WorkerCore(Protocol):
     def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
         """What the model runs next; None when there is nothing to do."""
 
-    def on_batch_done(self, tokens: list[int | None], now: float) -> list[Effect]:
-        """The step has run; `tokens` are its rows' sampled tokens."""
+    def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
+        """The step has run."""
 
     def on_batch_failed(self) -> list[Effect]:
         """The step raised."""

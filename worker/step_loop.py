@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from pagewire.engine.batch import Batch
+from pagewire.engine.batch import Batch, StepResult
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Effect
 
@@ -23,7 +23,7 @@ class StepLoop:
         self,
         *,
         core: WorkerCore,
-        execute: Callable[[Batch], list[int | None]],
+        execute: Callable[[Batch], StepResult],
         thread: Executor,
         carry_out: Callable[[list[Effect]], None],
         clock: Callable[[], float] = time.monotonic,
@@ -50,9 +50,9 @@ class StepLoop:
                 await self._wake.wait()
                 continue
             try:
-                tokens = await loop.run_in_executor(self._thread, self._execute, batch)
+                result = await loop.run_in_executor(self._thread, self._execute, batch)
             except (RuntimeError, ValueError, IndexError):  # what torch and our checks raise
                 logger.exception("a step of %d rows failed", len(batch.rows))
                 self._carry_out(self._core.on_batch_failed())
             else:
-                self._carry_out(self._core.on_batch_done(tokens, self._clock()))
+                self._carry_out(self._core.on_batch_done(result, self._clock()))

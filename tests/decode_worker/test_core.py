@@ -18,6 +18,7 @@ from handoff_pair import (
 )
 
 from pagewire.decode_worker.core import DecodeCore
+from pagewire.engine.batch import StepResult
 from pagewire.kv_transfer.checksum import EMPTY_DIGEST, extend_digest
 from pagewire.kv_transfer.messages import (
     Closed,
@@ -171,10 +172,10 @@ def test_a_handoff_becomes_tokens() -> None:
     assert batch is not None
     (row,) = batch.rows
     assert (list(row.token_ids), row.start, row.output_position) == ([7], 20, 1)
-    (first,) = events(core.on_batch_done([8], 0.0))
+    (first,) = events(core.on_batch_done(StepResult(tokens=((8,),)), 0.0))
     assert (first.tokens.position, list(first.tokens.token_ids)) == (0, [7, 8])
     core.next_batch(0.0)
-    (last,) = events(core.on_batch_done([9], 0.0))
+    (last,) = events(core.on_batch_done(StepResult(tokens=((9,),)), 0.0))
     assert (last.tokens.position, list(last.tokens.token_ids)) == (2, [9])
     assert last.tokens.finish_reason == pb.FINISH_REASON_LENGTH
     assert core.state().generated_tokens == 2
@@ -288,7 +289,7 @@ def test_pages_of_a_running_step_are_quarantined_until_it_ends() -> None:
     core.next_batch(0.0)
     core.on_command(abort_command(DECODE), 0.0)
     assert core.pool.counts().quarantined == 2
-    assert core.on_batch_done([8], 0.0) == []
+    assert core.on_batch_done(StepResult(tokens=((8,),)), 0.0) == []
     check_nothing_is_left(core)
 
 

@@ -14,9 +14,10 @@ from handoff_pair import (
     prefill_command,
     prefill_core,
     sampling,
+    step_result,
 )
 
-from pagewire.engine.batch import Batch
+from pagewire.engine.batch import Batch, StepResult
 from pagewire.kv_transfer.messages import (
     Closed,
     Committed,
@@ -58,7 +59,7 @@ def begin_step(core: PrefillCore) -> tuple[Batch, list[Effect]]:
 
 def run_step(core: PrefillCore, token: int = 7) -> list[Effect]:
     batch, _ = begin_step(core)
-    return core.on_batch_done([token if row.sampling else None for row in batch.rows], 0.0)
+    return core.on_batch_done(step_result(batch, token), 0.0)
 
 
 def check_nothing_is_left(core: PrefillCore) -> None:
@@ -133,7 +134,7 @@ def test_the_handoff_is_opened_with_the_first_chunk_only() -> None:
     (opening,) = messages(effects)
     assert isinstance(opening, Open) and opening.ticket == TICKET
     assert (batch.num_tokens, batch.rows[0].sampling) == (16, None)
-    core.on_batch_done([None], 0.0)
+    core.on_batch_done(StepResult(tokens=((),)), 0.0)
     batch, effects = begin_step(core)
     assert effects == []
     assert (batch.rows[0].start, list(batch.rows[0].token_ids)) == (16, PROMPT[16:])
@@ -185,7 +186,7 @@ def test_pages_of_a_running_step_are_quarantined_until_it_ends() -> None:
     begin_step(core)
     assert message_types(core.on_command(abort_command(PREFILL), 0.0)) == [Closed]
     assert core.pool.counts().quarantined == 2
-    assert core.on_batch_done([7], 0.0) == []
+    assert core.on_batch_done(StepResult(tokens=((7,),)), 0.0) == []
     check_nothing_is_left(core)
 
 

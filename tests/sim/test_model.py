@@ -12,11 +12,11 @@ SAMPLING = SamplingParams(max_tokens=3)
 ALL = FrameRange(first_page=0, num_pages=3, first_layer=0, num_layers=LAYOUT.num_layers)
 
 
-def run(memory: KvMemory, tokens: list[int], start: int, pages: list[int]) -> int | None:
+def run(memory: KvMemory, tokens: list[int], start: int, pages: list[int]) -> int:
     row = BatchRow(
         request_id="request", token_ids=tokens, start=start, page_table=pages, sampling=SAMPLING
     )
-    (token,) = SimModel(memory).execute(Batch(rows=(row,)))
+    ((token,),) = SimModel(memory).execute(Batch(rows=(row,))).tokens
     return token
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.slots import SlotPool
-from pagewire.engine.batch import Batch
+from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, Message
@@ -33,6 +33,11 @@ def route(
 
 def sampling(max_tokens: int = 3, stop_token_ids: Sequence[int] = ()) -> pb.SamplingParams:
     return pb.SamplingParams(max_tokens=max_tokens, top_p=1.0, stop_token_ids=stop_token_ids)
+
+
+def step_result(batch: Batch, token: int = TOKEN) -> StepResult:
+    """A step in which every row that samples gets `token`."""
+    return StepResult(tokens=tuple((token,) if row.sampling else () for row in batch.rows))
 
 
 def prefill_command(
@@ -208,9 +213,9 @@ class HandoffPair:
         if self._prefill_batch is None:
             self._prefill_batch, effects = self.prefill.next_batch(0.0)
         else:
-            tokens = [TOKEN if row.sampling else None for row in self._prefill_batch.rows]
+            result = step_result(self._prefill_batch)
             self._prefill_batch = None
-            effects = self.prefill.on_batch_done(tokens, 0.0)
+            effects = self.prefill.on_batch_done(result, 0.0)
         self.carry_out(effects)
 
     def step_decode(self) -> None:
@@ -218,9 +223,9 @@ class HandoffPair:
         if self._decode_batch is None:
             self._decode_batch, effects = self.decode.next_batch(0.0)
         else:
-            tokens: list[int | None] = [TOKEN for _ in self._decode_batch.rows]
+            result = step_result(self._decode_batch)
             self._decode_batch = None
-            effects = self.decode.on_batch_done(tokens, 0.0)
+            effects = self.decode.on_batch_done(result, 0.0)
         self.carry_out(effects)
 
     def event_names(self) -> list[str | None]:
