@@ -13,6 +13,7 @@ from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.page_pool import PagePool
+from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
     Closed,
@@ -144,6 +145,7 @@ class DecodeCore:
             route=command.route,
             num_prompt_tokens=len(token_ids),
             sampling=sampling,
+            history=TokenHistory.for_params(sampling, token_ids),
             receiver=receiver,
         )
         num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
@@ -345,7 +347,7 @@ class DecodeCore:
             return []
         del self._receiving[sequence.key]
         self.slots.reclaim_granted(sequence.holder)
-        sequence.output.append(receiver.seal.first_token)
+        sequence.append(receiver.seal.first_token)
         self._scheduler.add(sequence)
         ready = pb.WorkerEvent(route=reply_route(sequence.route), ready=pb.Ready())
         return [
@@ -397,7 +399,7 @@ class DecodeCore:
         """Take the tokens of a step up to the one that ends the sequence."""
         reason = pb.FINISH_REASON_UNSPECIFIED
         for token in sampled:
-            sequence.output.append(token)
+            sequence.append(token)
             self._num_generated_tokens += 1
             reason = finish_reason(token, len(sequence.output), sequence.sampling)
             if reason:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from pagewire.engine.batch import Batch, BatchRow, StepResult
 from pagewire.engine.page_pool import PagePool
+from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
     Closed,
@@ -167,6 +168,7 @@ class PrefillCore:
             route=command.route,
             token_ids=token_ids,
             sampling=sampling,
+            history=TokenHistory.for_params(sampling, token_ids),
             sender=sender,
             addresses=tuple((item.kind, item.address) for item in body.transports),
         )
@@ -393,6 +395,7 @@ def _row(chunk: Chunk) -> BatchRow:
         start=start,
         page_table=sequence.pages,
         sampling=sequence.sampling if is_last else None,
+        history=sequence.history,
     )
 
 

@@ -13,8 +13,8 @@ from pipeline import Pipeline, pipeline, tcp
 from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import SamplingParams
 from pagewire.engine.load import load_engine
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
 from pagewire.kv_transfer.select import probe
 from pagewire.kv_transfer.transport import Handler, Transport

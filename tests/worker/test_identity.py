@@ -3,7 +3,7 @@
 import pytest
 from handoff_pair import DECODE, PREFILL, ROUTER, route
 
-from pagewire.engine.batch import SamplingParams
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.identity import AttemptKey, finish_reason, prefix_hash, reply_route
 from pagewire.worker.ledger import EndedAttempts
