@@ -7,11 +7,13 @@ and reports back; the simulator drives the very same class.
 
 from collections import deque
 
+from google.protobuf.message import DecodeError
+
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
-from pagewire.engine.batch import Batch, StepResult
+from pagewire.engine.batch import Batch, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
@@ -30,7 +32,7 @@ from pagewire.kv_transfer.messages import (
 )
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
-from pagewire.worker.events import failed, page_counts
+from pagewire.worker.events import failed, logprobs_message, page_counts
 from pagewire.worker.identity import (
     AttemptKey,
     CommandError,
@@ -279,6 +281,11 @@ class DecodeCore:
             seal.first_token, 1, sequence.sampling
         ):  # such a token has no hand-off behind it
             return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
+        if sequence.sampling.num_logprobs is not None:
+            try:
+                sequence.logprobs.append(pb.TokenLogprobs.FromString(seal.first_logprobs))
+            except DecodeError:
+                return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
         fault = sequence.receiver.on_seal(seal)
         if fault is not None:
             return self._fail_handoff(sequence, fault)
@@ -372,9 +379,9 @@ class DecodeCore:
         """The step has run."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for sequence, tokens in zip(batch, result.tokens, strict=True):
+        for index, (sequence, tokens) in enumerate(zip(batch, result.tokens, strict=True)):
             if self._sequences.get(sequence.key) is sequence:
-                effects += self._on_tokens(sequence, tokens)
+                effects += self._on_tokens(sequence, tokens, result.logprobs.get(index, ()))
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
@@ -395,7 +402,12 @@ class DecodeCore:
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
-    def _on_tokens(self, sequence: DecodeSequence, sampled: tuple[int, ...]) -> list[Effect]:
+    def _on_tokens(
+        self,
+        sequence: DecodeSequence,
+        sampled: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+    ) -> list[Effect]:
         """Take the tokens of a step up to the one that ends the sequence."""
         reason = pb.FINISH_REASON_UNSPECIFIED
         for token in sampled:
@@ -409,6 +421,10 @@ class DecodeCore:
             token_ids=sequence.output[sequence.num_emitted :],
             finish_reason=reason,
         )
+        if sequence.sampling.num_logprobs is not None:
+            sequence.logprobs += map(logprobs_message, logprobs)
+            tokens.logprobs.extend(sequence.logprobs[: len(tokens.token_ids)])
+            sequence.logprobs.clear()
         sequence.num_emitted = len(sequence.output)
         effects: list[Effect] = [
             Emit(event=pb.WorkerEvent(route=reply_route(sequence.route), tokens=tokens))

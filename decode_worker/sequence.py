@@ -25,6 +25,7 @@ class DecodeSequence:
     pages: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)  # token 0 comes with the Seal
     history: TokenHistory | None = None  # where `sampling` has penalties
+    logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # not emitted yet, if asked
     num_emitted: int = 0  # output tokens that the router was told of
 
     @property
