@@ -283,7 +283,7 @@ class DecodeCore:
             return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
         if sequence.sampling.num_logprobs is not None:
             try:
-                sequence.logprobs.append(pb.TokenLogprobs.FromString(seal.first_logprobs))
+                sequence.logprobs = [pb.TokenLogprobs.FromString(seal.first_logprobs)]
             except DecodeError:
                 return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
         fault = sequence.receiver.on_seal(seal)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from handoff_pair import (
@@ -459,6 +460,6 @@ def test_logprobs_in_a_seal_that_cannot_be_read_are_not_believed(opaque: bytes) 
     core = decode_core()
     params = pb.SamplingParams(max_tokens=3, top_p=1.0, num_logprobs=1)
     core.on_command(attach_command(PROMPT, params=params), 0.0)
-    core.on_message(PREFILL, open_message(), 0.0)
+    core.on_message(PREFILL, opening(), 0.0)
     effects = core.on_message(PREFILL, replace(seal(), first_logprobs=opaque), 0.0)
-    assert messages(effects)[0] == Refused(id=handoff_id().reply(), reason=RefuseReason.INTEGRITY)
+    assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY
