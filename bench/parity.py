@@ -19,9 +19,9 @@ import transformers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import SamplingParams
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading.resolve import resolve_model
+from pagewire.engine.sampling_params import SamplingParams
 
 TEXT = Path(__file__).parents[1] / "LICENSE"  # English of the right length that is always here
 LENGTHS = (1, 2, 16, 63, 64, 65, 200, 1000)

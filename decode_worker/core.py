@@ -8,13 +8,16 @@ and reports back; the simulator drives the very same class.
 from collections import deque
 from collections.abc import Collection
 
+from google.protobuf.message import DecodeError
+
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
-from pagewire.engine.batch import Batch, StepResult
+from pagewire.engine.batch import Batch, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
+from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
     Accepted,
@@ -33,7 +36,7 @@ from pagewire.kv_transfer.messages import (
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
 from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
-from pagewire.worker.events import failed, page_counts
+from pagewire.worker.events import failed, logprobs_message, page_counts
 from pagewire.worker.identity import (
     AttemptKey,
     CommandError,
@@ -153,6 +156,7 @@ class DecodeCore:
             route=command.route,
             token_ids=token_ids,
             sampling=sampling,
+            history=TokenHistory.for_params(sampling, token_ids),
             receiver=receiver,
             cache_salt=body.cache_salt,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
@@ -289,6 +293,11 @@ class DecodeCore:
             seal.first_token, 1, sequence.sampling
         ):  # such a token has no hand-off behind it
             return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
+        if sequence.sampling.num_logprobs is not None:
+            try:
+                sequence.logprobs = [pb.TokenLogprobs.FromString(seal.first_logprobs)]
+            except DecodeError:
+                return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
         fault = sequence.receiver.on_seal(seal)
         if fault is not None:
             return self._fail_handoff(sequence, fault)
@@ -365,7 +374,7 @@ class DecodeCore:
             return []
         del self._receiving[sequence.key]
         self.slots.reclaim_granted(sequence.holder)
-        sequence.output.append(receiver.seal.first_token)
+        sequence.append(receiver.seal.first_token)
         self._cache_computed(sequence)
         self._scheduler.add(sequence)
         ready = pb.WorkerEvent(route=reply_route(sequence.route), ready=pb.Ready())
@@ -399,9 +408,9 @@ class DecodeCore:
         """The step has run."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for sequence, tokens in zip(batch, result.tokens, strict=True):
+        for index, (sequence, tokens) in enumerate(zip(batch, result.tokens, strict=True)):
             if self._sequences.get(sequence.key) is sequence:
-                effects += self._on_tokens(sequence, tokens)
+                effects += self._on_tokens(sequence, tokens, result.logprobs.get(index, ()))
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
@@ -422,11 +431,16 @@ class DecodeCore:
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
-    def _on_tokens(self, sequence: DecodeSequence, sampled: tuple[int, ...]) -> list[Effect]:
+    def _on_tokens(
+        self,
+        sequence: DecodeSequence,
+        sampled: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+    ) -> list[Effect]:
         """Take the tokens of a step up to the one that ends the sequence."""
         reason = pb.FINISH_REASON_UNSPECIFIED
         for token in sampled:
-            sequence.output.append(token)
+            sequence.append(token)
             self._num_generated_tokens += 1
             reason = finish_reason(token, len(sequence.output), sequence.sampling)
             if reason:
@@ -436,6 +450,10 @@ class DecodeCore:
             token_ids=sequence.output[sequence.num_emitted :],
             finish_reason=reason,
         )
+        if sequence.sampling.num_logprobs is not None:
+            sequence.logprobs += map(logprobs_message, logprobs)
+            tokens.logprobs.extend(sequence.logprobs[: len(tokens.token_ids)])
+            sequence.logprobs.clear()
         sequence.num_emitted = len(sequence.output)
         effects: list[Effect] = [
             Emit(event=pb.WorkerEvent(route=reply_route(sequence.route), tokens=tokens))

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 from pagewire.decode_worker.receiver import Receiver
 from pagewire.decode_worker.slots import SlotHolder
-from pagewire.engine.batch import BatchRow, SamplingParams
+from pagewire.engine.batch import BatchRow
 from pagewire.engine.page_pool import Reservation
+from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.token_history import TokenHistory
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageKey
 from pagewire.worker.identity import AttemptKey
@@ -26,6 +28,8 @@ class DecodeSequence:
     reservation: Reservation | None = None  # from Open to the end
     pages: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)  # token 0 comes with the Seal
+    history: TokenHistory | None = None  # where `sampling` has penalties
+    logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # not emitted yet, if asked
     num_emitted: int = 0  # output tokens that the router was told of
 
     @property
@@ -56,4 +60,11 @@ class DecodeSequence:
             page_table=self.pages,
             sampling=self.sampling,
             output_position=len(self.output),
+            history=self.history,
         )
+
+    def append(self, token_id: int) -> None:
+        """`token_id` is the next token of the output."""
+        self.output.append(token_id)
+        if self.history is not None:
+            self.history.append(token_id)

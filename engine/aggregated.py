@@ -6,8 +6,10 @@ The oracle of tests and benchmarks: what a hand-off between workers must not cha
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams, StepResult
+from pagewire.engine.batch import Batch, BatchRow, StepResult
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.token_history import TokenHistory
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,6 +19,7 @@ class _Generation:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     page_table: range
+    history: TokenHistory | None
     output: list[int] = field(default_factory=list)
 
     @property
@@ -33,6 +36,7 @@ class _Generation:
             page_table=self.page_table,
             sampling=self.sampling,
             output_position=len(self.output),
+            history=self.history,
         )
 
 
@@ -65,7 +69,12 @@ def _with_pages(
     for prompt in prompts:
         start, end = end, end + runner.layout.num_pages(len(prompt) + sampling.max_tokens)
         generations.append(
-            _Generation(prompt=tuple(prompt), sampling=sampling, page_table=range(start, end))
+            _Generation(
+                prompt=tuple(prompt),
+                sampling=sampling,
+                page_table=range(start, end),
+                history=TokenHistory.for_params(sampling, prompt),
+            )
         )
     if end > runner.num_pages:
         raise ValueError(f"the prompts need {end} pages; the KV cache has {runner.num_pages}")
@@ -83,6 +92,7 @@ def _prefill(runner: ModelRunner, generation: _Generation, chunk_size: int) -> N
             start=start,
             page_table=generation.page_table,
             sampling=generation.sampling if last else None,
+            history=generation.history,
         )
         _append([generation], runner.execute(Batch(rows=(row,))))
 
@@ -90,3 +100,6 @@ def _prefill(runner: ModelRunner, generation: _Generation, chunk_size: int) -> N
 def _append(generations: Sequence[_Generation], result: StepResult) -> None:
     for generation, tokens in zip(generations, result.tokens, strict=True):
         generation.output += tokens
+        if generation.history is not None:
+            for token in tokens:
+                generation.history.append(token)

@@ -4,32 +4,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How the tokens of one request are chosen. Checked by the router and again by the worker.
-
-    Raises ValueError, which names the field.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 is off
-    seed: int = 0  # with the position it keys every random number
-    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence tokens among them
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed is {self.seed}; it must be a 64-bit unsigned integer")
+from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.token_history import TokenHistory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +18,7 @@ class BatchRow:
     page_table: Tokens[int]  # pages that hold positions 0 .. start + len(token_ids)
     sampling: SamplingParams | None  # None: a chunk that is not the last; nothing is sampled
     output_position: int = 0  # of the token that is sampled, counted in output tokens
+    history: TokenHistory | None = None  # prompt and output; set where `sampling` has penalties
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
-from pagewire.engine.sampler import sample
+from pagewire.engine.sampler import Sampler
 from pagewire.engine.step_inputs import InputLimits, prepare
 from pagewire.kv_transfer.layout import KVLayout
 
@@ -30,6 +30,7 @@ class ModelRunner:
             page_size=kv_cache.layout.page_size,
             max_model_len=max_model_len,
         )
+        self._sampler = Sampler()
 
     @property
     def layout(self) -> KVLayout:
@@ -46,13 +47,19 @@ class ModelRunner:
     def execute(self, batch: Batch) -> StepResult:
         """Run a step and sample. Raises ValueError as `forward` does."""
         logits = self.forward(batch)
-        sampled = [(row.sampling, row.output_position) for row in batch.rows if row.sampling]
+        sampled = [
+            (index, row.sampling, row.output_position, row.history)
+            for index, row in enumerate(batch.rows)
+            if row.sampling
+        ]
         if not sampled:
             return StepResult(tokens=((),) * len(batch.rows))
-        params, positions = zip(*sampled, strict=True)
-        tokens = iter(sample(logits, params, positions))
+        indices, params, positions, histories = zip(*sampled, strict=True)
+        result = self._sampler.sample(logits, params, positions, histories)
+        tokens = iter(result.token_ids)
         return StepResult(
-            tokens=tuple((next(tokens),) if row.sampling else () for row in batch.rows)
+            tokens=tuple((next(tokens),) if row.sampling else () for row in batch.rows),
+            logprobs={indices[index]: values for index, values in result.logprobs.items()},
         )
 
     @torch.inference_mode()

@@ -4,101 +4,120 @@ The one random number of a token depends on (seed, output position) and on nothi
 request samples the same tokens in any batch, on any worker and after a resume.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pagewire.engine.batch import SamplingParams
+from pagewire.engine import vocabulary_blocks
+from pagewire.engine.batch import TokenLogprobs
+from pagewire.engine.logit_adjustments import LogitAdjustments
+from pagewire.engine.logprobs import token_logprobs
+from pagewire.engine.random_numbers import signed_seeds, uniform
+from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.token_history import TokenHistory
+from pagewire.engine.truncation import Truncation
 
-# Enough for nearly every top-p; a longer tail is sorted in full.
-SHORTLIST = 1024
+# Below it float32 could flush the quotient of two logits' difference; it is greedy anyway.
+_LEAST_TEMPERATURE = 1e-30
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], output_positions: Sequence[int]
-) -> list[int]:
-    """One token id a row.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """One token a row."""
 
-    logits: [num_rows, vocab_size]; `output_positions` count a request's output tokens. The order
-    is temperature, top-k, top-p over what top-k left; tokens as likely as the last that is kept
-    are kept too. Temperature 0 is the first of the most likely tokens.
-    """
-    tokens = logits.argmax(dim=-1)
-    drawn = [index for index, row in enumerate(params) if row.temperature > 0]
-    if drawn:
-        tokens[drawn] = _draw(
-            logits[drawn],
-            [params[index] for index in drawn],
-            [output_positions[index] for index in drawn],
+    token_ids: list[int]
+    logprobs: Mapping[int, tuple[TokenLogprobs, ...]]  # by index of the rows that asked
+
+
+class Sampler:
+    """Samples batch after batch; what follows from the parameters alone is kept between steps."""
+
+    def __init__(self) -> None:
+        self._plan = _Plan((), 0, torch.device("cpu"))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        logits: Tensor,
+        params: tuple[SamplingParams, ...],
+        positions: Sequence[int],
+        histories: Sequence[TokenHistory | None],
+    ) -> SampledTokens:
+        """One token a row.
+
+        logits: float32 [num_rows, vocab_size]; positions: of the tokens to sample, counted in
+        output tokens; histories: of the rows with penalties, None for others. The order is bias,
+        penalties, minimum length, temperature, top-k, top-p, min-p; temperature 0 takes the first
+        of the most likely tokens.
+        """
+        plan = self._plan_for(params, logits)
+        position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
+        raw = logits[plan.logprob_rows]
+        if not plan.adjustments.is_empty:
+            logits = logits.clone()
+            plan.adjustments.apply(logits, position, histories)
+        tokens = plan.choose(logits, position)
+        return SampledTokens(token_ids=tokens.tolist(), logprobs=plan.logprobs(raw, tokens))
+
+    def _plan_for(self, params: tuple[SamplingParams, ...], logits: Tensor) -> "_Plan":
+        vocab_size, device = logits.shape[1], logits.device
+        if not self._plan.serves(params, vocab_size, device):
+            self._plan = _Plan(params, vocab_size, device)
+        return self._plan
+
+
+class _Plan:
+    """The parameters of a batch's rows as tensors, made when its composition changes."""
+
+    def __init__(
+        self, params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device
+    ) -> None:
+        self._key = (params, vocab_size, device)
+        self.adjustments = LogitAdjustments(params, device)
+        drawn = [index for index, row in enumerate(params) if row.temperature > 0]
+        rows = [params[index] for index in drawn]
+        self._drawn = torch.tensor(drawn, dtype=torch.int64, device=device)  # [num_drawn]
+        self._all_drawn = len(drawn) == len(params)
+        self._temperature = torch.tensor(
+            [[max(row.temperature, _LEAST_TEMPERATURE)] for row in rows],
+            dtype=torch.float32,
+            device=device,
         )
-    result: list[int] = tokens.tolist()
-    return result
+        self._seeds = signed_seeds([row.seed for row in rows]).to(device)
+        self._truncation = Truncation(rows, vocab_size, device)
+        asked = [(i, row.num_logprobs) for i, row in enumerate(params)]
+        self._num_logprobs = {i: count for i, count in asked if count is not None}
+        self.logprob_rows = torch.tensor(list(self._num_logprobs), dtype=torch.int64, device=device)
 
+    def serves(
+        self, params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device
+    ) -> bool:
+        """Whether this is the plan for such a batch; cheap when `params` holds the same objects."""
+        return self._key == (params, vocab_size, device)
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
-    """int64 [num_rows]: inverts the cumulative distribution, in order of token ids."""
-    device = logits.device
-    temperature = torch.tensor(
-        [row.temperature for row in params], dtype=torch.float64, device=device
-    )
-    # Differences to the maximum first: a tiny temperature then gives 0 and -inf, never inf - inf.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature[:, None]
-    probabilities = _truncate(logits.softmax(dim=-1), params)
-    cumulative = probabilities.cumsum(dim=-1)
-    target = uniform([row.seed for row in params], positions).to(device)[:, None]
-    return torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)[:, 0]
+    def choose(self, logits: Tensor, position: Tensor) -> Tensor:
+        """int64 [num_rows]; a batch in which nothing is drawn uses no random number."""
+        if not len(self._drawn):
+            return vocabulary_blocks.argmax(logits)
+        if self._all_drawn:
+            return self._draw(logits, position)
+        tokens = vocabulary_blocks.argmax(logits)
+        tokens[self._drawn] = self._draw(logits[self._drawn], position[self._drawn])
+        return tokens
 
+    def _draw(self, logits: Tensor, position: Tensor) -> Tensor:
+        # Differences to the maximum first: a tiny temperature gives 0 and -inf, never inf - inf.
+        weights = ((logits - logits.amax(dim=-1, keepdim=True)) / self._temperature).exp()
+        if not self._truncation.is_empty:
+            weights = self._truncation.apply(weights)
+        return vocabulary_blocks.inverse_cdf(weights, uniform(self._seeds, position))
 
-def _truncate(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Zero what top-k and top-p leave out; [num_rows, vocab_size]."""
-    vocab_size = probabilities.shape[1]
-    cut = [i for i, row in enumerate(params) if row.top_p < 1.0 or 0 < row.top_k < vocab_size]
-    if cut:
-        rows = probabilities[cut]
-        least = _least_kept(rows, [params[index] for index in cut])
-        probabilities[cut] = rows.where(rows >= least, 0.0)
-    return probabilities
-
-
-def _least_kept(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The smallest probability that top-k and top-p keep, [num_rows, 1]."""
-    vocab_size, device = probabilities.shape[1], probabilities.device
-    top_k = torch.tensor([[min(row.top_k or vocab_size, vocab_size)] for row in params])
-    top_p = torch.tensor([[row.top_p] for row in params], dtype=torch.float64)
-    shortlist = min(vocab_size, max(SHORTLIST, *(row.top_k for row in params)))
-    for width in (shortlist, vocab_size):
-        largest = probabilities.topk(width, dim=-1).values
-        in_top_k = torch.arange(width, device=device) < top_k.to(device)
-        largest = largest.where(in_top_k, 0.0)
-        cumulative = largest.cumsum(dim=-1)
-        # Top-p counts from what top-k left, which is everything when the shortlist is the shorter.
-        total = cumulative[:, -1:].where(top_k.to(device) <= width, 1.0)
-        wanted = top_p.to(device) * total
-        if bool((cumulative[:, -1:] >= wanted).all()):
-            break
-    # A token is kept while those before it do not yet reach top-p.
-    kept = in_top_k & (cumulative - largest < wanted)
-    return largest.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
-
-
-def uniform(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """A number of [0, 1) for each (seed, position), float64 on the CPU.
-
-    Two rounds of the SplitMix64 finaliser, which is exact in any integer arithmetic of 64 bits.
-    """
-    signed = [seed - (1 << 64) if seed >> 63 else seed for seed in seeds]
-    state = _mix(torch.tensor(signed, dtype=torch.int64)) + torch.tensor(positions)
-    return _shift_right(_mix(state), 11).double() / (1 << 53)
-
-
-def _mix(state: Tensor) -> Tensor:
-    state = state - 0x61C8864680B583EB  # the golden ratio's fraction, as a signed number
-    state = (state ^ _shift_right(state, 30)) * -0x40A7B892E31B1A47
-    state = (state ^ _shift_right(state, 27)) * -0x6B2FB644ECCEEE15
-    return state ^ _shift_right(state, 31)
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """A logical shift: torch's copies the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    def logprobs(self, raw: Tensor, tokens: Tensor) -> Mapping[int, tuple[TokenLogprobs, ...]]:
+        """By index of the rows that asked. raw: their logits, as the model gave them."""
+        if not self._num_logprobs:
+            return {}
+        counts = list(self._num_logprobs.values())
+        values = token_logprobs(raw, tokens[self.logprob_rows], counts)
+        return dict(zip(self._num_logprobs, values, strict=True))

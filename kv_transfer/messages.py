@@ -13,6 +13,7 @@ import msgpack
 from pagewire.kv_transfer.layout import FrameRange
 
 MAX_HEADER_BYTES = 16 * 1024
+MAX_BYTES = 512  # of one field
 ID_BYTES = 16  # incarnations, tickets, digests
 
 
@@ -55,6 +56,10 @@ def _uint(limit: int = 2**32) -> Any:
 
 def _bytes(length: int = ID_BYTES) -> Any:
     return field(metadata={"length": length})
+
+
+def _opaque(max_length: int) -> Any:
+    return field(default=b"", metadata={"max_length": max_length})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +130,7 @@ class Seal:
     num_frames: int = _uint()
     digest: int = _uint()  # of the frames' checksums, in order of seq
     first_token: int = _uint()  # token 0, sampled by P
+    first_logprobs: bytes = _opaque(MAX_BYTES)  # of token 0, as the workers write them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +197,7 @@ def decode(header: bytes | memoryview) -> Message:
             header,
             use_list=True,
             max_str_len=256,
-            max_bin_len=64,
+            max_bin_len=MAX_BYTES,
             max_array_len=32,
             max_map_len=0,
             max_ext_len=0,
@@ -218,6 +224,8 @@ def decode(header: bytes | memoryview) -> Message:
             _check_uint(item.name, value, item.metadata["limit"])
         elif "length" in item.metadata:
             _check_bytes(item.name, value, item.metadata["length"])
+        elif "max_length" in item.metadata:
+            _check_opaque(item.name, value, item.metadata["max_length"])
         else:
             try:
                 value = item.metadata["enum"](value)
@@ -236,3 +244,8 @@ def _check_uint(name: str, value: object, limit: int) -> None:
 def _check_bytes(name: str, value: object, length: int) -> None:
     if type(value) is not bytes or len(value) != length:
         raise MessageError(f"{name} is not {length} bytes")
+
+
+def _check_opaque(name: str, value: object, max_length: int) -> None:
+    if type(value) is not bytes or len(value) > max_length:
+        raise MessageError(f"{name} is not at most {max_length} bytes")

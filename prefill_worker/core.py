@@ -7,9 +7,10 @@ drives the very same class.
 
 from collections.abc import Collection, Iterable
 
-from pagewire.engine.batch import Batch, BatchRow, StepResult
+from pagewire.engine.batch import Batch, BatchRow, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
+from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
     Accepted,
@@ -30,7 +31,7 @@ from pagewire.prefill_worker.sequence import PrefillSequence
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame
-from pagewire.worker.events import failed, page_counts
+from pagewire.worker.events import failed, logprobs_message, page_counts
 from pagewire.worker.identity import (
     AttemptKey,
     CommandError,
@@ -176,6 +177,7 @@ class PrefillCore:
             route=command.route,
             token_ids=token_ids,
             sampling=sampling,
+            history=TokenHistory.for_params(sampling, token_ids),
             sender=sender,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
             addresses=tuple((item.kind, item.address) for item in body.transports),
@@ -298,9 +300,10 @@ class PrefillCore:
         """The step has run."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for chunk, tokens in zip(batch, result.tokens, strict=True):
+        for index, (chunk, tokens) in enumerate(zip(batch, result.tokens, strict=True)):
             if self._sequences.get(chunk.sequence.key) is chunk.sequence:
-                effects += self._on_chunk_done(chunk, tokens, now)
+                logprobs = result.logprobs.get(index, ())
+                effects += self._on_chunk_done(chunk, tokens, logprobs, now)
         self._orphans.free()
         return effects
 
@@ -325,7 +328,13 @@ class PrefillCore:
         self._orphans.free()
         return effects
 
-    def _on_chunk_done(self, chunk: Chunk, tokens: tuple[int, ...], now: float) -> list[Effect]:
+    def _on_chunk_done(
+        self,
+        chunk: Chunk,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        now: float,
+    ) -> list[Effect]:
         sequence = chunk.sequence
         sequence.num_computed += chunk.num_tokens
         self._num_prompt_tokens += chunk.num_tokens
@@ -337,11 +346,13 @@ class PrefillCore:
         (token,) = tokens
         self._num_generated_tokens += 1
         reason = finish_reason(token, 1, sequence.sampling)
-        first_token = _first_token(sequence, token, reason)
+        message = logprobs_message(*logprobs) if logprobs else None
+        first_token = _first_token(sequence, token, reason, message)
         if reason:
             return [first_token, *self._end(sequence)]
         messages = sequence.sender.on_computed(sequence.num_computed, now)
-        messages += sequence.sender.finish(token, now)
+        first_logprobs = b"" if message is None else message.SerializeToString()
+        messages += sequence.sender.finish(token, now, first_logprobs)
         return [first_token, *self._carry_out(sequence, messages)]
 
     def _cache_computed(self, sequence: PrefillSequence) -> None:
@@ -435,13 +446,22 @@ def _row(chunk: Chunk) -> BatchRow:
         start=start,
         page_table=sequence.pages,
         sampling=sequence.sampling if is_last else None,
+        history=sequence.history,
     )
 
 
 def _first_token(
-    sequence: PrefillSequence, token_id: int, reason: "pb.FinishReason.ValueType"
+    sequence: PrefillSequence,
+    token_id: int,
+    reason: "pb.FinishReason.ValueType",
+    logprobs: pb.TokenLogprobs | None,
 ) -> Emit:
-    body = pb.FirstToken(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached)
+    body = pb.FirstToken(
+        token_id=token_id,
+        finish_reason=reason,
+        logprobs=logprobs,
+        cached_tokens=sequence.num_cached,
+    )
     return Emit(event=pb.WorkerEvent(route=reply_route(sequence.route), first_token=body))
 
 

@@ -69,6 +69,7 @@ class Sender:
         self._unacked: set[int] = set()  # seqs of frames that the peer has not answered
         self._progress_at = 0.0  # when a frame, an answer or the Seal last moved
         self._first_token: int | None = None
+        self._first_logprobs = b""
 
     @property
     def is_open(self) -> bool:
@@ -112,11 +113,12 @@ class Sender:
         self._num_planned_pages = num_hit_pages
         return [*self._pair_frames_with_credit(now), *self._seal_if_complete(now)]
 
-    def finish(self, first_token: int, now: float) -> list[Message]:
+    def finish(self, first_token: int, now: float, first_logprobs: bytes = b"") -> list[Message]:
         """Every page is computed and token 0 is sampled: seal as soon as the last frame is out."""
         if self.state is not SenderState.STREAMING:
             return []
         self._first_token = first_token
+        self._first_logprobs = first_logprobs
         return self._seal_if_complete(now)
 
     def on_grant(self, grant: Grant, now: float) -> list[Message]:
@@ -226,6 +228,7 @@ class Sender:
                 num_frames=self._num_frames,
                 digest=digest_of(self._checksums[seq] for seq in range(self._num_frames)),
                 first_token=self._first_token,
+                first_logprobs=self._first_logprobs,
             )
         ]
 

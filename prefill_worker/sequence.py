@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from pagewire.engine.batch import SamplingParams
+from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.token_history import TokenHistory
 from pagewire.prefill_worker.sender import Sender
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageKey
@@ -21,6 +22,7 @@ class PrefillSequence:
     route: pb.Route  # for events to the router that sent the request
     token_ids: tuple[int, ...]
     sampling: SamplingParams
+    history: TokenHistory | None = None  # where `sampling` has penalties
     sender: Sender
     addresses: tuple[tuple[str, bytes], ...]  # transports of the decode worker
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared

@@ -130,7 +130,10 @@ class Lifecycle:
                 return self._on_attached(assigned, now)
             case "first_token" if is_prefill:
                 token = event.first_token
-                return self._on_tokens(0, (token.token_id,), token.finish_reason, State.HANDOFF)
+                logprobs = (token.logprobs,) if token.HasField("logprobs") else ()
+                return self._on_tokens(
+                    0, (token.token_id,), logprobs, token.finish_reason, State.HANDOFF
+                )
             case "sealed" if is_prefill:
                 self._is_sealed = True
                 return []
@@ -140,7 +143,11 @@ class Lifecycle:
             case "tokens" if is_decode:
                 tokens = event.tokens
                 return self._on_tokens(
-                    tokens.position, tuple(tokens.token_ids), tokens.finish_reason, State.DECODING
+                    tokens.position,
+                    tuple(tokens.token_ids),
+                    tuple(tokens.logprobs),
+                    tokens.finish_reason,
+                    State.DECODING,
                 )
             case "failed" if is_decode or (is_prefill and self.state is not State.DECODING):
                 return self.fail(worker_failure(event.failed), gone=event.route.sender)
@@ -207,27 +214,27 @@ class Lifecycle:
         self,
         position: int,
         token_ids: tuple[int, ...],
+        logprobs: tuple[pb.TokenLogprobs, ...],
         reason: "pb.FinishReason.ValueType",
         state: State,
     ) -> list[Effect]:
+        wants_logprobs = self.request.sampling.HasField("num_logprobs")
+        if len(logprobs) != (len(token_ids) if wants_logprobs else 0):
+            return self.fail(_stream_broken())
         try:
             new = self.log.append(position, token_ids)
         except (TokenGap, TokenConflict):
-            return self.fail(
-                RequestFailed(
-                    "the stream lost its place and was ended; send the request again",
-                    status=500,
-                    kind="server_error",
-                    code="stream_broken",
-                )
-            )
+            return self.fail(_stream_broken())
         if self.state is not State.DECODING:
             self.state = state
         finish = _FINISH.get(reason)
         effects: list[Effect] = []
         if new or finish:
             update = TokenUpdate(
-                position=len(self.log.token_ids) - len(new), token_ids=new, finish_reason=finish
+                position=len(self.log.token_ids) - len(new),
+                token_ids=new,
+                finish_reason=finish,
+                logprobs=logprobs[len(token_ids) - len(new) :] if wants_logprobs else (),
             )
             effects.append(Deliver(request_id=self.request.request_id, update=update))
         if finish:
@@ -259,6 +266,15 @@ class Lifecycle:
             sender=self._router,
             receiver=worker,
         )
+
+
+def _stream_broken() -> RequestFailed:
+    return RequestFailed(
+        "the stream lost its place and was ended; send the request again",
+        status=500,
+        kind="server_error",
+        code="stream_broken",
+    )
 
 
 def worker_failure(failed: pb.Failed) -> RequestFailed:

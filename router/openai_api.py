@@ -17,6 +17,7 @@ from pagewire.router.chat import ChatTemplate
 from pagewire.router.detokenizer import Detokenizer
 from pagewire.router.errors import invalid
 from pagewire.router.generation import Generation
+from pagewire.router.logprobs import ChatLogprobs, CompletionLogprobs
 from pagewire.router.metrics import RequestMetrics, RouterMetrics
 from pagewire.router.output import OutputText
 from pagewire.router.request import Dispatcher, Request, RequestFailed
@@ -55,7 +56,9 @@ class OpenAIEndpoints:
             len(body), lambda: self._chat_token_ids(fields.messages)
         )
         request_id = secrets.token_hex(16)
-        shape = ChatShape(self._envelope(f"chatcmpl-{request_id}"))
+        shape = ChatShape(
+            self._envelope(f"chatcmpl-{request_id}"), ChatLogprobs(self.tokenizer.spelled)
+        )
         return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrived)
 
     async def completions(self, http: HTTPRequest) -> Response:
@@ -65,7 +68,9 @@ class OpenAIEndpoints:
         fields = validate.parse_completion(parse_object(body), self.settings)
         token_ids = await self._beside_loop(len(body), lambda: self._prompt_token_ids(fields))
         request_id = secrets.token_hex(16)
-        shape = CompletionShape(self._envelope(f"cmpl-{request_id}"))
+        shape = CompletionShape(
+            self._envelope(f"cmpl-{request_id}"), CompletionLogprobs(self.tokenizer.spelled)
+        )
         return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrived)
 
     async def models(self) -> Response:
@@ -154,6 +159,7 @@ class OpenAIEndpoints:
                     detokenizer=Detokenizer(self.tokenizer.token_bytes),
                     stop=StopChecker(fields.stop),
                     stop_token_ids=frozenset(fields.stop_token_ids),
+                    min_tokens=fields.min_tokens,
                 ),
                 metrics=RequestMetrics(self.metrics, arrived=arrived),
             ),

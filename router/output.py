@@ -5,6 +5,7 @@ by token, so that it does not depend on how tokens were grouped into updates.
 """
 
 from pagewire.router.detokenizer import Detokenizer
+from pagewire.router.logprobs import TokenLogprob
 from pagewire.router.request import FinishReason, TokenUpdate
 from pagewire.router.stop import StopChecker
 
@@ -18,11 +19,17 @@ class OutputText:
         detokenizer: Detokenizer,
         stop: StopChecker,
         stop_token_ids: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
     ) -> None:
-        """`stop_token_ids` are those that the client asked for, reported as stop_reason."""
+        """`stop_token_ids` are those that the client asked for, reported as stop_reason.
+
+        The text of the first `min_tokens` tokens is not searched for stop strings.
+        """
         self._detokenizer = detokenizer
         self._stop = stop
         self._stop_token_ids = stop_token_ids
+        self._min_tokens = min_tokens
+        self._logprobs: list[TokenLogprob] = []
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None  # what the client asked to stop at
@@ -42,13 +49,22 @@ class OutputText:
                 # The stop token itself is not part of the text.
                 self.stop_reason = token_id if token_id in self._stop_token_ids else None
                 break
-            text += self._stop.push(self._detokenizer.push(token_id))
+            if update.logprobs:
+                values = update.logprobs[index]
+                self._logprobs.append(TokenLogprob(token_id=token_id, values=values))
+            piece = self._detokenizer.push(token_id)
+            text += piece if self.num_tokens <= self._min_tokens else self._stop.push(piece)
             if self.cut:
                 return text + self._end(FinishReason.STOP)
         if update.finish_reason is not None:
             text += self._stop.push(self._detokenizer.finish())
             text += self._end(update.finish_reason)
         return text
+
+    def take_logprobs(self) -> list[TokenLogprob]:
+        """Those of the tokens since the last call; none for a stop token, which is not output."""
+        taken, self._logprobs = self._logprobs, []
+        return taken
 
     def _end(self, reason: FinishReason) -> str:
         self.finish_reason = FinishReason.STOP if self.cut else reason

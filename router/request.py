@@ -34,6 +34,7 @@ class TokenUpdate:
     position: int  # of the first id, counted in output tokens
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # set on the last update
+    logprobs: tuple[pb.TokenLogprobs, ...] = ()  # one for each id when asked for, else none
 
 
 class RequestFailed(Exception):

@@ -101,7 +101,9 @@ class EventStreamResponse(Response):
             with self._answer.generation as generation:
                 opening = shape.opening()
                 async for text in generation.texts():
-                    events = [*opening, shape.text(text)] if text else opening
+                    logprobs = generation.output.take_logprobs()
+                    has_news = bool(text or logprobs)
+                    events = [*opening, shape.text(text, logprobs)] if has_news else opening
                     opening = []
                     if events:
                         await writer.write(*map(self._event, events))

@@ -4,6 +4,8 @@ Types are strict (`true` is not a number, `"1"` neither) and numbers finite. Par
 known but not served are in `validate`; fields that nobody knows are ignored.
 """
 
+import re
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,6 +19,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 _MAX_INT32 = 2**31 - 1
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+_MAX_LOGPROBS = 20
+_MAX_BIASES = 300
 
 
 def _well_formed(text: str) -> str:
@@ -68,6 +73,17 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _token_biases(value: object) -> object:
+    """The keys as integers: JSON knows strings only."""
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(key, str) and _TOKEN_ID.fullmatch(key) for key in value):
+        raise PydanticCustomError("token_ids", "Each key should be a token id")
+    if len({int(key) for key in value}) < len(value):
+        raise PydanticCustomError("token_ids", "Each token id should occur once")
+    return {int(key): bias for key, bias in value.items()}
+
+
 def _absent(value: object) -> None:
     if value is not None and value != []:
         raise PydanticCustomError("unsupported", "This is not supported yet; remove it")
@@ -75,6 +91,10 @@ def _absent(value: object) -> None:
 
 Text = Annotated[str, AfterValidator(_well_formed)]
 Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenBiases = Annotated[
+    dict[int, Bias], Field(max_length=_MAX_BIASES), BeforeValidator(_token_biases)
+]
 Absent = Annotated[None, BeforeValidator(_absent)]
 
 
@@ -107,6 +127,12 @@ class GenerationRequest(RequestModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=_MAX_INT32)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    logit_bias: TokenBiases = {}
+    min_tokens: int = Field(0, ge=0, le=_MAX_INT32)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Annotated[list[Text], FailFast(), BeforeValidator(_as_list)] = []
     stop_token_ids: Annotated[list[int], FailFast()] = []
@@ -120,11 +146,21 @@ class GenerationRequest(RequestModel):
         """Whether the stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """How many likely tokens to report beside each sampled one; None for no logprobs."""
+
 
 class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
     prompt: Prompt
+    logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -132,6 +168,12 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=_MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
 
 def request_body_schema(model: type[RequestModel], path: str) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 Everything that differs between the two endpoints after validation is here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pagewire.router.logprobs import LogprobsFormat, TokenLogprob
 from pagewire.router.output import OutputText
 
 
@@ -50,8 +52,8 @@ class ResponseShape(Protocol):
     def opening(self) -> list[dict[str, Any]]:
         """Chunks in front of the first text."""
 
-    def text(self, text: str) -> dict[str, Any]:
-        """A chunk of text."""
+    def text(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """A chunk of text, with the logprobs of the tokens behind it where they were asked for."""
 
     def ending(self, output: OutputText) -> dict[str, Any]:
         """The chunk with the finish_reason."""
@@ -66,24 +68,26 @@ class ResponseShape(Protocol):
 class ChatShape:
     """/v1/chat/completions."""
 
-    def __init__(self, envelope: Envelope) -> None:
+    def __init__(self, envelope: Envelope, logprobs: LogprobsFormat) -> None:
         self._envelope = envelope
+        self._logprobs = logprobs
 
     def opening(self) -> list[dict[str, Any]]:
         return [self._chunk({"role": "assistant", "content": ""}, _unfinished())]
 
-    def text(self, text: str) -> dict[str, Any]:
-        return self._chunk({"content": text}, _unfinished())
+    def text(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        end = _unfinished(self._logprobs(logprobs) if logprobs else None)
+        return self._chunk({"content": text}, end)
 
     def ending(self, output: OutputText) -> dict[str, Any]:
-        return self._chunk({}, _finished(output))
+        return self._chunk({}, _finished(output, self._logprobs))
 
     def usage(self) -> dict[str, Any]:
         return self._envelope.wrap("chat.completion.chunk", [])
 
     def whole(self, text: str, output: OutputText) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, **_finished(output)}
+        choice = {"index": 0, "message": message, **_finished(output, self._logprobs)}
         return self._envelope.wrap("chat.completion", [choice])
 
     def _chunk(self, delta: dict[str, str], end: dict[str, Any]) -> dict[str, Any]:
@@ -93,35 +97,37 @@ class ChatShape:
 class CompletionShape:
     """/v1/completions."""
 
-    def __init__(self, envelope: Envelope) -> None:
+    def __init__(self, envelope: Envelope, logprobs: LogprobsFormat) -> None:
         self._envelope = envelope
+        self._logprobs = logprobs
 
     def opening(self) -> list[dict[str, Any]]:
         return []
 
-    def text(self, text: str) -> dict[str, Any]:
-        return self._choice(text, _unfinished())
+    def text(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return self._choice(text, _unfinished(self._logprobs(logprobs) if logprobs else None))
 
     def ending(self, output: OutputText) -> dict[str, Any]:
-        return self._choice("", _finished(output))
+        return self._choice("", _finished(output, self._logprobs))
 
     def usage(self) -> dict[str, Any]:
         return self._envelope.wrap("text_completion", [])
 
     def whole(self, text: str, output: OutputText) -> dict[str, Any]:
-        return self._choice(text, _finished(output))
+        return self._choice(text, _finished(output, self._logprobs))
 
     def _choice(self, text: str, end: dict[str, Any]) -> dict[str, Any]:
         return self._envelope.wrap("text_completion", [{"index": 0, "text": text, **end}])
 
 
-def _unfinished() -> dict[str, Any]:
-    return {"logprobs": None, "finish_reason": None}
+def _unfinished(logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"logprobs": logprobs, "finish_reason": None}
 
 
-def _finished(output: OutputText) -> dict[str, Any]:
+def _finished(output: OutputText, logprobs_format: LogprobsFormat) -> dict[str, Any]:
+    logprobs = output.take_logprobs()  # in a stream, those of the text were taken with it
     return {
-        "logprobs": None,
+        "logprobs": logprobs_format(logprobs) if logprobs else None,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }

@@ -84,6 +84,12 @@ class Tokenizer:
         token = None if token_id in self._special_ids else self.backend.id_to_token(token_id)
         return b"" if token is None else self.config.token_bytes(token)
 
+    def spelled(self, token_id: int) -> bytes:
+        """The bytes of a token, its name for a special one; none for an id without a token."""
+        if token_id not in self._special_ids:
+            return self.token_bytes(token_id)
+        return (self.backend.id_to_token(token_id) or "").encode("utf-8")
+
 
 def _without_cuts(normalizer: normalizers.Normalizer | None) -> normalizers.Normalizer:
     remove = normalizers.Replace(_CUT, "")

@@ -35,13 +35,7 @@ _Neutral = dict[str, tuple[object, ...]]
 _NEUTRAL: _Neutral = {
     "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
     "prompt_logprobs": (),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
@@ -67,8 +61,6 @@ _NEUTRAL: _Neutral = {
 }
 
 _NEUTRAL_CHAT: _Neutral = _NEUTRAL | {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": (),
     "tool_choice": ("none",),
     "functions": (),
@@ -88,7 +80,6 @@ _NEUTRAL_CHAT: _Neutral = _NEUTRAL | {
 }
 
 _NEUTRAL_COMPLETION: _Neutral = _NEUTRAL | {
-    "logprobs": (),
     "echo": (False,),
     "suffix": ("",),
     "prompt_embeds": (),
@@ -166,6 +157,13 @@ def sampling_params(
 ) -> pb.SamplingParams:
     """What the workers need to know to sample for this request."""
     check_token_ids(fields.stop_token_ids, vocab_size=vocab_size, param="stop_token_ids")
+    check_token_ids(list(fields.logit_bias), vocab_size=vocab_size, param="logit_bias")
+    if fields.min_tokens > max_tokens:
+        raise invalid(
+            f"'min_tokens' is {fields.min_tokens}, more than the {max_tokens} tokens that the "
+            "answer may have. Reduce it.",
+            param="min_tokens",
+        )
     stop_token_ids = set(fields.stop_token_ids)
     if not fields.ignore_eos:
         stop_token_ids |= eos_token_ids
@@ -176,6 +174,13 @@ def sampling_params(
         temperature=0.0 if greedy else fields.temperature,
         top_p=max(fields.top_p, _MIN_TOP_P),
         top_k=max(fields.top_k, 0),
+        min_p=fields.min_p,
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        repetition_penalty=fields.repetition_penalty,
+        logit_bias=fields.logit_bias,
+        min_tokens=fields.min_tokens,
+        num_logprobs=fields.num_logprobs,
         seed=seed,
         stop_token_ids=sorted(stop_token_ids),
     )
@@ -195,6 +200,7 @@ def _parse(
     check_model(fields.model, settings)
     _check_stop(fields, settings)
     _check_stream_options(fields)
+    _check_top_logprobs(fields)
     return fields
 
 
@@ -254,6 +260,14 @@ def _check_stream_options(fields: GenerationRequest) -> None:
         raise invalid(
             "'stream_options' is for streams only; remove it or set 'stream'.",
             param="stream_options",
+        )
+
+
+def _check_top_logprobs(fields: GenerationRequest) -> None:
+    if isinstance(fields, ChatCompletionRequest) and fields.top_logprobs and not fields.logprobs:
+        raise invalid(
+            "'top_logprobs' is for logprobs only; remove it or set 'logprobs'.",
+            param="top_logprobs",
         )
 
 

@@ -6,7 +6,8 @@ in the wrong place or somebody else's changes the token.
 
 from collections.abc import Sequence
 
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams, StepResult
+from pagewire.engine.batch import Batch, BatchRow, StepResult
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.sim.kv_memory import LANES, LAYOUT, KvMemory
 
 VOCAB_SIZE = 50_000

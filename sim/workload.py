@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from pagewire.engine.batch import SamplingParams
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.sim.model import VOCAB_SIZE, reference_tokens
 from pagewire.sim.scenario import Scenario
 

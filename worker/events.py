@@ -1,5 +1,6 @@
 """Events that both kinds of worker send to routers."""
 
+from pagewire.engine.batch import TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.effects import Emit
@@ -27,4 +28,13 @@ def page_counts(pool: PagePool) -> pb.PageCounts:
         pinned=counts.pinned,
         quarantined=counts.quarantined,
         total=counts.total,
+    )
+
+
+def logprobs_message(values: TokenLogprobs) -> pb.TokenLogprobs:
+    """One token's, as routers get them."""
+    return pb.TokenLogprobs(
+        logprob=values.logprob,
+        top_token_ids=[token for token, _ in values.top],
+        top_logprobs=[logprob for _, logprob in values.top],
     )

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pagewire.engine.batch import SamplingParams
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.messages import ID_BYTES, HandoffId
 from pagewire.proto import worker_pb2 as pb
 
@@ -53,19 +53,13 @@ def read_work(
         raise CommandError("token_ids is empty; a prompt has at least one token")
     if max(token_ids) >= vocab_size:
         raise CommandError(f"token_ids holds an id outside the vocabulary of {vocab_size}")
-    if any(token >= vocab_size for token in body.sampling.stop_token_ids):
-        raise CommandError(f"stop_token_ids holds an id outside the vocabulary of {vocab_size}")
+    for name in ("stop_token_ids", "logit_bias"):
+        if any(token >= vocab_size for token in getattr(body.sampling, name)):
+            raise CommandError(f"{name} holds an id outside the vocabulary of {vocab_size}")
     if len(body.ticket) != ID_BYTES:
         raise CommandError(f"ticket is not {ID_BYTES} bytes")
     try:
-        sampling = SamplingParams(
-            max_tokens=body.sampling.max_tokens,
-            temperature=body.sampling.temperature,
-            top_p=body.sampling.top_p,
-            top_k=body.sampling.top_k,
-            seed=body.sampling.seed,
-            stop_token_ids=frozenset(body.sampling.stop_token_ids),
-        )
+        sampling = _sampling_params(body.sampling)
     except ValueError as error:
         raise CommandError(str(error)) from error
     if len(token_ids) + sampling.max_tokens > max_model_len:
@@ -74,6 +68,26 @@ def read_work(
             f"model's {max_model_len}"
         )
     return token_ids, sampling
+
+
+def _sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    """Raises ValueError, which names the field."""
+    has_repetition = message.HasField("repetition_penalty")
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty if has_repetition else 1.0,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        seed=message.seed,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+    )
 
 
 def finish_reason(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from handoff_pair import (
@@ -445,3 +446,22 @@ def test_a_frame_larger_than_a_slot_is_refused_before_it_lands() -> None:
     slot, effects = core.place(PREFILL, frame(credit, 0), (1 << 20) + 1)
     assert slot is None
     assert Refused(id=handoff_id().reply(), reason=RefuseReason.LAYOUT) in messages(effects)
+
+
+def test_the_tokens_after_the_one_that_ends_a_sequence_are_dropped() -> None:
+    core = decode_core()
+    hand_off(core)
+    core.next_batch(0.0)
+    (last,) = events(core.on_batch_done(StepResult(tokens=((8, 9, 10),)), 0.0))
+    assert list(last.tokens.token_ids) == [7, 8, 9]
+    assert last.tokens.finish_reason == pb.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize("opaque", [b"\xff", b"\x0d"])
+def test_logprobs_in_a_seal_that_cannot_be_read_are_not_believed(opaque: bytes) -> None:
+    core = decode_core()
+    params = pb.SamplingParams(max_tokens=3, top_p=1.0, num_logprobs=1)
+    core.on_command(attach_command(PROMPT, params=params), 0.0)
+    core.on_message(PREFILL, opening(), 0.0)
+    effects = core.on_message(PREFILL, replace(seal(), first_logprobs=opaque), 0.0)
+    assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pagewire.decode_worker.receiver import Receiver
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
-from pagewire.engine.batch import SamplingParams
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.messages import HandoffId
 from pagewire.worker.identity import AttemptKey
 

@@ -12,13 +12,13 @@ from gguf import GGMLQuantizationType as Type
 from transformers import PreTrainedModel
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import SamplingParams
 from pagewire.engine.errors import ModelError
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading.dequantize import SUPPORTED, dequantize
 from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.gguf_header import TensorEntry, read_header
 from pagewire.engine.models.rope import inverse_frequencies
+from pagewire.engine.sampling_params import SamplingParams
 
 MakeModel = Callable[..., PreTrainedModel]
 

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams()
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.sampling_params import SamplingParams
 
 PROMPT_LENGTHS = (1, 63, 64, 65, 200, 1000)
 MAX_TOKENS = 12

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import SamplingParams
 from pagewire.engine.errors import ModelError
 from pagewire.engine.load import load_engine
+from pagewire.engine.sampling_params import SamplingParams
 
 MakeModel = Callable[..., PreTrainedModel]
 INDEX = "model.safetensors.index.json"

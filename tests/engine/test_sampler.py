@@ -1,21 +1,47 @@
 """Tokens follow the exact distribution, and depend on the seed and the position alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pagewire.engine import sampler
-from pagewire.engine.batch import SamplingParams
-from pagewire.engine.sampler import sample, uniform
+from pagewire.engine.sampler import Sampler
+from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.token_history import TokenHistory
 
 NUM_DRAWS = 20_000
+VOCAB_SIZE = 30
+PROMPT, OUTPUT = (1, 2, 2, 3), (3, 4, 4, 4, 29)
+
+
+def history(params: SamplingParams) -> TokenHistory | None:
+    return TokenHistory(PROMPT, OUTPUT) if params.has_penalties else None
+
+
+def sample(
+    logits: Tensor, params: list[SamplingParams], positions: list[int], sampler: Sampler
+) -> list[int]:
+    known = {row: history(row) for row in params}
+    histories = [known[row] for row in params]
+    return sampler.sample(logits, tuple(params), positions, histories).token_ids
 
 
 def exact_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Temperature, top-k and top-p one token after another, float64 [vocab_size]."""
-    probabilities = (logits.double() / params.temperature).softmax(dim=-1)
+    """The definition, one token after another, float64 [vocab_size]."""
+    logits = logits.double().clone()
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    for token in {*PROMPT, *OUTPUT}:
+        value = float(logits[token])
+        factor = params.repetition_penalty
+        value = value / factor if value > 0 else value * factor
+        count = OUTPUT.count(token)
+        value -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
+        logits[token] = value
+    probabilities = (logits / params.temperature).softmax(dim=-1)
     order = probabilities.argsort(descending=True).tolist()
     order = order[: params.top_k or len(order)]
     total = float(probabilities[order].sum())
@@ -23,7 +49,8 @@ def exact_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     for token in order:
         if mass >= params.top_p * total:
             break
-        kept.append(token)
+        if probabilities[token] >= params.min_p * probabilities.max():
+            kept.append(token)
         mass += float(probabilities[token])
     result = torch.zeros_like(probabilities)
     result[kept] = probabilities[kept]
@@ -32,24 +59,34 @@ def exact_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def draw(logits: Tensor, params: SamplingParams, count: int) -> Tensor:
     """Counts of each token over `count` output positions."""
-    tokens = sample(logits.expand(count, -1), [params] * count, range(count))
+    tokens = sample(logits.expand(count, -1), [params] * count, list(range(count)), Sampler())
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1])
 
 
 @pytest.mark.parametrize(
-    "params",
+    "fields",
     [
-        SamplingParams(temperature=1.0),
-        SamplingParams(temperature=0.5, seed=1),
-        SamplingParams(temperature=2.0, top_k=5, seed=2),
-        SamplingParams(temperature=1.0, top_p=0.7, seed=3),
-        SamplingParams(temperature=1.5, top_k=12, top_p=0.8, seed=2**64 - 1),
+        {},
+        {"temperature": 0.5, "seed": 1},
+        {"temperature": 2.0, "top_k": 5, "seed": 2},
+        {"top_p": 0.7, "seed": 3},
+        {"temperature": 1.5, "top_k": 12, "top_p": 0.8, "seed": 2**64 - 1},
+        {"min_p": 0.1, "seed": 4},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "seed": 5},
+        {"presence_penalty": 1.5, "seed": 6},
+        {"frequency_penalty": 0.7, "seed": 7},
+        {"frequency_penalty": -0.3, "presence_penalty": -0.4, "seed": 8},
+        {"repetition_penalty": 1.8, "seed": 9},
+        {"repetition_penalty": 0.7, "frequency_penalty": 0.2, "temperature": 2.0, "seed": 10},
+        {"logit_bias": ((0, 3.0), (5, -2.0), (7, -100.0)), "seed": 11},
+        {"logit_bias": ((4, 4.0),), "repetition_penalty": 1.3, "temperature": 0.8, "seed": 12},
     ],
     ids=str,
 )
-def test_draws_follow_the_exact_distribution(params: SamplingParams) -> None:
+def test_draws_follow_the_exact_distribution(fields: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(30) * 2
+    logits = torch.randn(VOCAB_SIZE) * 2
+    params = SamplingParams(**{"temperature": 1.0, **fields})
     expected = exact_distribution(logits, params) * NUM_DRAWS
 
     counts = draw(logits, params, NUM_DRAWS)
@@ -67,29 +104,39 @@ def test_draws_of_many_seeds_follow_the_distribution_too() -> None:
     """The first token of many requests, which differ in their seeds only."""
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(NUM_DRAWS, -1)
     params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(NUM_DRAWS)]
-    counts = torch.bincount(torch.tensor(sample(logits, params, [0] * NUM_DRAWS)))
+    counts = torch.bincount(torch.tensor(sample(logits, params, [0] * NUM_DRAWS, Sampler())))
     expected = logits[0].double().softmax(dim=-1) * NUM_DRAWS
     assert ((counts - expected) ** 2 / expected).sum() < 18.4  # 99.99 %, 2 degrees of freedom
 
 
 def test_greedy_is_the_first_of_the_most_likely_tokens() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [5.0, 0.0, 1.0]])
-    assert sample(logits, [SamplingParams()] * 2, [0, 7]) == [1, 0]
+    assert sample(logits, [SamplingParams()] * 2, [0, 7], Sampler()) == [1, 0]
 
 
-def test_greedy_rows_draw_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> Tensor:
-        raise AssertionError("a random number was drawn")
-
-    monkeypatch.setattr(sampler, "uniform", fail)
-    assert sample(torch.eye(3), [SamplingParams()] * 3, [0, 1, 2]) == [0, 1, 2]
+def test_penalties_and_bias_change_a_greedy_choice() -> None:
+    logits = torch.zeros(3, VOCAB_SIZE)
+    logits[:, 4] = 1.0
+    params = [
+        SamplingParams(),
+        SamplingParams(presence_penalty=1.5),
+        SamplingParams(logit_bias=((9, 2.0),)),
+    ]
+    assert sample(logits, params, [0, 0, 0], Sampler()) == [4, 0, 9]
 
 
 sampling_params = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.0, 1e-30, 0.3, 1.0, 5.0]),
+    max_tokens=st.just(100),
+    min_tokens=st.sampled_from([0, 50]),
+    temperature=st.sampled_from([0.0, 1e-40, 0.3, 1.0, 5.0]),
     top_p=st.sampled_from([1e-9, 0.2, 0.9, 0.999, 1.0]),
-    top_k=st.sampled_from([0, 1, 3, 50, 100_000]),
+    top_k=st.sampled_from([0, 1, 3, 50, 2000, 100_000]),
+    min_p=st.sampled_from([0.0, 0.01, 1.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.2]),
+    logit_bias=st.sampled_from([(), ((3, 5.0), (2000, -1.0))]),
+    stop_token_ids=st.sampled_from([frozenset(), frozenset({3, 8})]),
     seed=st.integers(0, 2**64 - 1),
 )
 
@@ -101,15 +148,18 @@ def test_a_row_samples_the_same_token_in_any_batch(
 ) -> None:
     torch.manual_seed(0)
     logits = torch.randn(len(rows), 3000)
-    params, positions = zip(*rows, strict=True)
+    before = logits.clone()
+    params, positions = (list(column) for column in zip(*rows, strict=True))
+    sampler = Sampler()  # one, so that what it keeps from another batch would show
 
-    together = sample(logits, params, positions)
+    together = sample(logits, params, positions, sampler)
 
     alone = [
-        sample(logits[index : index + 1], [row], [position])[0]
+        sample(logits[index : index + 1], [row], [position], sampler)[0]
         for index, (row, position) in enumerate(rows)
     ]
     assert together == alone
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +167,7 @@ def test_a_row_samples_the_same_token_in_any_batch(
     [
         SamplingParams(temperature=1.0, top_k=1),
         SamplingParams(temperature=1.0, top_p=1e-9),
+        SamplingParams(temperature=1.0, min_p=1.0),
         SamplingParams(temperature=1e-30),
     ],
     ids=str,
@@ -124,25 +175,50 @@ def test_a_row_samples_the_same_token_in_any_batch(
 def test_the_narrowest_settings_are_greedy(params: SamplingParams) -> None:
     torch.manual_seed(0)
     logits = torch.randn(50, 400)
-    assert sample(logits, [params] * 50, range(50)) == logits.argmax(dim=-1).tolist()
+    tokens = sample(logits, [params] * 50, list(range(50)), Sampler())
+    assert tokens == logits.argmax(dim=-1).tolist()
 
 
 def test_top_p_beyond_the_shortlist() -> None:
     """A flat distribution needs more tokens than the shortlist has."""
     logits = torch.linspace(1.0, 0.0, 4000)
     params = SamplingParams(temperature=1.0, top_p=0.9)
-    kept = exact_distribution(logits, params) > 0
+    probabilities = logits.double().softmax(dim=-1)
+    num_kept = int((probabilities.cumsum(dim=-1) < 0.9).sum()) + 1
     counts = draw(logits, params, 1000)
-    assert counts[~kept].sum() == 0
-    assert counts[int(kept.sum()) - 200 : int(kept.sum())].sum() > 0
+    assert counts[num_kept:].sum() == 0
+    assert counts[num_kept - 200 : num_kept].sum() > 0
 
 
-def test_the_random_numbers_never_change() -> None:
-    """They are part of what a seed means: a resumed stream may run on a newer worker."""
-    values = uniform([0, 0, 1, 2**64 - 1], [0, 1, 0, 123])
-    assert values.tolist() == [
-        0.6524484863740322,
-        0.1663964394676608,
-        0.36818951565166946,
-        0.5922307863241688,
-    ]
+@settings(max_examples=30, deadline=None)
+@given(position=st.integers(0, 9), temperature=st.sampled_from([0.0, 1.0]))
+def test_no_stop_token_before_min_tokens(position: int, temperature: float) -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, [3, 8]] = 50.0
+    params = SamplingParams(temperature=temperature, min_tokens=5, stop_token_ids=frozenset({3, 8}))
+    (token,) = sample(logits, [params], [position], Sampler())
+    assert (token in params.stop_token_ids) == (position >= 5)
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    """Whatever the parameters do to the distribution that is drawn from."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 700) * 3
+    params = (
+        SamplingParams(temperature=0.3, top_k=5, logit_bias=((6, 90.0),), num_logprobs=4),
+        SamplingParams(),
+        SamplingParams(num_logprobs=0),
+    )
+
+    result = Sampler().sample(logits, params, [0, 0, 0], [None] * 3)
+
+    expected = logits.double().log_softmax(dim=-1)
+    assert list(result.logprobs) == [0, 2]
+    (first,), (last,) = result.logprobs[0], result.logprobs[2]
+    assert result.token_ids[0] == 6
+    assert first.logprob == pytest.approx(float(expected[0, 6]), abs=1e-5)
+    assert last.logprob == pytest.approx(float(expected[2].max()), abs=1e-5)
+    assert last.top == ()
+    values, ids = expected[0].topk(4)
+    assert [token for token, _ in first.top] == ids.tolist()
+    assert [value for _, value in first.top] == pytest.approx(values.tolist(), abs=1e-5)

@@ -53,6 +53,8 @@ def _values(metadata: Any) -> st.SearchStrategy[object]:
         return st.integers(0, metadata["limit"] - 1)
     if "length" in metadata:
         return st.binary(min_size=metadata["length"], max_size=metadata["length"])
+    if "max_length" in metadata:
+        return st.binary(max_size=metadata["max_length"])
     return st.sampled_from(metadata["enum"])
 
 

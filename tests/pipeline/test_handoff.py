@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from pipeline import Pipeline, pipeline, tcp
+from pipeline import Pipeline, pipeline, request, tcp
 from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import SamplingParams
 from pagewire.engine.load import load_engine
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
 from pagewire.kv_transfer.select import probe
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.proto import worker_pb2 as pb
-from pagewire.router.request import FinishReason
+from pagewire.router.request import FinishReason, TokenUpdate
 
 PROMPT_LENGTHS = (1, 63, 64, 65, 200, 1000)
 
@@ -117,6 +117,51 @@ def test_seeded_sampling_is_the_same_wherever_it_runs(llama: Path) -> None:
 
     tokens = [tokens for tokens, _ in asyncio.run(run())]
     assert tokens == aggregated(llama, inputs, drawn)
+
+
+def test_penalties_count_the_prompt_and_token_0_on_the_decode_worker(llama: Path) -> None:
+    inputs = prompts((5, 70))
+    params = SamplingParams(
+        max_tokens=16,
+        min_tokens=9,
+        frequency_penalty=2.0,
+        repetition_penalty=1.5,
+        logit_bias=((7, 4.0),),
+    )
+    asked = pb.SamplingParams(
+        max_tokens=16,
+        top_p=1.0,
+        min_tokens=9,
+        frequency_penalty=2.0,
+        repetition_penalty=1.5,
+        logit_bias={7: 4.0},
+    )
+
+    async def run() -> list[Result]:
+        async with pipeline(llama, tcp) as cluster:
+            return await generate_all(cluster, inputs, asked)
+
+    tokens = [tokens for tokens, _ in asyncio.run(run())]
+    assert tokens == aggregated(llama, inputs, params)
+    assert tokens != aggregated(llama, inputs, SamplingParams(max_tokens=16))
+
+
+def test_every_token_has_its_logprobs_wherever_it_was_sampled(llama: Path) -> None:
+    [prompt] = prompts((30,))
+    asked = pb.SamplingParams(max_tokens=6, top_p=1.0, num_logprobs=2)
+
+    async def run() -> list[TokenUpdate]:
+        async with pipeline(llama, tcp) as cluster:
+            return [update async for update in cluster.control.submit(request(prompt, asked))]
+
+    updates = asyncio.run(run())
+    tokens = [token for update in updates for token in update.token_ids]
+    logprobs = [each for update in updates for each in update.logprobs]
+    assert len(tokens) == len(logprobs) == 6
+    for token, values in zip(tokens, logprobs, strict=True):
+        assert values.top_token_ids[0] == token  # greedy
+        assert values.top_logprobs[0] == values.logprob
+        assert 0 > values.top_logprobs[0] >= values.top_logprobs[1]
 
 
 def test_a_request_that_ends_at_token_0_makes_no_hand_off(llama: Path) -> None:

@@ -7,9 +7,9 @@ from handoff_pair import LAYOUT, route
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagewire.engine.batch import SamplingParams
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.messages import HandoffId
 from pagewire.prefill_worker.scheduler import PrefillScheduler
 from pagewire.prefill_worker.sender import Sender

@@ -146,6 +146,14 @@ def test_the_default_of_max_tokens_fits_the_room(
         ({"seed": 5}, {"seed": 5}),
         ({"seed": -1}, {"seed": 2**64 - 1}),
         ({"seed": 2**64 - 1}, {"seed": 2**64 - 1}),
+        ({"min_p": 0.25, "min_tokens": 3}, {"min_p": 0.25, "min_tokens": 3}),
+        ({"presence_penalty": -2, "frequency_penalty": 2}, {"presence_penalty": -2.0}),
+        ({"frequency_penalty": 0.5}, {"frequency_penalty": 0.5}),
+        ({}, {"repetition_penalty": 1.0}),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        ({"logit_bias": {"5": -100, "49151": 0.5}}, {"logit_bias": {5: -100.0, 49151: 0.5}}),
+        ({"logprobs": True}, {"num_logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 20}, {"num_logprobs": 20}),
         ({"ignore_eos": True}, {"stop_token_ids": []}),
         ({"stop_token_ids": [9, 5, 9]}, {"stop_token_ids": [END, 5, 9]}),
         ({"ignore_eos": True, "stop_token_ids": [9]}, {"stop_token_ids": [9]}),
@@ -163,6 +171,22 @@ def test_sampling_parameters(
     for name, value in sampled.items():
         actual = getattr(sampling, name)
         assert (list(actual) if name == "stop_token_ids" else actual) == value
+
+
+def test_without_logprobs_the_workers_are_asked_for_none(
+    client: TestClient, dispatcher: ScriptedDispatcher, answer: list[int]
+) -> None:
+    complete(client)
+    chat(client, logprobs=False, top_logprobs=0)
+    complete(client, logprobs=0)
+    asked = [request.sampling.HasField("num_logprobs") for request in dispatcher.requests]
+    assert asked == [False, False, True]
+
+
+def test_a_stop_string_waits_for_min_tokens(client: TestClient, answer: list[int]) -> None:
+    whole = complete(client)["choices"][0]["text"]
+    assert complete(client, stop="H")["choices"][0]["text"] == ""
+    assert complete(client, stop="H", min_tokens=2)["choices"][0]["text"] == whole
 
 
 def test_a_tiny_top_p_stays_above_zero(

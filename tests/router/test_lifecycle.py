@@ -299,6 +299,34 @@ def test_a_stream_that_lost_its_place_is_ended(item: pb.WorkerEvent) -> None:
     assert lifecycle.state is State.FAILED
 
 
+def wanting_logprobs() -> Lifecycle:
+    lifecycle = Lifecycle(make_request(), ROUTER)
+    lifecycle.request.sampling.num_logprobs = 0
+    lifecycle.enqueue()
+    lifecycle.dispatch(ASSIGNMENT)
+    lifecycle.on_event(attached(D), 0.0)
+    return lifecycle
+
+
+def test_logprobs_come_with_their_tokens_once() -> None:
+    lifecycle = wanting_logprobs()
+    zero, one = pb.TokenLogprobs(logprob=-1.0), pb.TokenLogprobs(logprob=-2.0)
+    event = first_token(P, 5)
+    event.first_token.logprobs.CopyFrom(zero)
+    (first,) = lifecycle.on_event(event, 0.0)
+    event = tokens(D, [5, 6])
+    event.tokens.logprobs.extend([zero, one])
+    (second,) = lifecycle.on_event(event, 0.0)
+    assert isinstance(first, Deliver) and first.update.logprobs == (zero,)
+    assert isinstance(second, Deliver) and second.update.logprobs == (one,)
+
+
+def test_a_stream_without_the_logprobs_that_it_wants_is_ended() -> None:
+    *_, fail = wanting_logprobs().on_event(tokens(D, [5, 6]), 0.0)
+    assert isinstance(fail, Fail)
+    assert fail.error.code == "stream_broken"
+
+
 def test_the_last_update_says_why() -> None:
     (effect,) = decoding().on_event(tokens(D, [5, 6], finish=pb.FINISH_REASON_LENGTH), 0.0)
     assert isinstance(effect, Deliver)

@@ -9,11 +9,13 @@ import openai
 import pytest
 import uvicorn
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 from scripted_dispatcher import ScriptedDispatcher, updates
 
+from pagewire.proto import worker_pb2 as pb
 from pagewire.router.app import create_app
 from pagewire.router.chat import ChatTemplate
-from pagewire.router.request import FinishReason, RequestFailed
+from pagewire.router.request import FinishReason, RequestFailed, TokenUpdate
 from pagewire.router.settings import RouterSettings
 from pagewire.router.tokenizer import Tokenizer
 
@@ -138,3 +140,36 @@ def test_a_closed_connection_cancels_the_request(
     assert next(iter(stream)).choices[0].text == "8"
     stream.close()
     assert cancelled.wait(timeout=20)
+
+
+def test_logprobs_whole_and_streamed(client: OpenAI, served: ScriptedDispatcher) -> None:
+    served.script = [
+        TokenUpdate(
+            position=0,
+            token_ids=(40,),
+            finish_reason=FinishReason.LENGTH,
+            logprobs=(pb.TokenLogprobs(logprob=-1.0, top_token_ids=[40], top_logprobs=[-1.0]),),
+        )
+    ]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
+    chat = client.chat.completions.create(
+        model="default", messages=messages, logprobs=True, top_logprobs=1
+    )
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert [(each.token, each.logprob) for each in logprobs.content] == [("8", -1.0)]
+    stream = client.chat.completions.create(
+        model="default", messages=messages, logprobs=True, top_logprobs=1, stream=True
+    )
+    streamed = [
+        entry
+        for chunk in stream
+        if chunk.choices[0].logprobs is not None
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert [entry.model_dump() for entry in streamed] == [
+        entry.model_dump() for entry in logprobs.content
+    ]
+    completion = client.completions.create(model="default", prompt="x", logprobs=1)
+    assert completion.choices[0].logprobs is not None
+    assert completion.choices[0].logprobs.token_logprobs == [-1.0]

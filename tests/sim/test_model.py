@@ -2,7 +2,8 @@
 
 import pytest
 
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.layout import FrameRange, plan_frames
 from pagewire.sim.kv_memory import LAYOUT, KvMemory
 from pagewire.sim.model import SimModel, reference_tokens

@@ -1,0 +1,91 @@
+"""Top-k, top-p and min-p: which tokens are too unlikely to be drawn.
+
+Each keeps the tokens above a threshold, so a token as likely as the last that is kept is kept too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pagewire.engine import vocabulary_blocks
+from pagewire.engine.sampling_params import SamplingParams
+
+# Sorting is what costs. Nearly every top-k and top-p is decided among so many tokens.
+_SHORTLISTS = (64, 1024)
+
+
+class Truncation:
+    """Top-k, top-p and min-p of a batch's rows, as tensors."""
+
+    def __init__(
+        self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+    ) -> None:
+        sorted_rows = [
+            index for index, row in enumerate(params) if row.top_p < 1 or 0 < row.top_k < vocab_size
+        ]
+        self.is_empty = not sorted_rows and all(row.min_p == 0 for row in params)
+        self._vocab_size = vocab_size
+        self._rows = torch.tensor(sorted_rows, dtype=torch.int64, device=device)
+        self._top_k = torch.tensor(  # [num_sorted, 1]
+            [[min(params[index].top_k or vocab_size, vocab_size)] for index in sorted_rows],
+            dtype=torch.int64,
+            device=device,
+        )
+        self._top_p = torch.tensor(
+            [[params[index].top_p] for index in sorted_rows], dtype=torch.float64, device=device
+        )
+        self._min_p = torch.tensor(  # [num_rows, 1]
+            [[row.min_p] for row in params], dtype=torch.float32, device=device
+        )
+
+    def apply(self, weights: Tensor) -> Tensor:
+        """`weights` with 0 for what is left out.
+
+        weights: float32 [num_rows, vocab_size], proportional to probabilities, 1 for the most
+        likely token of each row.
+        """
+        least = self._min_p.clone()  # its threshold is the parameter itself, as the maximum is 1
+        if len(self._rows):
+            rows = weights[self._rows]
+            least[self._rows] = torch.maximum(least[self._rows], self._least_of_sorted(rows))
+        return weights.where(weights >= least, 0.0)
+
+    def _least_of_sorted(self, weights: Tensor) -> Tensor:
+        """The smallest weight that top-k, and top-p over what it left, keep; [num_sorted, 1]."""
+        least = torch.zeros_like(weights[:, :1])
+        total = vocabulary_blocks.total(weights)
+        pending = torch.arange(len(weights), device=weights.device)
+        for width in (*_SHORTLISTS, self._vocab_size):
+            found, is_decided = _decide(
+                weights[pending].topk(min(width, self._vocab_size), dim=-1).values,
+                total[pending],
+                self._top_k[pending],
+                self._top_p[pending],
+                vocab_size=self._vocab_size,
+            )
+            least[pending[is_decided]] = found[is_decided]
+            pending = pending[~is_decided]
+            if not len(pending):
+                break
+        return least
+
+
+def _decide(
+    largest: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, *, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """The smallest kept among the `largest` weights, and whether they suffice to tell.
+
+    largest: float32 [num_rows, width], descending; total: float64 [num_rows, 1], of all weights.
+    """
+    width = largest.shape[1]
+    in_top_k = torch.arange(width, device=largest.device) < top_k
+    mass = largest.double().where(in_top_k, 0.0)
+    cumulative = mass.cumsum(dim=-1)
+    holds_top_k = top_k <= width
+    wanted = top_p * torch.where(holds_top_k, cumulative[:, -1:], total)
+    is_decided = holds_top_k | ((top_k == vocab_size) & (cumulative[:, -1:] >= wanted))
+    # A token is kept while those before it do not yet reach top-p.
+    kept = in_top_k & (cumulative - mass < wanted)
+    last = (kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    return largest.gather(1, last), is_decided[:, 0]
