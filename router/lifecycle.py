@@ -113,6 +113,7 @@ class Lifecycle:
             sampling=self.request.sampling,
             ticket=assignment.ticket,
             prefill=assignment.prefill,
+            cache_salt=self.request.cache_salt,
         )
         route = self._route(assignment.decode)
         return [SendCommand(command=pb.WorkerCommand(route=route, attach=attach))]
@@ -129,7 +130,13 @@ class Lifecycle:
                 return self._on_attached(assigned)
             case "first_token" if is_prefill:
                 token = event.first_token
-                return self._on_tokens(0, (token.token_id,), token.finish_reason, State.HANDOFF)
+                return self._on_tokens(
+                    0,
+                    (token.token_id,),
+                    token.finish_reason,
+                    State.HANDOFF,
+                    num_cached_tokens=min(token.cached_tokens, len(self.request.token_ids)),
+                )
             case "sealed" if is_prefill:
                 self._is_sealed = True
                 return []
@@ -196,6 +203,7 @@ class Lifecycle:
                 pb.TransportAddress(kind=kind, address=address)
                 for kind, address in assigned.transports
             ],
+            cache_salt=self.request.cache_salt,
         )
         route = self._route(assigned.prefill)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
@@ -206,6 +214,7 @@ class Lifecycle:
         token_ids: tuple[int, ...],
         reason: "pb.FinishReason.ValueType",
         state: State,
+        num_cached_tokens: int = 0,
     ) -> list[Effect]:
         try:
             new = self.log.append(position, token_ids)
@@ -222,9 +231,12 @@ class Lifecycle:
             self.state = state
         finish = _FINISH.get(reason)
         effects: list[Effect] = []
-        if new or finish:
+        if new or finish or num_cached_tokens:
             update = TokenUpdate(
-                position=len(self.log.token_ids) - len(new), token_ids=new, finish_reason=finish
+                position=len(self.log.token_ids) - len(new),
+                token_ids=new,
+                finish_reason=finish,
+                num_cached_tokens=num_cached_tokens,
             )
             effects.append(Deliver(request_id=self.request.request_id, update=update))
         if finish:

@@ -24,15 +24,17 @@ class Request:
     sampling: pb.SamplingParams  # stop_token_ids include the end-of-sequence ids unless ignored
     queue_deadline: float  # seconds on the router's clock; still waiting then: failed
     deadline: float  # seconds on the router's clock; still running then: failed
+    cache_salt: str = ""  # only requests with the same salt share cached pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenUpdate:
-    """New tokens of one stream, contiguous with those before them."""
+    """New tokens of one stream, contiguous with those before them; there may be none."""
 
     position: int  # of the first id, counted in output tokens
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # set on the last update
+    num_cached_tokens: int = 0  # of the prompt; set on the update that token 0 brings
 
 
 class RequestFailed(Exception):

@@ -111,6 +111,7 @@ class GenerationRequest(RequestModel):
     stop: Annotated[list[Text], FailFast(), BeforeValidator(_as_list)] = []
     stop_token_ids: Annotated[list[int], FailFast()] = []
     ignore_eos: bool = False
+    cache_salt: Text = Field("", max_length=256)
     stream: bool = False
     stream_options: StreamOptions | None = None
 

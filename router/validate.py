@@ -60,7 +60,6 @@ _NEUTRAL: _Neutral = {
     "truncate_prompt_tokens": (),
     "return_token_ids": (False,),
     "priority": (0,),
-    "cache_salt": (),
     "kv_transfer_params": (),
     "bootstrap_host": (),
     "bootstrap_port": (),

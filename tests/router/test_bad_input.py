@@ -45,7 +45,7 @@ REFUSED: dict[str, list[Any]] = {
     "include_stop_str_in_output": [True],
     "skip_special_tokens": [False],
     "priority": [1],
-    "cache_salt": ["x"],
+    "cache_salt": [5, True, ["x"], "x" * 257],
     "kv_transfer_params": [{}],
     "bootstrap_room": [1],
 }
