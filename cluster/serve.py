@@ -29,7 +29,7 @@ from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
 from pagewire.engine.errors import EngineError
 from pagewire.engine.loading.resolve import resolve_model, served_name
 from pagewire.engine.precision import default_dtype
-from pagewire.proto.page_hash import KEY_BYTES
+from pagewire.proto.page_hash import KEY_BYTES, PageHasher
 from pagewire.router.control import RouterControl
 from pagewire.router.request import WorkerView
 from pagewire.router.tokenizer import Tokenizer
@@ -61,7 +61,8 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             base = await _start_base(stack, config, model, terminal)
             # Not before Ray runs: it forks, which gRPC's threads in this process do not like.
             secret = secrets.token_bytes(KEY_BYTES) if config.prefix_cache else None
-            control = RouterControl(max_queued=config.max_queued)
+            hasher = PageHasher(secret=secret, page_size=config.page_size) if secret else None
+            control = RouterControl(max_queued=config.max_queued, hasher=hasher)
             workers = worker_configs(
                 config,
                 model=model,

@@ -86,8 +86,12 @@ _FINISH = {
 class Lifecycle:
     """One request. The methods return what is to be done."""
 
-    def __init__(self, request: Request, router: bytes) -> None:
+    def __init__(
+        self, request: Request, router: bytes, page_hashes: tuple[bytes, ...] = ()
+    ) -> None:
+        """`page_hashes` are those of the prompt's full pages, for the choice of workers."""
         self.request = request
+        self.page_hashes = page_hashes
         self.state = State.ADMITTED
         self.assignment: Assignment | None = None
         self.log = TokenLog()
