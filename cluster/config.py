@@ -84,6 +84,9 @@ class ServeConfig(BaseSettings):
         default=512, ge=1, description="prompt tokens of one prefill step"
     )
     max_batch_size: int = Field(default=32, ge=1, description="sequences of one decode step")
+    prefix_cache: bool = Field(
+        default=True, description="keep the KV of prompts for those that begin alike"
+    )
     max_queued: int = Field(default=1024, ge=1, description="requests that wait in the router")
     queue_timeout_s: float = Field(
         default=60.0, gt=0, description="a request that waits longer fails"

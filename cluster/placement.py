@@ -27,13 +27,21 @@ def _container_cores() -> int | None:
 
 
 def worker_configs(
-    config: ServeConfig, *, model: Path, served_model: str, router: str, cores: int, dtype: str
+    config: ServeConfig,
+    *,
+    model: Path,
+    served_model: str,
+    router: str,
+    cores: int,
+    dtype: str,
+    prefix_cache_secret: str | None,
 ) -> tuple[WorkerConfig, ...]:
     """The start parameters of every worker, prefill workers first.
 
     `router` is host:port of the router's Membership service. `cores` are shared out: one prefill
     and one decode worker with half of them each disturb one another less than two with all.
     `dtype` is what auto means: the same for all, since pages of one dtype are no use to another.
+    `prefix_cache_secret` is hexadecimal; without it nothing is cached.
     """
     names = [(Role.PREFILL, index) for index in range(config.prefill)]
     names += [(Role.DECODE, index) for index in range(config.decode)]
@@ -53,6 +61,7 @@ def worker_configs(
             num_threads=num_threads,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
+            prefix_cache_secret=prefix_cache_secret,
         )
         for role, index in names
     )

@@ -5,6 +5,7 @@ workers and Ray.
 """
 
 import asyncio
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
 from pagewire.engine.errors import EngineError
 from pagewire.engine.loading.resolve import resolve_model, served_name
 from pagewire.engine.precision import default_dtype
+from pagewire.proto.page_hash import KEY_BYTES, PageHasher
 from pagewire.router.control import RouterControl
 from pagewire.router.request import WorkerView
 from pagewire.router.tokenizer import Tokenizer
@@ -58,7 +60,9 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
         async with AsyncExitStack() as stack:
             base = await _start_base(stack, config, model, terminal)
             # Not before Ray runs: it forks, which gRPC's threads in this process do not like.
-            control = RouterControl(max_queued=config.max_queued)
+            secret = secrets.token_bytes(KEY_BYTES) if config.prefix_cache else None
+            hasher = PageHasher(secret=secret, page_size=config.page_size) if secret else None
+            control = RouterControl(max_queued=config.max_queued, hasher=hasher)
             workers = worker_configs(
                 config,
                 model=model,
@@ -66,6 +70,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                 router=await control.start(),
                 cores=available_cores(),
                 dtype=default_dtype("cpu"),
+                prefix_cache_secret=secret.hex() if secret else None,
             )
             exits = await _launch(stack, base.launcher, workers, config)
             stack.push_async_callback(control.stop)

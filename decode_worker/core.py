@@ -6,7 +6,7 @@ and reports back; the simulator drives the very same class.
 """
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from google.protobuf.message import DecodeError
 
@@ -35,6 +35,7 @@ from pagewire.kv_transfer.messages import (
 )
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
+from pagewire.worker.cache_reports import CacheReports
 from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
 from pagewire.worker.events import failed, logprobs_message, page_counts
 from pagewire.worker.identity import (
@@ -78,6 +79,7 @@ class DecodeCore:
         self.layout = layout
         self.pool = pool
         self.cache = PrefixCache(pool)
+        self._reports = CacheReports(self.cache, incarnation)
         self._hasher = hasher
         self.slots = slots
         self._vocab_size = vocab_size
@@ -109,11 +111,15 @@ class DecodeCore:
                 return self._on_attach(key, command)
             case "abort":
                 return self._on_abort(key, command.route.sender)
+            case "kv_snapshot":
+                self._reports.forget(command.route.sender)
+                return []
             case body:
                 return [failed(command.route, f"a decode worker takes no {body}")]
 
     def on_session_lost(self, router: bytes) -> list[Effect]:
         """The router is gone: so is everybody who waits for its requests."""
+        self._reports.forget(router)
         return [
             effect
             for sequence in list(self._sequences.values())
@@ -480,6 +486,10 @@ class DecodeCore:
             if now - since > self._closing_s
         }
         return [Disconnect(peer=peer) for peer in overdue]
+
+    def report_cache(self, routers: Iterable[bytes]) -> list[Effect]:
+        """Tell the routers, all that have a session, what has changed in the prefix cache."""
+        return [*self._reports.report(routers)]
 
     @property
     def is_idle(self) -> bool:

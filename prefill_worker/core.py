@@ -30,6 +30,7 @@ from pagewire.prefill_worker.sender import Sender, SenderState
 from pagewire.prefill_worker.sequence import PrefillSequence
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
+from pagewire.worker.cache_reports import CacheReports
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame
 from pagewire.worker.events import failed, logprobs_message, page_counts
 from pagewire.worker.identity import (
@@ -93,6 +94,7 @@ class PrefillCore:
         self.layout = layout
         self.pool = pool
         self.cache = PrefixCache(pool)
+        self._reports = CacheReports(self.cache, incarnation)
         self._hasher = hasher
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -121,11 +123,15 @@ class PrefillCore:
                 return self._on_prefill(key, command, now)
             case "abort":
                 return self._on_abort(key, command.route.sender)
+            case "kv_snapshot":
+                self._reports.forget(command.route.sender)
+                return []
             case body:
                 return [failed(command.route, f"a prefill worker takes no {body}")]
 
     def on_session_lost(self, router: bytes) -> list[Effect]:
         """The router is gone: so is everybody who waits for its requests."""
+        self._reports.forget(router)
         return [
             effect
             for sequence in list(self._sequences.values())
@@ -380,6 +386,10 @@ class PrefillCore:
 
     def _is_stalled(self, sender: Sender, now: float) -> bool:
         return sender.is_stalled(now, answer_s=self._answer_s, send_s=self._send_s)
+
+    def report_cache(self, routers: Iterable[bytes]) -> list[Effect]:
+        """Tell the routers, all that have a session, what has changed in the prefix cache."""
+        return [*self._reports.report(routers)]
 
     @property
     def is_idle(self) -> bool:

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from pagewire.proto import worker_pb2 as pb
-from pagewire.router.lifecycle import Assignment, Effect, Lifecycle, State
-from pagewire.router.members import HEARTBEAT_S, Members
+from pagewire.proto.page_hash import PageHasher
+from pagewire.router.lifecycle import Assignment, Effect, Lifecycle, SendCommand, State
+from pagewire.router.members import HEARTBEAT_S, Member, Members
 from pagewire.router.policy import Pair, choose_pair
 from pagewire.router.request import Request, RequestFailed
 
@@ -22,15 +23,22 @@ class DispatchCore:
     """All requests and workers of a router. Not thread-safe: one event loop owns it."""
 
     def __init__(
-        self, *, incarnation: bytes, max_queued: int, make_ticket: Callable[[], bytes]
+        self,
+        *,
+        incarnation: bytes,
+        max_queued: int,
+        make_ticket: Callable[[], bytes],
+        hasher: PageHasher | None = None,
     ) -> None:
+        """Without a `hasher` prefix caches play no part in the choice of workers."""
         self.incarnation = incarnation
         self.members = Members()
         self._max_queued = max_queued
         self._make_ticket = make_ticket
+        self._hasher = hasher
         self._live: dict[str, Lifecycle] = {}
         self._queue: list[Lifecycle] = []  # by priority, then first come, first served
-        self._prefilling: dict[str, int] = {}  # prompt tokens not known to be computed
+        self._prefilling: dict[str, int] = {}  # prompt tokens to compute, not known to be
         self._ticked_at: float | None = None
         self._is_stopping = False
         self.num_dropped = 0  # events addressed to no live request
@@ -57,7 +65,7 @@ class DispatchCore:
                 code="overloaded",
                 retry_after_s=1,
             )
-        lifecycle = Lifecycle(request, self.incarnation)
+        lifecycle = Lifecycle(request, self.incarnation, self._page_hashes(request))
         lifecycle.enqueue()
         self._live[request.request_id] = lifecycle
         insort(self._queue, lifecycle, key=lambda item: item.request.priority)
@@ -131,6 +139,8 @@ class DispatchCore:
         if event.HasField("heartbeat"):
             member.state = event.heartbeat
             return []
+        if event.HasField("kv_delta"):
+            return [] if member.cached_pages.apply(event.kv_delta) else [self._ask_snapshot(member)]
         lifecycle = self._live.get(event.route.request_id)
         if lifecycle is None:
             self.num_dropped += 1
@@ -170,6 +180,7 @@ class DispatchCore:
                 self.members.of_role(pb.ROLE_DECODE),
                 num_prompt_tokens=len(lifecycle.request.token_ids),
                 num_tokens=_num_kv_tokens(lifecycle.request),
+                page_hashes=lifecycle.page_hashes,
             )
             if pair is not None:
                 self._queue.remove(lifecycle)
@@ -177,6 +188,15 @@ class DispatchCore:
             elif self._fits(lifecycle.request):
                 break
         return effects
+
+    def _page_hashes(self, request: Request) -> tuple[bytes, ...]:
+        if self._hasher is None:
+            return ()
+        return tuple(key.hash for key in self._hasher.keys(request.token_ids, request.cache_salt))
+
+    def _ask_snapshot(self, member: Member) -> SendCommand:
+        route = pb.Route(sender=self.incarnation, receiver=member.incarnation)
+        return SendCommand(command=pb.WorkerCommand(route=route, kv_snapshot=pb.KvSnapshot()))
 
     def _fits(self, request: Request) -> bool:
         """Whether the registered workers could hold a request if they were idle."""
@@ -192,8 +212,8 @@ class DispatchCore:
         )
 
     def _assign(self, request: Request, pair: Pair) -> Assignment:
-        self._prefilling[request.request_id] = len(request.token_ids)
-        pair.prefill.num_projected_tokens += len(request.token_ids)
+        self._prefilling[request.request_id] = pair.num_uncached_tokens
+        pair.prefill.num_projected_tokens += pair.num_uncached_tokens
         pair.decode.num_projected_pages += pair.decode.num_pages(_num_kv_tokens(request))
         return Assignment(
             attempt=1,

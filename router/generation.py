@@ -45,7 +45,11 @@ class Generation:
             self._stream.cancel("a stop string was found")
         elif self.output.finish_reason is None:
             self._stream.cancel("the client is gone" if outcome == "abort" else "it failed")
-        self._metrics.finish(outcome, num_prompt_tokens=len(self._request.token_ids))
+        self._metrics.finish(
+            outcome,
+            num_prompt_tokens=len(self._request.token_ids),
+            num_cached_tokens=self.output.num_cached_tokens,
+        )
 
     async def texts(self) -> AsyncIterator[str]:
         """The output in pieces, empty ones among them, until its finish_reason is set.
@@ -53,7 +57,8 @@ class Generation:
         Raises RequestFailed.
         """
         async for update in self._stream:
-            self._metrics.tokens(len(update.token_ids))
+            if update.token_ids:
+                self._metrics.tokens(len(update.token_ids))
             yield self.output.push(update)
             if self.output.finish_reason is not None:
                 return

@@ -86,8 +86,12 @@ _FINISH = {
 class Lifecycle:
     """One request. The methods return what is to be done."""
 
-    def __init__(self, request: Request, router: bytes) -> None:
+    def __init__(
+        self, request: Request, router: bytes, page_hashes: tuple[bytes, ...] = ()
+    ) -> None:
+        """`page_hashes` are those of the prompt's full pages, for the choice of workers."""
         self.request = request
+        self.page_hashes = page_hashes
         self.state = State.ADMITTED
         self.assignment: Assignment | None = None
         self.log = TokenLog()
@@ -114,6 +118,7 @@ class Lifecycle:
             ticket=assignment.ticket,
             prefill=assignment.prefill,
             priority=self.request.priority,
+            cache_salt=self.request.cache_salt,
         )
         route = self._route(assignment.decode)
         return [SendCommand(command=pb.WorkerCommand(route=route, attach=attach))]
@@ -132,7 +137,12 @@ class Lifecycle:
                 token = event.first_token
                 logprobs = (token.logprobs,) if token.HasField("logprobs") else ()
                 return self._on_tokens(
-                    0, (token.token_id,), logprobs, token.finish_reason, State.HANDOFF
+                    0,
+                    (token.token_id,),
+                    logprobs,
+                    token.finish_reason,
+                    State.HANDOFF,
+                    num_cached_tokens=min(token.cached_tokens, len(self.request.token_ids)),
                 )
             case "sealed" if is_prefill:
                 self._is_sealed = True
@@ -206,6 +216,7 @@ class Lifecycle:
             ],
             priority=self.request.priority,
             seconds_left=self.request.deadline - now,
+            cache_salt=self.request.cache_salt,
         )
         route = self._route(assigned.prefill)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
@@ -217,6 +228,7 @@ class Lifecycle:
         logprobs: tuple[pb.TokenLogprobs, ...],
         reason: "pb.FinishReason.ValueType",
         state: State,
+        num_cached_tokens: int = 0,
     ) -> list[Effect]:
         wants_logprobs = self.request.sampling.HasField("num_logprobs")
         if len(logprobs) != (len(token_ids) if wants_logprobs else 0):
@@ -229,12 +241,13 @@ class Lifecycle:
             self.state = state
         finish = _FINISH.get(reason)
         effects: list[Effect] = []
-        if new or finish:
+        if new or finish or num_cached_tokens:
             update = TokenUpdate(
                 position=len(self.log.token_ids) - len(new),
                 token_ids=new,
                 finish_reason=finish,
                 logprobs=logprobs[len(token_ids) - len(new) :] if wants_logprobs else (),
+                num_cached_tokens=num_cached_tokens,
             )
             effects.append(Deliver(request_id=self.request.request_id, update=update))
         if finish:

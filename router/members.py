@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.router.cached_pages import CachedPages
 
 HEARTBEAT_S = 1.0
 MISSED_HEARTBEATS = 3
@@ -20,8 +21,9 @@ class Member:
     info: pb.RegisterRequest
     last_seen: float  # seconds on the router's clock
     state: pb.WorkerState = field(default_factory=pb.WorkerState)  # of the last heartbeat
+    cached_pages: CachedPages = field(default_factory=CachedPages)
     num_projected_pages: int = 0  # promised to requests that were sent to this worker
-    num_projected_tokens: int = 0  # prompt tokens on their way whose token 0 is not known
+    num_projected_tokens: int = 0  # prompt tokens to compute before token 0 is known
 
     @property
     def incarnation(self) -> bytes:

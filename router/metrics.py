@@ -25,6 +25,8 @@ _VLLM_NAMES = {
     "pagewire_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
     "pagewire_prompt_tokens": "vllm:prompt_tokens",
     "pagewire_generation_tokens": "vllm:generation_tokens",
+    "pagewire_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "pagewire_prefix_cache_hits": "vllm:prefix_cache_hits",
     "pagewire_requests_finished": "vllm:request_success",
     "pagewire_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "pagewire_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
@@ -56,6 +58,12 @@ class RouterMetrics:
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.cache_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."
+        )
+        self.cache_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens that were in the prefix cache."
+        )
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", _SECONDS
         )
@@ -130,7 +138,7 @@ class RequestMetrics:
         self._last_token = now
         self._num_tokens += count
 
-    def finish(self, reason: str, *, num_prompt_tokens: int) -> None:
+    def finish(self, reason: str, *, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
         """The request ended by stop, length, abort or error."""
         metrics = self._metrics
         metrics.count_finished(reason)
@@ -139,7 +147,11 @@ class RequestMetrics:
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
         metrics.request_generation_tokens.observe(self._num_tokens)
         metrics.latency.observe(metrics.clock() - self._arrived)
-        if self._first_token is not None and self._num_tokens > 1:
+        if self._first_token is None:
+            return
+        metrics.cache_queries.inc(num_prompt_tokens)
+        metrics.cache_hits.inc(num_cached_tokens)
+        if self._num_tokens > 1:
             decoding_s = self._last_token - self._first_token
             metrics.per_output_token.observe(decoding_s / (self._num_tokens - 1))
 

@@ -135,6 +135,7 @@ class OpenAIEndpoints:
             queue_deadline=now + self.settings.queue_timeout_s,
             deadline=now + self.settings.request_timeout_s,
             priority=fields.priority,
+            cache_salt=fields.cache_salt,
         )
 
     def _context_tokens(self) -> int:

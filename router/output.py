@@ -31,6 +31,7 @@ class OutputText:
         self._min_tokens = min_tokens
         self._logprobs: list[TokenLogprob] = []
         self.num_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None  # what the client asked to stop at
 
@@ -41,6 +42,7 @@ class OutputText:
 
     def push(self, update: TokenUpdate) -> str:
         """The new text that is certain to belong to the output."""
+        self.num_cached_tokens = max(self.num_cached_tokens, update.num_cached_tokens)
         text = ""
         for index, token_id in enumerate(update.token_ids):
             self.num_tokens += 1

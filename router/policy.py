@@ -1,6 +1,6 @@
 """Which pair of workers serves a request. Pure: values in, a choice out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pagewire.router.members import Member
@@ -11,6 +11,7 @@ class Pair(NamedTuple):
 
     prefill: Member
     decode: Member
+    num_uncached_tokens: int  # of the prompt, as far as the router knows
 
 
 def choose_pair(
@@ -19,13 +20,21 @@ def choose_pair(
     *,
     num_prompt_tokens: int,
     num_tokens: int,
+    page_hashes: Sequence[bytes] = (),
 ) -> Pair | None:
     """The least loaded pair that can hold the request; None while all are full.
 
-    Prefill workers compare by the prompt tokens that they still have to compute, decode workers by
-    the share of their pages that is promised, both projected: what was sent counts before the
-    worker reports it. `num_tokens` is the KV that the request needs on the decode worker at most.
+    Prefill workers compare by the prompt tokens that they would have to compute up to the end of
+    this prompt, without those in their prefix cache; decode workers by the share of their pages
+    that is promised, and equals by the prefix that they have. Both are projected: what was sent
+    counts before the worker reports it. `num_tokens` is the KV that the request needs on the decode
+    worker at most, `page_hashes` those of the prompt's full pages.
     """
+
+    def num_uncached(member: Member) -> int:
+        num_hits = member.cached_pages.num_leading(page_hashes)
+        return max(1, num_prompt_tokens - num_hits * member.info.layout.page_size)
+
     prefills = [
         member for member in prefill if member.num_pages(num_prompt_tokens) <= member.info.num_pages
     ]
@@ -34,13 +43,19 @@ def choose_pair(
     ]
     if not prefills or not decodes:
         return None
+    best = min(
+        prefills,
+        key=lambda member: (member.num_projected_tokens + num_uncached(member), member.info.name),
+    )
     return Pair(
-        prefill=min(prefills, key=lambda member: (member.num_projected_tokens, member.info.name)),
+        prefill=best,
         decode=min(
             decodes,
             key=lambda member: (
                 member.num_projected_pages / member.info.num_pages,
+                -member.cached_pages.num_leading(page_hashes),
                 member.info.name,
             ),
         ),
+        num_uncached_tokens=num_uncached(best),
     )

@@ -25,16 +25,18 @@ class Request:
     queue_deadline: float  # seconds on the router's clock; still waiting then: failed
     deadline: float  # seconds on the router's clock; still running then: failed
     priority: int = 0  # lower runs first
+    cache_salt: str = ""  # only requests with the same salt share cached pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenUpdate:
-    """New tokens of one stream, contiguous with those before them."""
+    """New tokens of one stream, contiguous with those before them; there may be none."""
 
     position: int  # of the first id, counted in output tokens
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # set on the last update
     logprobs: tuple[pb.TokenLogprobs, ...] = ()  # one for each id when asked for, else none
+    num_cached_tokens: int = 0  # of the prompt; set on the update that token 0 brings
 
 
 class RequestFailed(Exception):

@@ -28,11 +28,12 @@ class Answer:
     shape: ResponseShape
     num_prompt_tokens: int
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens up to now."""
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.generation.output.num_tokens,
+            cached_tokens=self.generation.output.num_cached_tokens,
         ).as_dict()
 
 

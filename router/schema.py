@@ -138,6 +138,7 @@ class GenerationRequest(RequestModel):
     stop_token_ids: Annotated[list[int], FailFast()] = []
     ignore_eos: bool = False
     priority: int = Field(0, ge=-100, le=100)  # as in vLLM: lower runs first
+    cache_salt: Text = Field("", max_length=256)
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -53,7 +53,6 @@ _NEUTRAL: _Neutral = {
     "logits_processors": (),
     "truncate_prompt_tokens": (),
     "return_token_ids": (False,),
-    "cache_salt": (),
     "kv_transfer_params": (),
     "bootstrap_host": (),
     "bootstrap_port": (),

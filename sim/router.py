@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import PageHasher
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Deliver, Effect, Fail, SendCommand
 from pagewire.router.request import Request, RequestFailed
@@ -17,7 +18,9 @@ _TICK_S = 0.25
 class SimRouter:
     """Feeds the real DispatchCore with clients' requests and workers' sessions."""
 
-    def __init__(self, *, process: Process, max_queued: int, clients: Clients) -> None:
+    def __init__(
+        self, *, process: Process, max_queued: int, clients: Clients, hasher: PageHasher
+    ) -> None:
         self.process = process
         self._environment = process.environment
         self._clients = clients
@@ -26,6 +29,7 @@ class SimRouter:
             incarnation=random.randbytes(16),
             max_queued=max_queued,
             make_ticket=lambda: random.randbytes(16),
+            hasher=hasher,
         )
         self._sessions: dict[bytes, Session] = {}  # by incarnation of the worker
 

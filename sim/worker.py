@@ -210,6 +210,7 @@ class SimWorker(SimHandler, Generic[Core]):
         for router, session in self.sessions.items():
             route = pb.Route(sender=self.incarnation, receiver=router)
             session.emit(pb.WorkerEvent(route=route, heartbeat=state))
+        self.carry_out(self.core.report_cache(list(self.sessions)))
         self.process.after(_HEARTBEAT_S, self._beat)
 
     def _tick(self) -> None:

@@ -1,6 +1,6 @@
 """What the shell needs of a worker's pure core; prefill and decode workers each have one."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from pagewire.engine.batch import Batch, StepResult
@@ -37,6 +37,9 @@ class WorkerCore(Protocol):
 
     def tick(self, now: float) -> list[Effect]:
         """Time passes; called a few times a second."""
+
+    def report_cache(self, routers: Iterable[bytes]) -> list[Effect]:
+        """Tell the routers, all that have a session, what has changed in the prefix cache."""
 
     def state(self) -> pb.WorkerState:
         """Counts as of now; cheap."""

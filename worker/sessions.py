@@ -89,6 +89,11 @@ class WorkerService(pb_grpc.WorkerServicer):
             route = pb.Route(sender=self._incarnation, receiver=router)
             session.emit(pb.WorkerEvent(route=route, heartbeat=state))
 
+    @property
+    def routers(self) -> list[bytes]:
+        """Those that have a session now, by incarnation."""
+        return list(self._sessions)
+
     def close(self) -> None:
         for session in self._sessions.values():
             session.close()

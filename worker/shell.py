@@ -215,6 +215,7 @@ class WorkerShell(Handler, Generic[Core]):
         while True:
             state = self.state()
             self._service.heartbeat(state)
+            self.carry_out(self.core.report_cache(self._service.routers))
             if self._on_state is not None:
                 self._on_state(state)
             await asyncio.sleep(_HEARTBEAT_S)

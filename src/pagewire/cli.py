@@ -82,6 +82,10 @@ def serve(
     num_pages: Annotated[int | None, typer.Option(help="pages of each worker")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens, prompt plus output")] = None,
     num_threads: Annotated[int | None, typer.Option(help="threads of each worker")] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option("--prefix-cache/--no-prefix-cache", help="reuse the KV of equal beginnings"),
+    ] = None,
     launcher: Annotated[str | None, typer.Option(help="ray or subprocess")] = None,
     config: ConfigFile = None,
 ) -> None:
@@ -104,6 +108,7 @@ def serve(
         "num_pages": num_pages,
         "max_model_len": max_model_len,
         "num_threads": num_threads,
+        "prefix_cache": prefix_cache,
         "launcher": launcher,
     }
     from pagewire.cluster.config import load_config

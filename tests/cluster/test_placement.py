@@ -18,6 +18,7 @@ def place(config: ServeConfig, cores: int) -> tuple[WorkerConfig, ...]:
         served_model="m",
         router="127.0.0.1:1",
         cores=cores,
+        prefix_cache_secret=None,
         dtype="bfloat16",
     )
 

@@ -203,3 +203,21 @@ def test_streams_wait_their_turn_when_the_pool_is_small(llama: Path) -> None:
 
     tokens = [tokens for tokens, _ in asyncio.run(run())]
     assert tokens == aggregated(llama, inputs, SamplingParams(max_tokens=10))
+
+
+def test_a_repeated_prompt_gives_the_same_tokens_from_cached_pages(llama: Path) -> None:
+    (prompt,) = prompts([1000])
+    sampled = pb.SamplingParams(max_tokens=8, temperature=1.0, top_p=0.9, seed=7)
+
+    async def run(prefix_cache: bool) -> tuple[list[Result], int]:
+        async with pipeline(llama, tcp, prefix_cache=prefix_cache) as cluster:
+            results = []
+            for sampling in (greedy(8), greedy(8), sampled, sampled):
+                results += await generate_all(cluster, [prompt], sampling)
+            return results, cluster.workers["prefill-0"].worker.state().prompt_tokens
+
+    cached, num_computed = asyncio.run(run(True))
+    uncached, num_without = asyncio.run(run(False))
+    assert cached == uncached
+    assert cached[0] == cached[1] and cached[2] == cached[3]
+    assert (num_without, num_computed) == (4 * 1000, 1000 + 3 * (1000 % 64))

@@ -1,12 +1,13 @@
 """What a valid request becomes for the workers, and what their tokens become for the client."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from scripted_dispatcher import ScriptedDispatcher, updates
 
-from pagewire.router.request import FinishReason, RequestFailed
+from pagewire.router.request import FinishReason, RequestFailed, TokenUpdate
 from pagewire.router.tokenizer import Tokenizer
 
 END = 2  # <|im_end|>
@@ -56,8 +57,29 @@ def test_a_completion(
         "prompt_tokens": num_prompt,
         "completion_tokens": len(answer),
         "total_tokens": num_prompt + len(answer),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert dispatcher.streams[0].cancelled == []
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_cached_tokens_are_reported(
+    client: TestClient, dispatcher: ScriptedDispatcher, answer: list[int], is_late: bool
+) -> None:
+    """Token 0 may be known from the decode worker before the prefill worker's message is here."""
+    script = updates(answer, FinishReason.STOP)
+    if is_late:
+        late = TokenUpdate(position=1, token_ids=(), num_cached_tokens=64)
+        dispatcher.script = [script[0], late, *script[1:]]
+    else:
+        dispatcher.script = [replace(script[0], num_cached_tokens=64), *script[1:]]
+    body = complete(client, cache_salt="tenant")
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 64}
+    assert body["choices"][0]["text"] == "Hello, w\u00f6rld!"
+    assert dispatcher.requests[0].cache_salt == "tenant"
+    metrics = client.get("/metrics").text
+    assert 'vllm:prefix_cache_hits_total{model_name="smollm2"} 64.0' in metrics
+    assert 'pagewire_prefix_cache_queries_total{model_name="smollm2"} ' in metrics
 
 
 def test_a_chat(client: TestClient, dispatcher: ScriptedDispatcher, answer: list[int]) -> None:

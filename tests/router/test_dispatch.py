@@ -343,3 +343,15 @@ def test_a_router_that_stops_fails_what_runs_and_takes_no_more() -> None:
     assert core.refuse_all() == []
     with pytest.raises(RequestFailed, match="the server is stopping"):
         core.submit(make_request("late"), 0.0)
+
+
+def test_a_gap_in_what_a_worker_says_of_its_cache_is_asked_about() -> None:
+    core = running_core()
+    route = heartbeat(P.incarnation).route
+    first = pb.WorkerEvent(route=route, kv_delta=pb.KvDelta(epoch=1, seq=0))
+    assert core.on_event(first, 0.0) == []
+    gap = pb.WorkerEvent(route=route, kv_delta=pb.KvDelta(epoch=1, seq=2))
+    (effect,) = core.on_event(gap, 0.0)
+    assert isinstance(effect, SendCommand)
+    assert effect.command.HasField("kv_snapshot")
+    assert effect.command.route.receiver == P.incarnation

@@ -42,6 +42,22 @@ def test_equals_are_chosen_by_name() -> None:
     assert (pair.prefill.info.name, pair.decode.info.name) == ("p0", "d0")
 
 
+def test_a_cached_prefix_counts_against_the_queue() -> None:
+    """A worker that has 4 of 5 pages is best until 64 more tokens wait for it than for another."""
+    hashes = [bytes([index] * 16) for index in range(5)]
+
+    def chosen(projected: int) -> tuple[str, str, int]:
+        workers = [prefill("p0"), prefill("p1", projected=projected)], [decode("d0"), decode("d1")]
+        for with_cache in (workers[0][1], workers[1][1]):
+            with_cache.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[:4]))
+        pair = choose_pair(*workers, num_prompt_tokens=80, num_tokens=90, page_hashes=hashes)
+        assert pair is not None
+        return pair.prefill.info.name, pair.decode.info.name, pair.num_uncached_tokens
+
+    assert chosen(63) == ("p1", "d1", 16)
+    assert chosen(65) == ("p0", "d1", 80)
+
+
 @pytest.mark.parametrize(
     ("prefills", "decodes"),
     [

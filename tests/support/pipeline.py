@@ -13,6 +13,7 @@ from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.prefill_worker.worker import PrefillWorker
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import KEY_BYTES
 from pagewire.router.control import RouterControl
 from pagewire.router.request import FinishReason, Request, RequestFailed
 from pagewire.worker.config import Role, WorkerConfig
@@ -97,6 +98,7 @@ async def pipeline(
     max_batch_tokens: int = 128,
     slot_bytes: int = 1 << 16,
     num_slots: int = 8,
+    prefix_cache: bool = True,
 ) -> AsyncIterator[Pipeline]:
     """Start it, wait until every worker has registered, stop it in the end."""
     control = RouterControl()
@@ -114,6 +116,7 @@ async def pipeline(
             max_batch_tokens=max_batch_tokens,
             slot_bytes=slot_bytes,
             num_slots=num_slots,
+            prefix_cache_secret="5a" * KEY_BYTES if prefix_cache else None,
         )
         return start_worker(config, make_transports)
 
