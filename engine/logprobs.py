@@ -17,7 +17,7 @@ def token_logprobs(
     logits: float32 [num_rows, vocab_size], as the model gave them; tokens: int64 [num_rows].
     """
     highest = logits.amax(dim=-1, keepdim=True)
-    total = vocabulary_blocks.total((logits - highest).exp())
+    total = vocabulary_blocks.total((logits - highest).exp_())
     normalizer = highest.double() + total.log()  # [num_rows, 1]
     sampled = logits.gather(1, tokens[:, None]).double() - normalizer
     width = min(max(num_top), logits.shape[1])

@@ -109,9 +109,11 @@ class _Plan:
 
     def _draw(self, logits: Tensor, position: Tensor) -> Tensor:
         # Differences to the maximum first: a tiny temperature gives 0 and -inf, never inf - inf.
-        weights = ((logits - logits.amax(dim=-1, keepdim=True)) / self._temperature).exp()
+        # In place: fresh memory for a whole batch costs more than the arithmetic on it.
+        weights = logits - logits.amax(dim=-1, keepdim=True)
+        weights.div_(self._temperature).exp_()
         if not self._truncation.is_empty:
-            weights = self._truncation.apply(weights)
+            self._truncation.apply(weights)
         return vocabulary_blocks.inverse_cdf(weights, uniform(self._seeds, position))
 
     def logprobs(self, raw: Tensor, tokens: Tensor) -> Mapping[int, tuple[TokenLogprobs, ...]]:

@@ -39,8 +39,8 @@ class Truncation:
             [[row.min_p] for row in params], dtype=torch.float32, device=device
         )
 
-    def apply(self, weights: Tensor) -> Tensor:
-        """`weights` with 0 for what is left out.
+    def apply(self, weights: Tensor) -> None:
+        """Set to 0, in place, the weights of what is left out.
 
         weights: float32 [num_rows, vocab_size], proportional to probabilities, 1 for the most
         likely token of each row.
@@ -49,7 +49,7 @@ class Truncation:
         if len(self._rows):
             rows = weights[self._rows]
             least[self._rows] = torch.maximum(least[self._rows], self._least_of_sorted(rows))
-        return weights.where(weights >= least, 0.0)
+        weights.mul_(weights >= least)
 
     def _least_of_sorted(self, weights: Tensor) -> Tensor:
         """The smallest weight that top-k, and top-p over what it left, keep; [num_sorted, 1]."""

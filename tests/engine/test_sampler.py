@@ -12,7 +12,7 @@ from pagewire.engine.sampler import Sampler
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.token_history import TokenHistory
 
-NUM_DRAWS = 20_000
+NUM_DRAWS = 10_000
 VOCAB_SIZE = 30
 PROMPT, OUTPUT = (1, 2, 2, 3), (3, 4, 4, 4, 29)
 
