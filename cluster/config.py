@@ -78,7 +78,9 @@ class ServeConfig(BaseSettings):
         default=None, ge=1, description="tokens, prompt plus output; none: what the model says"
     )
     num_threads: int | None = Field(
-        default=None, ge=1, description="compute threads of a worker; none: the cores, shared out"
+        default=None,
+        ge=1,
+        description="compute threads of a worker; none: the cores, shared out step by step",
     )
     max_batch_tokens: int = Field(
         default=512, ge=1, description="prompt tokens of one prefill step"

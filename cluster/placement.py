@@ -33,19 +33,19 @@ def worker_configs(
     served_model: str,
     router: str,
     cores: int,
+    core_board: Path,
     dtype: str,
     prefix_cache_secret: str | None,
 ) -> tuple[WorkerConfig, ...]:
     """The start parameters of every worker, prefill workers first.
 
-    `router` is host:port of the router's Membership service. `cores` are shared out: one prefill
-    and one decode worker with half of them each disturb one another less than two with all.
+    `router` is host:port of the router's Membership service. `cores` are shared out
+    step by step, on the board `core_board`, unless the number of threads was chosen.
     `dtype` is what auto means: the same for all, since pages of one dtype are no use to another.
     `prefix_cache_secret` is hexadecimal; without it nothing is cached.
     """
     names = [(Role.PREFILL, index) for index in range(config.prefill)]
     names += [(Role.DECODE, index) for index in range(config.decode)]
-    num_threads = config.num_threads or max(1, cores // len(names))
     return tuple(
         WorkerConfig(
             name=f"{role}-{index}",
@@ -58,12 +58,14 @@ def worker_configs(
             page_size=config.page_size,
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,
-            num_threads=num_threads,
+            num_threads=config.num_threads or cores,
+            core_board=None if config.num_threads else str(core_board),
+            core_board_slot=slot,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
             prefix_cache_secret=prefix_cache_secret,
         )
-        for role, index in names
+        for slot, (role, index) in enumerate(names)
     )
 
 

@@ -7,6 +7,7 @@ workers and Ray.
 import asyncio
 import secrets
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -34,6 +35,7 @@ from pagewire.router.control import RouterControl
 from pagewire.router.request import WorkerView
 from pagewire.router.tokenizer import Tokenizer
 from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.core_board import create_board
 from pagewire.worker.tasks import first_of
 
 _POLL_S = 0.1
@@ -63,12 +65,14 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             secret = secrets.token_bytes(KEY_BYTES) if config.prefix_cache else None
             hasher = PageHasher(secret=secret, page_size=config.page_size) if secret else None
             control = RouterControl(max_queued=config.max_queued, hasher=hasher)
+            core_board = _make_core_board(stack, config.prefill + config.decode)
             workers = worker_configs(
                 config,
                 model=model,
                 served_model=served_model,
                 router=await control.start(),
                 cores=available_cores(),
+                core_board=core_board,
                 dtype=default_dtype("cpu"),
                 prefix_cache_secret=secret.hex() if secret else None,
             )
@@ -85,6 +89,14 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                 await self_test(url)
             terminal.show(_banner(workers[0], views, url, base.dashboard_url))
             await first_of(_report(exits, terminal), control.failure())
+
+
+def _make_core_board(stack: AsyncExitStack, num_workers: int) -> Path:
+    """In a directory of this instance alone, which goes with it."""
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagewire-"))
+    path = Path(directory) / "cores"
+    create_board(path, num_workers)
+    return path
 
 
 def _resolve(model: str | None) -> Path:

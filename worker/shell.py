@@ -8,10 +8,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import grpc
+import torch
 
+from pagewire.engine.batch import Batch
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import IntegrityError
 from pagewire.kv_transfer.layout import KVLayout
@@ -22,6 +25,7 @@ from pagewire.proto import worker_pb2_grpc as pb_grpc
 from pagewire.proto.channel import GRPC_OPTIONS
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.core import WorkerCore
+from pagewire.worker.core_board import CoreBoard
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.links import Links
@@ -71,11 +75,13 @@ class WorkerShell(Handler, Generic[Core]):
         )
         self._steps = StepLoop(
             core=core,
-            execute=runner.execute,
+            execute=self._execute,
             thread=self._model_thread,
             carry_out=self.carry_out,
+            on_idle=self._on_idle,
             clock=clock,
         )
+        self._board: CoreBoard | None = None
         self._links: Links | None = None
 
     async def run(self, transports: Sequence[Transport], stop: asyncio.Event) -> None:
@@ -84,6 +90,14 @@ class WorkerShell(Handler, Generic[Core]):
         Raises TransportError and RegistrationRefused, and whatever breaks the worker.
         """
         async with AsyncExitStack() as stack:
+            if self._config.core_board is not None:
+                self._board = stack.enter_context(
+                    CoreBoard(
+                        Path(self._config.core_board),
+                        slot=self._config.core_board_slot,
+                        num_cores=self._config.num_threads,
+                    )
+                )
             stack.push_async_callback(self._close_threads)
             self._links = Links(
                 transports=transports,
@@ -208,6 +222,18 @@ class WorkerShell(Handler, Generic[Core]):
     @abstractmethod
     async def _scatter(self, effect: Scatter) -> None:
         """Move a landed frame into pages and tell the core."""
+
+    # --- The model --------------------------------------------------------------------------------
+
+    def _execute(self, batch: Batch) -> list[int | None]:
+        """Run a step, in the model's thread: the number of OpenMP threads belongs to that one."""
+        if self._board is not None:
+            torch.set_num_threads(self._board.claim())
+        return self._runner.execute(batch)
+
+    def _on_idle(self) -> None:
+        if self._board is not None:
+            self._board.release()
 
     # --- Time -------------------------------------------------------------------------------------
 

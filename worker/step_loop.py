@@ -28,12 +28,15 @@ class StepLoop:
         execute: Callable[[Batch], StepResult],
         thread: Executor,
         carry_out: Callable[[list[Effect]], None],
+        on_idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_idle` is called on the event loop whenever there is no batch to run."""
         self._core = core
         self._execute = execute
         self._thread = thread
         self._carry_out = carry_out
+        self._on_idle = on_idle
         self._clock = clock
         self._wake = asyncio.Event()
 
@@ -49,6 +52,7 @@ class StepLoop:
             self._carry_out(effects)
             if batch is None:
                 self._wake.clear()
+                self._on_idle()
                 await self._wake.wait()
                 continue
             try:

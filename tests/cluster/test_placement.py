@@ -19,24 +19,25 @@ def place(config: ServeConfig, cores: int) -> tuple[WorkerConfig, ...]:
         router="127.0.0.1:1",
         cores=cores,
         prefix_cache_secret=None,
+        core_board=Path("/board"),
         dtype="bfloat16",
     )
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 128))
-def test_every_worker_has_a_name_a_role_and_a_thread(prefill: int, decode: int, cores: int) -> None:
+def test_every_worker_has_a_name_a_role_and_a_slot(prefill: int, decode: int, cores: int) -> None:
     workers = place(ServeConfig(prefill=prefill, decode=decode), cores)
     assert len({worker.name for worker in workers}) == len(workers) == prefill + decode
     assert sum(worker.role is Role.PREFILL for worker in workers) == prefill
     assert all(worker.name.startswith(worker.role) for worker in workers)
-    num_threads = sum(worker.num_threads for worker in workers)
-    assert num_threads <= max(cores, len(workers))
+    assert [worker.core_board_slot for worker in workers] == list(range(len(workers)))
 
 
-def test_two_cores_are_one_for_each_worker() -> None:
-    assert [(worker.name, worker.num_threads) for worker in place(ServeConfig(), 2)] == [
-        ("prefill-0", 1),
-        ("decode-0", 1),
+def test_cores_are_shared_on_a_board() -> None:
+    workers = place(ServeConfig(), 2)
+    assert [(item.name, item.num_threads, item.core_board) for item in workers] == [
+        ("prefill-0", 2, "/board"),
+        ("decode-0", 2, "/board"),
     ]
 
 
@@ -46,7 +47,8 @@ def test_auto_is_the_dtype_that_the_machine_is_fast_in() -> None:
 
 
 def test_chosen_threads_win() -> None:
-    assert {worker.num_threads for worker in place(ServeConfig(num_threads=5), 2)} == {5}
+    workers = place(ServeConfig(num_threads=5), 2)
+    assert {(worker.num_threads, worker.core_board) for worker in workers} == {(5, None)}
 
 
 def test_parameters_reach_the_worker() -> None:
