@@ -28,6 +28,10 @@ class LayerWeights:
     gate_up: Linear  # outputs gate, then up
     down: Linear
 
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LlamaWeights:
@@ -35,6 +39,10 @@ class LlamaWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden_size]
     lm_head: Linear  # outputs logits
+
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        return *(matrix for layer in self.layers for matrix in layer.matrices), self.lm_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +69,12 @@ class LlamaModel:
     @property
     def device(self) -> str:
         return str(self._weights.embedding.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the embedding and the matrices; counts both where they are one."""
+        matrices = sum(matrix.num_bytes for matrix in self._weights.matrices)
+        return self._weights.embedding.nbytes + matrices
 
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, pool: Tensor, logits_of: Tensor
