@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.models.rope import cosine_and_sine
+from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, Linear, Ops
 
 
@@ -72,9 +73,11 @@ class LlamaModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the embedding and the matrices; counts both where they are one."""
+        """Memory of the embedding and the matrices."""
+        embedding, lm_head = self._weights.embedding, self._weights.lm_head
         matrices = sum(matrix.num_bytes for matrix in self._weights.matrices)
-        return self._weights.embedding.nbytes + matrices
+        shared = isinstance(lm_head, DenseLinear) and lm_head.weight is embedding
+        return matrices if shared else matrices + embedding.nbytes
 
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, pool: Tensor, logits_of: Tensor

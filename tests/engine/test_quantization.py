@@ -159,8 +159,13 @@ def test_quantization_is_for_cpus(model: PreTrainedModel, tmp_path: Path) -> Non
 
 
 def test_memory_is_said_at_the_start(
-    model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    tied = make_model("llama tied")
+    matrices = sum(each.nbytes for each in tied.parameters() if each.ndim == 2)
+
     with caplog.at_level(logging.INFO):
-        load_engine(tmp_path, dtype="float32", num_pages=3)
-    assert "3 pages of KV cache" in caplog.text
+        runner = load_engine(tmp_path, dtype="float32", num_pages=3)
+
+    assert runner.model.weight_bytes == matrices
+    assert "weights take 0 MB, 3 pages of KV cache 0 MB" in caplog.text
