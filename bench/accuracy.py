@@ -7,7 +7,6 @@ agreement is the share of positions where both find the same token most likely.
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ TEXTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
 WINDOW = 500  # tokens; each starts without a context
 PAGE_SIZE = 64
 NUM_PAGES = -(-WINDOW // PAGE_SIZE)
-LEAST_TOP1 = {Quantization.INT8: 0.97}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +96,7 @@ def measure(num_windows: int) -> list[Accuracy]:
     return [compare(each, expected, run(each)) for each in (Quantization.INT8, Quantization.INT4)]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="500 tokens instead of 2,000")
     parser.add_argument("--json", type=Path, help="write the result to this file")
@@ -113,9 +111,7 @@ def main() -> int:
     if arguments.json:
         values = [asdict(result) for result in results]
         arguments.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    enough = (each.top1_agreement >= LEAST_TOP1.get(each.quantization, 0.0) for each in results)
-    return 0 if all(enough) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
