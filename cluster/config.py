@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from pagewire.cluster.errors import ConfigError
+from pagewire.engine.quantization import Quantization
 from pagewire.kv_transfer.layout import PAGE_SIZES
 
 ENV_PREFIX = "PAGEWIRE_"
@@ -69,6 +70,10 @@ class ServeConfig(BaseSettings):
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="weights and KV cache; auto: what this machine is fast in"
+    )
+    quantization: Quantization = Field(
+        default=Quantization.NONE,
+        description="matrices: none, int8, or int4 as a GGUF file has them",
     )
     page_size: PageSize = Field(default=64, description="token slots of a page")
     num_pages: int | None = Field(

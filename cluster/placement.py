@@ -55,6 +55,7 @@ def worker_configs(
             routers=(router,),
             transport=config.transport,
             dtype=dtype if config.dtype == "auto" else config.dtype,
+            quantization=config.quantization,
             page_size=config.page_size,
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,

@@ -48,6 +48,7 @@ async def run_worker(
         load_engine,
         Path(config.model),
         dtype=config.dtype,
+        quantization=config.quantization,
         device=config.device,
         page_size=config.page_size,
         num_pages=config.num_pages,

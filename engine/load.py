@@ -1,5 +1,6 @@
 """From a model's path to an engine that can run steps: what a worker does once, at its start."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,13 +12,17 @@ from pagewire.engine.loading.identity import model_digest
 from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.quantization import Quantization
 from pagewire.kv_transfer.layout import KVLayout
+
+logger = logging.getLogger(__name__)
 
 
 def load_engine(
     path: Path,
     *,
     dtype: str = "bfloat16",
+    quantization: Quantization = Quantization.NONE,
     device: str = "cpu",
     page_size: int = 64,
     num_pages: int | None = None,
@@ -26,7 +31,8 @@ def load_engine(
 ) -> ModelRunner:
     """Load a GGUF file or safetensors directory and allocate its KV cache.
 
-    `dtype` is that of weights and KV: float32, float16 or bfloat16. `num_pages` None sizes the
+    `dtype` is that of KV and of what `quantization` leaves alone: float32, float16 or bfloat16.
+    `num_pages` None sizes the
     cache from free memory, `max_model_len` None takes the model's own, and `num_threads` None
     leaves torch's (process-wide) setting alone. Raises ModelError, MemoryBudgetError, and
     LayoutError for a dtype or page size that cannot be.
@@ -43,7 +49,9 @@ def load_engine(
         dtype=dtype,
     )
     length = _max_model_len(config, max_model_len)
-    model = load_model(checkpoint, dtype=getattr(torch, dtype), device=device)
+    model = load_model(
+        checkpoint, dtype=getattr(torch, dtype), device=device, quantization=quantization
+    )
     if num_pages is None:
         num_pages = choose_num_pages(
             layout,
@@ -51,6 +59,12 @@ def load_engine(
             available_bytes=available_bytes(device),
             share=default_share(device),
         )
+    logger.info(
+        "weights take %d MB, %d pages of KV cache %d MB",
+        model.weight_bytes // 10**6,
+        num_pages,
+        num_pages * layout.page_bytes // 10**6,
+    )
     return ModelRunner(
         model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)
     )

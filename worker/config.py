@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from pagewire.engine.quantization import Quantization
 from pagewire.proto.page_hash import PageHasher
 
 
@@ -24,6 +25,7 @@ class WorkerConfig:
     host: str = "127.0.0.1"  # where the worker listens for routers and for other workers
     transport: str = "auto"  # auto, ucx or tcp
     dtype: str = "bfloat16"
+    quantization: Quantization = Quantization.NONE
     device: str = "cpu"
     page_size: int = 64
     num_pages: int | None = None  # None: sized from the memory that is free
@@ -50,8 +52,11 @@ class WorkerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "WorkerConfig":
-        """Raises TypeError for an unknown key, ValueError for an unknown role."""
+        """Raises TypeError for an unknown key, ValueError for an unknown role or
+        quantization.
+        """
         values = json.loads(text)
         values["role"] = Role(values["role"])
+        values["quantization"] = Quantization(values["quantization"])
         values["routers"] = tuple(values["routers"])
         return cls(**values)

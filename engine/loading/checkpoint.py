@@ -1,10 +1,20 @@
 """The seam between a model's file format and its weights."""
 
+from enum import Enum
 from typing import Protocol
 
 from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
+from pagewire.kernels.int4_linear import Int4Blocks
+
+
+class Storage(Enum):
+    """How a file holds a tensor."""
+
+    FLOAT = "floating point"
+    INT4 = "4-bit blocks of 32"  # Q4_0 or Q4_1
+    QUANTIZED = "quantised in another way"
 
 
 class Checkpoint(Protocol):
@@ -16,6 +26,15 @@ class Checkpoint(Protocol):
         """Convert one tensor to the dtype of `into` and write it there.
 
         Raises ModelError when it is missing or its shape is not that of `into`.
+        """
+
+    def storage(self, name: str) -> Storage:
+        """How the file holds a tensor. Raises ModelError when it is missing."""
+
+    def read_int4(self, name: str) -> Int4Blocks:
+        """The blocks of a tensor whose storage is INT4, rows in the order of `read`.
+
+        Raises ModelError when it is missing or stored otherwise.
         """
 
     def rope_factors(self) -> Tensor | None:

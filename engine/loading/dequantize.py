@@ -11,7 +11,9 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from pagewire.engine.errors import ModelError
+from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.gguf_header import TensorEntry
+from pagewire.kernels.int4_linear import BLOCK, Int4Blocks
 
 _PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 _LIBRARY = (
@@ -23,7 +25,14 @@ _LIBRARY = (
     Type.Q5_K,
     Type.Q6_K,
 )
-SUPPORTED = (*_PLAIN, Type.Q4_0, Type.Q4_1, Type.Q8_0, *_LIBRARY)
+INT4 = (Type.Q4_0, Type.Q4_1)
+SUPPORTED = (*_PLAIN, *INT4, Type.Q8_0, *_LIBRARY)
+
+
+def storage_of(entry: TensorEntry) -> Storage:
+    if entry.type in _PLAIN:
+        return Storage.FLOAT
+    return Storage.INT4 if entry.type in INT4 else Storage.QUANTIZED
 
 
 def dequantize(raw: Tensor, entry: TensorEntry) -> Tensor:
@@ -49,6 +58,16 @@ def dequantize(raw: Tensor, entry: TensorEntry) -> Tensor:
     return values.view(entry.shape)
 
 
+def int4_blocks(raw: Tensor, entry: TensorEntry) -> Int4Blocks:
+    """The blocks of a matrix of type Q4_0 or Q4_1, unchanged; raw: uint8 [entry.num_bytes]."""
+    rows, columns = entry.shape
+    blocks = raw.view(rows, columns // BLOCK, -1)
+    scales = _halves(blocks, 0)
+    if entry.type == Type.Q4_0:
+        return Int4Blocks(quants=blocks[..., 2:], scales=scales, minima=scales * -8)
+    return Int4Blocks(quants=blocks[..., 4:], scales=scales, minima=_halves(blocks, 2))
+
+
 def _q4_0(blocks: Tensor) -> Tensor:
     """[num_blocks, 18]: a float16 scale, 16 bytes of two 4-bit numbers, offset by 8."""
     return (_nibbles(blocks[:, 2:]) - 8).mul_(_half(blocks, 0))
@@ -71,4 +90,9 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 def _half(blocks: Tensor, at: int) -> Tensor:
     """float32 [num_blocks, 1]: the float16 at byte `at` of each block."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return _halves(blocks, at)[:, None].float()
+
+
+def _halves(blocks: Tensor, at: int) -> Tensor:
+    """float16 [...]: the one at byte `at` of each block; blocks: uint8 [..., block_bytes]."""
+    return blocks[..., at : at + 2].contiguous().view(torch.float16)[..., 0]

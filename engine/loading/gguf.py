@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
-from pagewire.engine.loading.dequantize import dequantize
+from pagewire.engine.loading.checkpoint import Storage
+from pagewire.engine.loading.dequantize import dequantize, int4_blocks, storage_of
 from pagewire.engine.loading.gguf_header import GGUFHeader, TensorEntry, read_header
+from pagewire.kernels.int4_linear import Int4Blocks
 
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -56,20 +58,29 @@ class GGUFCheckpoint:
 
     def read(self, name: str, into: Tensor) -> None:
         name = _gguf_name(name)
-        entry = self._tensors.get(name)
-        if entry is None:
-            raise ModelError(f"model file {self._name} has no tensor {name}")
+        entry = self._entry(name)
         if entry.shape != into.shape:
             raise ModelError(
                 f"model file {self._name}: tensor {name} has shape {list(entry.shape)}, "
                 f"but its metadata asks for {list(into.shape)}"
             )
         values = self._dequantize(name, entry)
-        if self.config.architecture == "llama" and name.endswith(
-            ("attn_q.weight", "attn_k.weight")
-        ):
-            values = _halves_from_pairs(values, self.config.head_dim)
-        into.copy_(values)
+        into.copy_(self._in_our_order(name, values))
+
+    def storage(self, name: str) -> Storage:
+        return storage_of(self._entry(_gguf_name(name)))
+
+    def read_int4(self, name: str) -> Int4Blocks:
+        name = _gguf_name(name)
+        entry = self._entry(name)
+        if storage_of(entry) is not Storage.INT4:
+            raise ModelError(f"model file {self._name}: tensor {name} has no 4-bit blocks")
+        blocks = int4_blocks(self._raw(entry), entry)
+        return Int4Blocks(
+            quants=self._in_our_order(name, blocks.quants),
+            scales=self._in_our_order(name, blocks.scales),
+            minima=self._in_our_order(name, blocks.minima),
+        )
 
     def rope_factors(self) -> Tensor | None:
         entry = self._tensors.get("rope_freqs.weight")
@@ -83,9 +94,25 @@ class GGUFCheckpoint:
             )
         return factors
 
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self._tensors.get(name)
+        if entry is None:
+            raise ModelError(f"model file {self._name} has no tensor {name}")
+        return entry
+
+    def _raw(self, entry: TensorEntry) -> Tensor:
+        return self._bytes[entry.start : entry.start + entry.num_bytes]
+
+    def _in_our_order(self, name: str, rows: Tensor) -> Tensor:
+        """`rows` of a tensor, [out_features, ...], as Hugging Face has them."""
+        paired = name.endswith(("attn_q.weight", "attn_k.weight"))
+        if self.config.architecture == "llama" and paired:
+            return _halves_from_pairs(rows, self.config.head_dim)
+        return rows
+
     def _dequantize(self, name: str, entry: TensorEntry) -> Tensor:
         try:
-            return dequantize(self._bytes[entry.start : entry.start + entry.num_bytes], entry)
+            return dequantize(self._raw(entry), entry)
         except ModelError as error:
             raise ModelError(f"model file {self._name}: tensor {name} {error}") from error
 
@@ -118,7 +145,7 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER_PARTS[part]}.{kind}"
 
 
-def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
+def _halves_from_pairs(rows: Tensor, head_dim: int) -> Tensor:
     """Undo the row order of llama's q and k, which GGUF has for rope on neighbouring pairs."""
-    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    pairs = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
+from pagewire.engine.loading.checkpoint import Storage
+from pagewire.kernels.int4_linear import Int4Blocks
 
 DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
@@ -69,6 +71,14 @@ class SafetensorsCheckpoint:
                 f"supported are {', '.join(DTYPES)}"
             )
         into.copy_(file.get_tensor(name))
+
+    def storage(self, name: str) -> Storage:
+        if name not in self._files:
+            raise ModelError(f"model {self._directory.name} has no tensor {name}")
+        return Storage.FLOAT
+
+    def read_int4(self, name: str) -> Int4Blocks:
+        raise ModelError(f"model {self._directory.name}: tensor {name} has no 4-bit blocks")
 
     def rope_factors(self) -> Tensor | None:
         return None

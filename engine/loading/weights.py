@@ -1,7 +1,6 @@
 """From files on disk to a model that can run.
 
-Every tensor is converted straight into its place in the fused matrices, one after another, so that
-loading takes little more memory than the model.
+Here are the names of the tensors and how they are fused; `linears` decides how they are stored.
 """
 
 from pathlib import Path
@@ -9,13 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pagewire.engine.config import ModelConfig
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint
 from pagewire.engine.loading.gguf import GGUFCheckpoint
+from pagewire.engine.loading.linears import LinearLoader
 from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
-from pagewire.kernels.linear import DenseLinear
+from pagewire.engine.quantization import Quantization
 from pagewire.kernels.ops import Linear
 from pagewire.kernels.torch_ops import TorchOps
 
@@ -29,38 +30,48 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise ModelError(f"model {path} does not exist")
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> LlamaModel:
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    quantization: Quantization = Quantization.NONE,
+) -> LlamaModel:
     """Convert the tensors of an open checkpoint and make the decoder that its config describes.
 
-    Raises ModelError when a tensor is missing, misshapen or of a type that is not supported.
+    Raises ModelError when a tensor is missing, misshapen or of a type that is not supported, and
+    for a quantization that this device or checkpoint does not have.
     """
-    weights = _Loader(checkpoint, dtype, device).weights()
+    linears = LinearLoader(checkpoint, dtype=dtype, device=device, quantization=quantization)
+    weights = _Loader(linears, checkpoint.config).weights()
+    linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
     return LlamaModel(checkpoint.config, weights, frequencies.to(device), TorchOps())
 
 
 class _Loader:
-    """Reads the tensors that the config asks for, fused as the decoder wants them."""
+    """Names the tensors that the config asks for, fused as the decoder wants them."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
-        self._checkpoint = checkpoint
-        self._config = checkpoint.config
-        self._dtype = dtype
-        self._device = device
+    def __init__(self, linears: LinearLoader, config: ModelConfig) -> None:
+        self._linears = linears
+        self._tensor = linears.tensor
+        self._config = config
 
     def weights(self) -> LlamaWeights:
         config = self._config
         embedding = self._tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        if config.tie_word_embeddings:
-            lm_head = embedding
-        else:
-            lm_head = self._tensor("lm_head.weight", config.vocab_size, config.hidden_size)
         return LlamaWeights(
             embedding=embedding,
             layers=tuple(self._layer(index) for index in range(config.num_layers)),
             norm=self._tensor("model.norm.weight", config.hidden_size),
-            lm_head=DenseLinear(weight=lm_head),
+            lm_head=self._lm_head(embedding),
         )
+
+    def _lm_head(self, embedding: Tensor) -> Linear:
+        config = self._config
+        if config.tie_word_embeddings:
+            return self._linears.tied("model.embed_tokens", embedding)
+        return self._linears.linear({"lm_head": config.vocab_size}, config.hidden_size)
 
     def _layer(self, index: int) -> LayerWeights:
         config = self._config
@@ -81,29 +92,11 @@ class _Loader:
             down=self._linear(f"{layer}.mlp", {"down_proj": hidden}, config.intermediate_size),
         )
 
-    def _head_norm(self, name: str) -> Tensor | None:
-        return self._tensor(name, self._config.head_dim) if self._config.qk_norm else None
-
-    def _tensor(self, name: str, *shape: int) -> Tensor:
-        tensor = self._empty(*shape)
-        self._checkpoint.read(name, tensor)
-        return tensor
-
     def _linear(
         self, module: str, rows: dict[str, int], in_features: int, *, bias: bool = False
     ) -> Linear:
-        """The projections of `rows` as one matrix, their outputs behind one another."""
-        return DenseLinear(
-            weight=self._fused(module, rows, "weight", in_features),
-            bias=self._fused(module, rows, "bias") if bias else None,
-        )
+        full_names = {f"{module}.{part}": count for part, count in rows.items()}
+        return self._linears.linear(full_names, in_features, bias=bias)
 
-    def _fused(self, module: str, rows: dict[str, int], kind: str, *columns: int) -> Tensor:
-        """The projections of `rows` below one another: [sum of rows, *columns]."""
-        fused = self._empty(sum(rows.values()), *columns)
-        for part, into in zip(rows, torch.split(fused, list(rows.values())), strict=True):
-            self._checkpoint.read(f"{module}.{part}.{kind}", into)
-        return fused
-
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+    def _head_norm(self, name: str) -> Tensor | None:
+        return self._tensor(name, self._config.head_dim) if self._config.qk_norm else None

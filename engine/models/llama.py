@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.models.rope import cosine_and_sine
+from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, Linear, Ops
 
 
@@ -28,6 +29,10 @@ class LayerWeights:
     gate_up: Linear  # outputs gate, then up
     down: Linear
 
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LlamaWeights:
@@ -35,6 +40,10 @@ class LlamaWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden_size]
     lm_head: Linear  # outputs logits
+
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        return *(matrix for layer in self.layers for matrix in layer.matrices), self.lm_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +70,14 @@ class LlamaModel:
     @property
     def device(self) -> str:
         return str(self._weights.embedding.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the embedding and the matrices."""
+        embedding, lm_head = self._weights.embedding, self._weights.lm_head
+        matrices = sum(matrix.num_bytes for matrix in self._weights.matrices)
+        shared = isinstance(lm_head, DenseLinear) and lm_head.weight is embedding
+        return matrices if shared else matrices + embedding.nbytes
 
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, pool: Tensor, logits_of: Tensor

@@ -1,0 +1,117 @@
+"""What quantisation costs: the next-token distributions of int8 and int4 against float32's.
+
+Runs the default model over windows of this repository's own documentation. KL divergence is that
+of Kullback and Leibler, in nats, from float32 to the quantised model at each position; top-1
+agreement is the share of positions where both find the same token most likely.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pagewire.engine.load import load_engine
+from pagewire.engine.loading.resolve import resolve_model
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.quantization import Quantization
+from pagewire.kernels.ops import AttentionBatch
+from pagewire.router.tokenizer_loading import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+WINDOW = 500  # tokens; each starts without a context
+PAGE_SIZE = 64
+NUM_PAGES = -(-WINDOW // PAGE_SIZE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """One quantization against float32."""
+
+    quantization: Quantization
+    num_tokens: int
+    kl_mean: float  # nats
+    kl_p99: float
+    top1_agreement: float
+
+
+def load_windows(path: Path, num_windows: int) -> Tensor:
+    """Token ids of the documentation, int64 [num_windows, WINDOW]."""
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXTS)
+    token_ids = load_tokenizer(path).encode(text)[: num_windows * WINDOW]
+    return torch.tensor(token_ids).view(num_windows, WINDOW)
+
+
+def log_probabilities(runner: ModelRunner, windows: Tensor) -> Tensor:
+    """float32 [num_windows * WINDOW, vocab_size], at every position of each window."""
+    positions = torch.arange(WINDOW)
+    batch = AttentionBatch(
+        cu_seqlens=torch.tensor([0, WINDOW], dtype=torch.int32),
+        context_lens=torch.tensor([WINDOW], dtype=torch.int32),
+        page_table=torch.arange(NUM_PAGES, dtype=torch.int32)[None],
+        positions=positions,
+        slots=positions,
+        page_size=PAGE_SIZE,
+    )
+    with torch.inference_mode():
+        logits = [
+            runner.model.forward(window, batch, runner.kv_cache.pages, positions)
+            for window in windows
+        ]
+        return torch.cat(logits).log_softmax(dim=-1)
+
+
+def compare(quantization: Quantization, expected: Tensor, found: Tensor) -> Accuracy:
+    """expected, found: log probabilities [num_tokens, vocab_size]."""
+    divergence = (expected.exp() * (expected - found)).sum(dim=-1)
+    agreement = expected.argmax(dim=-1) == found.argmax(dim=-1)
+    return Accuracy(
+        quantization=quantization,
+        num_tokens=len(expected),
+        kl_mean=float(divergence.mean()),
+        kl_p99=float(divergence.quantile(0.99)),
+        top1_agreement=float(agreement.float().mean()),
+    )
+
+
+def measure(num_windows: int) -> list[Accuracy]:
+    path = resolve_model(None)
+    windows = load_windows(path, num_windows)
+
+    def run(quantization: Quantization) -> Tensor:
+        runner = load_engine(
+            path,
+            dtype="float32",
+            quantization=quantization,
+            page_size=PAGE_SIZE,
+            num_pages=NUM_PAGES,
+            max_model_len=WINDOW,
+        )
+        return log_probabilities(runner, windows)
+
+    expected = run(Quantization.NONE)
+    return [compare(each, expected, run(each)) for each in (Quantization.INT8, Quantization.INT4)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="500 tokens instead of 2,000")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    arguments = parser.parse_args()
+    results = measure(num_windows=1 if arguments.quick else 4)
+    for result in results:
+        print(
+            f"{result.quantization}: KL divergence {result.kl_mean:.4f} nats (p99 "
+            f"{result.kl_p99:.3f}), top-1 agreement {result.top1_agreement:.1%} "
+            f"on {result.num_tokens} tokens"
+        )
+    if arguments.json:
+        values = [asdict(result) for result in results]
+        arguments.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

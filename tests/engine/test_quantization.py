@@ -1,0 +1,171 @@
+"""Models whose matrices are quantised, from the file to the logits."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf_files import write_gguf
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.errors import ModelError
+from pagewire.engine.load import load_engine
+from pagewire.engine.loading import linears
+from pagewire.engine.loading.checkpoint import Storage
+from pagewire.engine.loading.dequantize import dequantize, int4_blocks
+from pagewire.engine.loading.gguf import GGUFCheckpoint
+from pagewire.engine.loading.gguf_header import TensorEntry
+from pagewire.engine.quantization import Quantization
+from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, find_library
+
+MakeModel = Callable[..., PreTrainedModel]
+
+PROMPT = list(range(40))
+TOLERANCE = 0.05
+
+
+def no_library() -> NativeLibrary:
+    raise NativeLibraryError("there is no compiler")
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips a test where the C++ kernels were not built."""
+    try:
+        find_library()
+    except NativeLibraryError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def model(make_model: MakeModel) -> PreTrainedModel:
+    return make_model("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4)
+
+
+def logits(path: Path, quantization: Quantization) -> Tensor:
+    runner = load_engine(path, dtype="float32", num_pages=1, quantization=quantization)
+    row = BatchRow(
+        request_id="r", token_ids=PROMPT, start=0, page_table=[0], sampling=SamplingParams()
+    )
+    return runner.forward(Batch(rows=(row,)))[0]
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm() / expected.norm())
+
+
+def set_to_what_the_file_holds(model: PreTrainedModel, kind: Type) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                blocks = gguf.quantize(parameter.numpy(), kind)
+                parameter.copy_(torch.from_numpy(gguf.dequantize(blocks, kind)))
+
+
+def expected_logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(torch.tensor([PROMPT])).logits[0, -1]
+    return result
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1], ids=lambda kind: str(kind.name))
+def test_int4_runs_the_weights_of_the_file(
+    kind: Type, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, model, "llama", kind=kind)
+    set_to_what_the_file_holds(model, kind)
+
+    assert relative_error(logits(path, Quantization.INT4), expected_logits(model)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("native")
+def test_int8_in_the_kernels_is_close_to_the_model(model: PreTrainedModel, tmp_path: Path) -> None:
+    assert relative_error(logits(tmp_path, Quantization.INT8), expected_logits(model)) < TOLERANCE
+
+
+def test_int8_without_the_kernels_runs_in_torch_and_says_so(
+    model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(linears, "find_library", no_library)
+
+    result = logits(tmp_path, Quantization.INT8)
+
+    assert relative_error(result, expected_logits(model)) < TOLERANCE
+    assert "int8 matrices run in torch, more slowly: there is no compiler" in caplog.text
+
+
+def test_int4_without_the_kernels_is_refused(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linears, "find_library", no_library)
+    with pytest.raises(ModelError, match=r"int4 needs the C\+\+ kernels: there is no compiler"):
+        logits(tmp_path, Quantization.INT4)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", [None, Type.Q8_0])
+def test_int4_needs_a_file_with_4_bit_blocks(
+    kind: Type | None, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    path = tmp_path
+    if kind is not None:
+        path = tmp_path / "tiny.gguf"
+        write_gguf(path, model, "llama", kind=kind)
+    with pytest.raises(ModelError, match=r"this model has none; choose such a file, or .* int8"):
+        logits(path, Quantization.INT4)
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1], ids=lambda kind: str(kind.name))
+def test_blocks_stand_for_the_dequantised_values(kind: Type) -> None:
+    values = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    raw = torch.from_numpy(gguf.quantize(values.numpy(), kind)).flatten()
+    entry = TensorEntry(shape=(6, 96), type=kind, start=0, num_bytes=raw.numel())
+
+    blocks = int4_blocks(raw, entry)
+
+    quants = torch.cat((blocks.quants & 15, blocks.quants >> 4), dim=2).float()
+    restored = quants * blocks.scales.float()[..., None] + blocks.minima.float()[..., None]
+    torch.testing.assert_close(restored.flatten(1), dequantize(raw, entry), rtol=0, atol=1e-6)
+
+
+def test_what_a_file_says_of_its_tensors(model: PreTrainedModel, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    for kind, storage in (
+        (Type.F16, Storage.FLOAT),
+        (Type.Q4_1, Storage.INT4),
+        (Type.Q8_0, Storage.QUANTIZED),
+    ):
+        write_gguf(path, model, "llama", kind=kind)
+        checkpoint = GGUFCheckpoint(path)
+        assert checkpoint.storage("lm_head.weight") is storage
+        if storage is not Storage.INT4:
+            with pytest.raises(ModelError, match=r"tensor output\.weight has no 4-bit blocks"):
+                checkpoint.read_int4("lm_head.weight")
+
+
+def test_quantization_is_for_cpus(model: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="quantization int8 needs device cpu; this is meta"):
+        load_engine(tmp_path, device="meta", num_pages=1, quantization=Quantization.INT8)
+
+
+def test_memory_is_said_at_the_start(
+    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tied = make_model("llama tied")
+    matrices = sum(each.nbytes for each in tied.parameters() if each.ndim == 2)
+
+    with caplog.at_level(logging.INFO):
+        runner = load_engine(tmp_path, dtype="float32", num_pages=3)
+
+    assert runner.model.weight_bytes == matrices
+    assert "weights take 0 MB, 3 pages of KV cache 0 MB" in caplog.text
