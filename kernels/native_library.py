@@ -23,13 +23,25 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P = ctypes.c_void_p
 _I = ctypes.c_int64
 _F = ctypes.c_float
+_OUTPUT = (_P, _P, _P)  # the result, or null and the 8-bit values and scales in its place
 
 # The arguments of each function, in the order of its definition in kernels/cpu/*.cpp.
 SIGNATURES = {
-    # dtype, x, outer_stride, inner_stride, weight, out, outer, inner, dim, eps
-    "rms_norm": (_I, _P, _I, _I, _P, _P, _I, _I, _I, _F),
-    # dtype, x, residual, weight, out, rows, dim, eps
-    "add_rms_norm": (_I, _P, _P, _P, _P, _I, _I, _F),
+    # dtype, x, values, scales, rows, dim
+    "quantize": (_I, _P, _P, _P, _I, _I),
+    # dtype, x, outer_stride, inner_stride, weight, output (3), outer, inner, dim, eps
+    "rms_norm": (_I, _P, _I, _I, _P, *_OUTPUT, _I, _I, _I, _F),
+    # dtype, x, residual, weight, output (3), rows, dim, eps
+    "add_rms_norm": (_I, _P, _P, _P, *_OUTPUT, _I, _I, _F),
+    # dtype, gate_up, output (3), rows, dim
+    "silu_mul": (_I, _P, *_OUTPUT, _I, _I),
+    # dtype, q, q_stride, k, k_stride, v, v_stride, cosine, sine, pool, slots, out,
+    # num_tokens, num_heads, num_kv_heads, head_dim, num_layers, layer, page_size
+    "rope_and_store": (_I, _P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, *(_I,) * 7),
+    # step
+    "attention_sizes": (_P,),
+    # step, q, token_stride, pool, layer, out
+    "paged_attention": (_P, _P, _I, _P, _I, _P),
 }
 
 

@@ -46,7 +46,6 @@ inline float sum(Floats values) {
     return total;
 }
 
-// NaN in any lane of `values` is not found; see absmax for a maximum that keeps it.
 inline float max(Floats values) {
     float largest = values[0];
     for (int64_t lane = 1; lane < kLanes; ++lane)
@@ -139,6 +138,12 @@ inline void store(Float16* to, Floats values) {
     vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)values)));
 }
 #endif
+
+// From values that are integers already.
+inline void store(int8_t* to, Floats values) {
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(values, Ints), Bytes);
+    std::memcpy(to, &bytes, sizeof bytes);
+}
 
 // The first `count` < kLanes elements; the other lanes are 0.
 template <typename T>
