@@ -51,6 +51,7 @@ def worker_configs(
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,
             num_threads=num_threads,
+            kernels=config.kernels,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
         )

@@ -17,9 +17,10 @@ from pagewire.kernels.native_library import DTYPE_CODES
 from pagewire.kernels.ops import AttentionBatch
 
 # Query rows (tokens times the query heads of one KV head) of a tile: K and V are read once for all.
-TILE_ROWS = 128
+# A multiple of the widest panel of attention_tile.h.
+TILE_ROWS = 144
 
-# Rows of at most this many tokens, as decode and speculation have them, are cut along their context.
+# Rows of at most this many tokens, as of decode and speculation, are cut along their context.
 MAX_SPLIT_TOKENS = 8
 # Positions of a part: parts keep threads busy when there are few rows, and cost a little each.
 PART_LEN = 512

@@ -15,7 +15,8 @@ import torch
 from pagewire.kernels.cpu_flags import cpu_flags
 
 FOLDER = Path(__file__).parent / "cpu"
-REBUILD = "install a C++ compiler (apt install g++), then: python setup.py build_ext --inplace"
+REBUILD = "install a C++ compiler (apt install g++), then: make kernels"
+NO_LIBRARY = "none needed: plain torch computes the same, more slowly"
 
 # As the functions expect them.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -46,7 +47,12 @@ SIGNATURES = {
 
 
 class NativeLibraryError(Exception):
-    """No library of C++ kernels can be used; says why and what to do."""
+    """No library of C++ kernels can be used."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +105,7 @@ def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> Nati
     """
     path = _path(instruction_set, folder)
     if not path.exists():
-        raise NativeLibraryError(f"{path.name} was not built; {REBUILD}")
+        raise NativeLibraryError(f"{path.name} was not built", REBUILD)
     try:
         functions = ctypes.CDLL(str(path))
         for name, arguments in SIGNATURES.items():
@@ -107,7 +113,7 @@ def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> Nati
             function.argtypes = arguments
             function.restype = None
     except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"{path.name} cannot be used: {error}; {REBUILD}") from error
+        raise NativeLibraryError(f"{path.name} cannot be used: {error}", REBUILD) from error
     return NativeLibrary(instruction_set=instruction_set, functions=functions)
 
 
@@ -120,7 +126,7 @@ def find_library(folder: Path = FOLDER) -> NativeLibrary:
     runnable = runnable_sets(machine, cpu_flags())
     if not runnable:
         known = ", ".join(each.title for each in INSTRUCTION_SETS)
-        raise NativeLibraryError(f"this CPU ({machine}) has none of {known}")
+        raise NativeLibraryError(f"this CPU ({machine}) has none of {known}", NO_LIBRARY)
     built = [each for each in runnable if _path(each, folder).exists()]
     return load_library((built or runnable)[0], folder)
 

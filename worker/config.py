@@ -27,6 +27,7 @@ class WorkerConfig:
     num_pages: int | None = None  # None: sized from the memory that is free
     max_model_len: int | None = None  # None: what the model says
     num_threads: int = 1
+    kernels: str = "auto"  # auto, native or torch
     max_batch_tokens: int = 512  # prompt tokens that one prefill step runs
     max_batch_size: int = 32  # sequences that one decode step runs
     slot_bytes: int = 4 << 20  # a staging slot, and so the largest frame

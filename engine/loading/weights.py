@@ -16,8 +16,7 @@ from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
 from pagewire.kernels.linear import DenseLinear
-from pagewire.kernels.ops import Linear
-from pagewire.kernels.torch_ops import TorchOps
+from pagewire.kernels.ops import Linear, Ops
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -29,14 +28,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise ModelError(f"model {path} does not exist")
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> LlamaModel:
+def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, ops: Ops) -> LlamaModel:
     """Convert the tensors of an open checkpoint and make the decoder that its config describes.
 
     Raises ModelError when a tensor is missing, misshapen or of a type that is not supported.
     """
     weights = _Loader(checkpoint, dtype, device).weights()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
-    return LlamaModel(checkpoint.config, weights, frequencies.to(device), TorchOps())
+    return LlamaModel(checkpoint.config, weights, frequencies.to(device), ops)
 
 
 class _Loader:

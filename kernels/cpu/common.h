@@ -60,7 +60,7 @@ inline Floats round_to_even(Floats values) {
     return (values + magic) - magic;
 }
 
-// e^x with a relative error of about 1e-7; 0 below -87.3, finite above 88.3, NaN for NaN.
+// e^x with a relative error of about 1e-7; 0 below -87.3, infinity above 88.3, NaN for NaN.
 // Splits x into n ln 2 + r with |r| <= ln 2 / 2 and adds n to the exponent of a polynomial in r.
 inline Floats exp(Floats x) {
     const Floats lowest = broadcast(-87.3f), highest = broadcast(88.3f);
@@ -76,7 +76,7 @@ inline Floats exp(Floats x) {
     p = p * r * r + r + 1.0f;
     const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
     const Floats result = p * (Floats)exponent;
-    return x < lowest ? Floats{} : result;
+    return x < lowest ? Floats{} : (x > highest ? broadcast(__builtin_inff()) : result);
 }
 
 // ---- storage types ------------------------------------------------------------------------------
