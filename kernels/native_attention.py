@@ -2,12 +2,13 @@
 
 A prompt chunk becomes tiles of query tokens, a row of decode becomes parts of its context. How a
 row is cut depends on nothing but its own length, so its result does not depend on the rows beside
-it or on the number of threads.
+it or on the number of threads; that of a chunk's token not on the cuts between chunks either.
 """
 
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -192,16 +193,21 @@ def _cut(batch: AttentionBatch, group: int, window: int) -> tuple[list[_Item], l
 
 
 def _tiles(whole: _Item, tile_tokens: int, window: int) -> Iterator[_Item]:
-    """Cut a row along its tokens; each tile sees the context up to its last token."""
-    for first in range(0, whole.num_tokens, tile_tokens):
-        num_tokens = min(tile_tokens, whole.num_tokens - first)
+    """Cut a row along its tokens; each tile sees the context up to its last token.
+
+    Evenly, so that no rest is small enough for the kernel of decode: its sums have another order,
+    and a token's result would depend on how its prompt is chunked.
+    """
+    num_tiles = -(-whole.num_tokens // tile_tokens)
+    cuts = [whole.num_tokens * index // num_tiles for index in range(num_tiles + 1)]
+    for first, end in pairwise(cuts):
         position = whole.position + first
         yield whole._replace(
             token=whole.token + first,
-            num_tokens=num_tokens,
+            num_tokens=end - first,
             position=position,
             begin=max(0, position - window + 1),
-            end=position + num_tokens,
+            end=whole.position + end,
         )
 
 

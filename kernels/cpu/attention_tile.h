@@ -7,9 +7,9 @@
 
 namespace pagewire {
 
-// A panel is the query rows of one or two vectors. What belongs to it is stored transposed,
+// A panel is the query rows of one to three vectors. What belongs to it is stored transposed,
 // [head_dim, width]; panels lie behind one another.
-constexpr int64_t kPanelVectors = 2;
+constexpr int64_t kPanelVectors = 3;
 
 // Positions or dimensions that a micro-kernel computes at once: enough accumulators to hide the
 // latency of multiply-add, few enough for the registers.
