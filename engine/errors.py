@@ -2,7 +2,8 @@
 
 EngineError
 ├── ModelError         the files of a model are missing, damaged or of a kind that is not supported
-└── MemoryBudgetError  the KV cache does not fit in the memory that is free
+├── MemoryBudgetError  the KV cache does not fit in the memory that is free
+└── KernelError        the kernels that were asked for cannot run here
 """
 
 
@@ -16,3 +17,7 @@ class ModelError(EngineError):
 
 class MemoryBudgetError(EngineError):
     """The KV cache does not fit in the memory that is free."""
+
+
+class KernelError(EngineError):
+    """The kernels that were asked for cannot run here."""

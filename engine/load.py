@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 
 from pagewire.engine.config import ModelConfig
-from pagewire.engine.errors import ModelError
+from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.loading.identity import model_digest
 from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.quantization import Quantization
+from pagewire.kernels.native_library import NativeLibraryError
+from pagewire.kernels.select import Kernels, SelectedOps, select_ops
 from pagewire.kv_transfer.layout import KVLayout
 
 logger = logging.getLogger(__name__)
@@ -28,15 +30,18 @@ def load_engine(
     num_pages: int | None = None,
     max_model_len: int | None = None,
     num_threads: int | None = None,
+    kernels: str = "auto",
 ) -> ModelRunner:
     """Load a GGUF file or safetensors directory and allocate its KV cache.
 
     `dtype` is that of KV and of what `quantization` leaves alone: float32, float16 or bfloat16.
-    `num_pages` None sizes the
-    cache from free memory, `max_model_len` None takes the model's own, and `num_threads` None
-    leaves torch's (process-wide) setting alone. Raises ModelError, MemoryBudgetError, and
-    LayoutError for a dtype or page size that cannot be.
+    `num_pages` None sizes the cache from free memory, `max_model_len` None takes the model's own,
+    and `num_threads` None leaves torch's (process-wide) setting alone. `kernels` is a value of
+    Kernels. Raises ModelError, MemoryBudgetError, KernelError, and LayoutError for a dtype or page
+    size that cannot be.
     """
+    selected = select_kernels(kernels, device)
+    logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     checkpoint = open_checkpoint(path)
@@ -50,7 +55,11 @@ def load_engine(
     )
     length = _max_model_len(config, max_model_len)
     model = load_model(
-        checkpoint, dtype=getattr(torch, dtype), device=device, quantization=quantization
+        checkpoint,
+        dtype=getattr(torch, dtype),
+        device=device,
+        ops=selected.ops,
+        quantization=quantization,
     )
     if num_pages is None:
         num_pages = choose_num_pages(
@@ -68,6 +77,14 @@ def load_engine(
     return ModelRunner(
         model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)
     )
+
+
+def select_kernels(kernels: str, device: str) -> SelectedOps:
+    """`select_ops` for a value of Kernels. Raises KernelError for one that cannot run here."""
+    try:
+        return select_ops(Kernels(kernels), device)
+    except NativeLibraryError as error:
+        raise KernelError(f"kernels is {kernels}: {error}") from error
 
 
 def _max_model_len(config: ModelConfig, wanted: int | None) -> int:

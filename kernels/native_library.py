@@ -15,7 +15,8 @@ import torch
 from pagewire.kernels.cpu_flags import cpu_flags
 
 FOLDER = Path(__file__).parent / "cpu"
-REBUILD = "install a C++ compiler (apt install g++), then: python setup.py build_ext --inplace"
+REBUILD = "install a C++ compiler (apt install g++), then: make kernels"
+NO_LIBRARY = "none needed: plain torch computes the same, more slowly"
 
 # As the functions expect them.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,13 +24,25 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P = ctypes.c_void_p
 _I = ctypes.c_int64
 _F = ctypes.c_float
+_OUTPUT = (_P, _P, _P)  # the result, or null and the 8-bit values and scales in its place
 
 # The arguments of each function, in the order of its definition in kernels/cpu/*.cpp.
 SIGNATURES = {
-    # dtype, x, outer_stride, inner_stride, weight, out, outer, inner, dim, eps
-    "rms_norm": (_I, _P, _I, _I, _P, _P, _I, _I, _I, _F),
-    # dtype, x, residual, weight, out, rows, dim, eps
-    "add_rms_norm": (_I, _P, _P, _P, _P, _I, _I, _F),
+    # dtype, x, values, scales, rows, dim
+    "quantize": (_I, _P, _P, _P, _I, _I),
+    # dtype, x, outer_stride, inner_stride, weight, output (3), outer, inner, dim, eps
+    "rms_norm": (_I, _P, _I, _I, _P, *_OUTPUT, _I, _I, _I, _F),
+    # dtype, x, residual, weight, output (3), rows, dim, eps
+    "add_rms_norm": (_I, _P, _P, _P, *_OUTPUT, _I, _I, _F),
+    # dtype, gate_up, output (3), rows, dim
+    "silu_mul": (_I, _P, *_OUTPUT, _I, _I),
+    # dtype, q, q_stride, k, k_stride, v, v_stride, cosine, sine, pool, slots, out,
+    # num_tokens, num_heads, num_kv_heads, head_dim, num_layers, layer, page_size
+    "rope_and_store": (_I, _P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, *(_I,) * 7),
+    # step
+    "attention_sizes": (_P,),
+    # step, q, token_stride, pool, layer, out
+    "paged_attention": (_P, _P, _I, _P, _I, _P),
     # dtype, x, x_scale, weight, scale, bias, out, rows, in_features, out_features
     "linear_int8": (_I, _P, _P, _P, _P, _P, _P, _I, _I, _I),
     # dtype, x, x_scale, blocks, bias, out, rows, in_features, out_features
@@ -38,7 +51,12 @@ SIGNATURES = {
 
 
 class NativeLibraryError(Exception):
-    """No library of C++ kernels can be used; says why and what to do."""
+    """No library of C++ kernels can be used."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +109,7 @@ def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> Nati
     """
     path = _path(instruction_set, folder)
     if not path.exists():
-        raise NativeLibraryError(f"{path.name} was not built; {REBUILD}")
+        raise NativeLibraryError(f"{path.name} was not built", REBUILD)
     try:
         functions = ctypes.CDLL(str(path))
         for name, arguments in SIGNATURES.items():
@@ -99,7 +117,7 @@ def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> Nati
             function.argtypes = arguments
             function.restype = None
     except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"{path.name} cannot be used: {error}; {REBUILD}") from error
+        raise NativeLibraryError(f"{path.name} cannot be used: {error}", REBUILD) from error
     return NativeLibrary(instruction_set=instruction_set, functions=functions)
 
 
@@ -112,7 +130,7 @@ def find_library(folder: Path = FOLDER) -> NativeLibrary:
     runnable = runnable_sets(machine, cpu_flags())
     if not runnable:
         known = ", ".join(each.title for each in INSTRUCTION_SETS)
-        raise NativeLibraryError(f"this CPU ({machine}) has none of {known}")
+        raise NativeLibraryError(f"this CPU ({machine}) has none of {known}", NO_LIBRARY)
     built = [each for each in runnable if _path(each, folder).exists()]
     return load_library((built or runnable)[0], folder)
 

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import grpc
 import torch
 
-from pagewire.engine.batch import Batch
+from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import IntegrityError
 from pagewire.kv_transfer.layout import KVLayout
@@ -225,7 +225,7 @@ class WorkerShell(Handler, Generic[Core]):
 
     # --- The model --------------------------------------------------------------------------------
 
-    def _execute(self, batch: Batch) -> list[int | None]:
+    def _execute(self, batch: Batch) -> StepResult:
         """Run a step, in the model's thread: the number of OpenMP threads belongs to that one."""
         if self._board is not None:
             torch.set_num_threads(self._board.claim())

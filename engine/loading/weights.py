@@ -17,8 +17,7 @@ from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
 from pagewire.engine.quantization import Quantization
-from pagewire.kernels.ops import Linear
-from pagewire.kernels.torch_ops import TorchOps
+from pagewire.kernels.ops import Linear, Ops
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -35,6 +34,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: str,
+    ops: Ops,
     quantization: Quantization = Quantization.NONE,
 ) -> LlamaModel:
     """Convert the tensors of an open checkpoint and make the decoder that its config describes.
@@ -46,7 +46,7 @@ def load_model(
     weights = _Loader(linears, checkpoint.config).weights()
     linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
-    return LlamaModel(checkpoint.config, weights, frequencies.to(device), TorchOps())
+    return LlamaModel(checkpoint.config, weights, frequencies.to(device), ops)
 
 
 class _Loader:

@@ -2,13 +2,16 @@
 // whose context was split put together again.
 #include <omp.h>
 
+#include <algorithm>
+
 #include "attention_rows.h"
 #include "attention_tile.h"
 
 namespace pagewire {
 namespace {
 
-// Consecutive tokens of one row against a range of its context; for every KV head. ITEM_FIELDS.
+// Consecutive tokens of one row against a range of its context; for every KV head. _Item in
+// native_attention.py.
 struct Item {
     int64_t row;
     int64_t token;  // the first, in the ragged dimension
@@ -19,7 +22,7 @@ struct Item {
     int64_t part;  // where the state goes when others share the tokens; -1: nobody does
 };
 
-// Items that share their tokens. MERGE_FIELDS.
+// Items that share their tokens. _Merge in native_attention.py.
 struct Merge {
     int64_t token;
     int64_t num_tokens;
@@ -47,43 +50,37 @@ struct Step {
     float* parts;    // [num_parts, num_kv_heads, part_size]
     float* scratch;  // [num_threads, thread_size]
     int64_t num_threads;
+    int64_t part_size;
+    int64_t thread_size;
 
     int64_t group() const { return num_heads / num_kv_heads; }
 };
 
-// Parts and threads start at multiples of a vector.
-int64_t part_size(const Step& step) {
-    return round_up(state_size(step.max_rows, step.head_dim), kLanes);
-}
-
-// A state that no part holds lies in front of the scratch of the kernel.
-int64_t thread_size(const Step& step) {
-    const int64_t kernel = rows_scratch_size(step.head_dim) +
-                           tile_scratch_size(step.max_rows, step.head_dim);
-    return part_size(step) + round_up(kernel, kLanes);
-}
-
-// Writes the softmax over all parts of `num_tokens` tokens; `parts` are `stride` floats apart.
-template <typename T>
-void write_output(const Step& step, int64_t num_tokens, const float* parts, int64_t num_parts,
-                  int64_t stride, T* out) {
-    const int64_t num_rows = num_tokens * step.group(), head_dim = step.head_dim;
+// Adds the softmax over another part of the context to `state`.
+void add_state(int64_t num_rows, int64_t head_dim, SoftmaxState state, SoftmaxState other) {
     for (int64_t r = 0; r < num_rows; ++r) {
-        const float* max = parts + num_rows * head_dim + r;
-        const float* sum = max + num_rows;
-        float largest = kMinusInfinity;
-        for (int64_t i = 0; i < num_parts; ++i)
-            largest = max[i * stride] > largest ? max[i * stride] : largest;
-        float total = 0.0f;
-        for (int64_t i = 0; i < num_parts; ++i)
-            total += exp(broadcast(max[i * stride] - largest))[0] * sum[i * stride];
-        T* to = out + (r / step.group() * step.num_heads + r % step.group()) * head_dim;
+        const float max = std::max(state.max[r], other.max[r]);
+        const Floats base = finite_max(broadcast(max));
+        const Floats factor = exp(state.max[r] - base), other_factor = exp(other.max[r] - base);
+        state.max[r] = max;
+        state.sum[r] = state.sum[r] * factor[0] + other.sum[r] * other_factor[0];
         for_each_vector(head_dim, [&](int64_t d, auto load, auto store) {
-            Floats values = {};
-            for (int64_t i = 0; i < num_parts; ++i)
-                values += load(parts + i * stride + r * head_dim + d) *
-                          exp(broadcast(max[i * stride] - largest));
-            store(to + d, values / total);
+            float* values = state.values + r * head_dim + d;
+            const float* others = other.values + r * head_dim + d;
+            store(values, load(values) * factor + load(others) * other_factor);
+        });
+    }
+}
+
+// out: the first row of [num_tokens, num_heads, head_dim].
+template <typename T>
+void write_output(const Step& step, int64_t num_rows, SoftmaxState state, T* out) {
+    const int64_t group = step.group(), head_dim = step.head_dim;
+    for (int64_t r = 0; r < num_rows; ++r) {
+        T* to = out + (r / group * step.num_heads + r % group) * head_dim;
+        const float factor = 1.0f / state.sum[r];
+        for_each_vector(head_dim, [&](int64_t d, auto load, auto store) {
+            store(to + d, load(state.values + r * head_dim + d) * factor);
         });
     }
 }
@@ -110,7 +107,7 @@ void run_item(const Step& step, const Item& item, int64_t kv_head, int64_t layer
         step.page_size,
         head_dim,
     };
-    const int64_t size = part_size(step);
+    const int64_t size = step.part_size;
     float* memory = item.part < 0
                         ? scratch
                         : step.parts + (item.part * step.num_kv_heads + kv_head) * size;
@@ -120,17 +117,21 @@ void run_item(const Step& step, const Item& item, int64_t kv_head, int64_t layer
     else
         attend_tile(queries, kv, item.begin, item.end, scratch + size, state);
     if (item.part < 0)
-        write_output(step, item.num_tokens, memory, 1, size,
+        write_output(step, queries.num_rows(), state,
                      out + (item.token * step.num_heads + kv_head * group) * head_dim);
 }
 
 template <typename T>
 void run_merge(const Step& step, const Merge& merge, int64_t kv_head, T* out) {
-    const int64_t size = part_size(step);
+    const int64_t num_rows = merge.num_tokens * step.group();
+    const auto part = [&](int64_t index) {
+        const int64_t place = (merge.first_part + index) * step.num_kv_heads + kv_head;
+        return state_at(step.parts + place * step.part_size, num_rows, step.head_dim);
+    };
+    for (int64_t index = 1; index < merge.num_parts; ++index)
+        add_state(num_rows, step.head_dim, part(0), part(index));
     write_output(
-        step, merge.num_tokens,
-        step.parts + (merge.first_part * step.num_kv_heads + kv_head) * size, merge.num_parts,
-        step.num_kv_heads * size,
+        step, num_rows, part(0),
         out + (merge.token * step.num_heads + kv_head * step.group()) * step.head_dim);
 }
 
@@ -139,12 +140,20 @@ void run_merge(const Step& step, const Merge& merge, int64_t kv_head, T* out) {
 
 using namespace pagewire;
 
-// How many floats a step needs: of each part and KV head, and of each thread.
-PAGEWIRE_EXPORT int64_t attention_part_size(const Step* step) { return part_size(*step); }
-PAGEWIRE_EXPORT int64_t attention_thread_size(const Step* step) { return thread_size(*step); }
+// Fills in part_size and thread_size: the floats that a step needs for each part and KV head, and
+// for each thread. Both are whole vectors, so that every part and thread starts at one.
+PAGEWIRE_EXPORT void attention_sizes(Step* step) {
+    step->part_size = round_up(state_size(step->max_rows, step->head_dim), kLanes);
+    // A state that is no part lies in front of what the kernels need.
+    step->thread_size =
+        step->part_size +
+        round_up(std::max(rows_scratch_size(step->head_dim),
+                          tile_scratch_size(step->max_rows, step->head_dim)),
+                 kLanes);
+}
 
-// q: [num_tokens, num_heads, head_dim] with tokens token_stride apart; pool: [num_pages, num_layers,
-// num_kv_heads, 2, page_size, head_dim]; out: as q, contiguous.
+// q: [num_tokens, num_heads, head_dim] with tokens token_stride apart; pool: [num_pages,
+// num_layers, num_kv_heads, 2, page_size, head_dim]; out: as q, contiguous.
 PAGEWIRE_EXPORT void paged_attention(const Step* step, const void* q, int64_t token_stride,
                                      const void* pool, int64_t layer, void* out) {
     dispatch(step->dtype, [&](auto* type) {
@@ -152,7 +161,7 @@ PAGEWIRE_EXPORT void paged_attention(const Step* step, const void* q, int64_t to
         const int64_t kv_heads = step->num_kv_heads;
 #pragma omp parallel num_threads(step->num_threads) if (step->num_threads > 1)
         {
-            float* scratch = step->scratch + omp_get_thread_num() * thread_size(*step);
+            float* scratch = step->scratch + omp_get_thread_num() * step->thread_size;
             // Items are sorted by their cost: whoever is free takes the largest that is left.
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < step->num_items * kv_heads; ++i)

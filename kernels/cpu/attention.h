@@ -6,6 +6,10 @@
 
 #include "common.h"
 
+// In front of the loops over accumulators: only when these are unrolled early does GCC keep the
+// accumulators in registers from the start, instead of clearing them in memory first.
+#define UNROLL _Pragma("GCC unroll 8")
+
 namespace pagewire {
 
 // Positions of the context between two updates of the running softmax. Blocks start at multiples of

@@ -38,18 +38,18 @@ template <int64_t Rows, typename T>
 void score_rows(const float* q, const T* k, int64_t head_dim, int64_t count, float* scores) {
     for (int64_t n = 0; n < count; n += 4) {
         const T* keys[4];  // behind the end the last one again: what lies there may be anything
-        for (int64_t i = 0; i < 4; ++i)
+        UNROLL for (int64_t i = 0; i < 4; ++i)
             keys[i] = k + (n + i < count ? n + i : count - 1) * head_dim;
         Floats sums[Rows][4] = {};
         for (int64_t d = 0; d < head_dim; d += kLanes) {
             Floats key[4];
-            for (int64_t i = 0; i < 4; ++i) key[i] = load(keys[i] + d);
-            for (int64_t r = 0; r < Rows; ++r) {
+            UNROLL for (int64_t i = 0; i < 4; ++i) key[i] = load(keys[i] + d);
+            UNROLL for (int64_t r = 0; r < Rows; ++r) {
                 const Floats query = load(q + r * head_dim + d);
-                for (int64_t i = 0; i < 4; ++i) sums[r][i] += query * key[i];
+                UNROLL for (int64_t i = 0; i < 4; ++i) sums[r][i] += query * key[i];
             }
         }
-        for (int64_t r = 0; r < Rows; ++r)
+        UNROLL for (int64_t r = 0; r < Rows; ++r)
             store_sums(scores + r * kBlock + n, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
     }
 }
@@ -82,17 +82,17 @@ template <int64_t Rows, int64_t Vectors, typename T>
 void add_values(const float* weights, const T* v, int64_t head_dim, int64_t count,
                 const float* shrink, float* values) {
     Floats sums[Rows][Vectors];
-    for (int64_t r = 0; r < Rows; ++r)
-        for (int64_t i = 0; i < Vectors; ++i)
+    UNROLL for (int64_t r = 0; r < Rows; ++r)
+        UNROLL for (int64_t i = 0; i < Vectors; ++i)
             sums[r][i] = load(values + r * head_dim + i * kLanes) * shrink[r];
     for (int64_t n = 0; n < count; ++n) {
-        for (int64_t i = 0; i < Vectors; ++i) {
+        UNROLL for (int64_t i = 0; i < Vectors; ++i) {
             const Floats value = load(v + n * head_dim + i * kLanes);
-            for (int64_t r = 0; r < Rows; ++r) sums[r][i] += weights[r * kBlock + n] * value;
+            UNROLL for (int64_t r = 0; r < Rows; ++r) sums[r][i] += weights[r * kBlock + n] * value;
         }
     }
-    for (int64_t r = 0; r < Rows; ++r)
-        for (int64_t i = 0; i < Vectors; ++i)
+    UNROLL for (int64_t r = 0; r < Rows; ++r)
+        UNROLL for (int64_t i = 0; i < Vectors; ++i)
             store(values + r * head_dim + i * kLanes, sums[r][i]);
 }
 

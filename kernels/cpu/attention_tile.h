@@ -7,11 +7,12 @@
 
 namespace pagewire {
 
-// A panel is the query rows of one or two vectors. What belongs to it is stored transposed,
+// A panel is the query rows of one to three vectors. What belongs to it is stored transposed,
 // [head_dim, width]; panels lie behind one another.
-constexpr int64_t kPanelVectors = 2;
+constexpr int64_t kPanelVectors = 3;
 
-// Positions or dimensions that a micro-kernel computes at once: its accumulators fill most registers.
+// Positions or dimensions that a micro-kernel computes at once: enough accumulators to hide the
+// latency of multiply-add, few enough for the registers.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t kUnroll = 4;
 #else
@@ -25,12 +26,14 @@ void score_tile(const float* q, const float* k, int64_t head_dim, float* scores)
     Floats sums[Count][Vectors] = {};
     for (int64_t d = 0; d < head_dim; ++d) {
         Floats query[Vectors];
-        for (int64_t i = 0; i < Vectors; ++i) query[i] = load(q + d * width + i * kLanes);
-        for (int64_t n = 0; n < Count; ++n)
-            for (int64_t i = 0; i < Vectors; ++i) sums[n][i] += k[n * head_dim + d] * query[i];
+        UNROLL for (int64_t i = 0; i < Vectors; ++i) query[i] = load(q + d * width + i * kLanes);
+        UNROLL for (int64_t n = 0; n < Count; ++n)
+            UNROLL for (int64_t i = 0; i < Vectors; ++i)
+            sums[n][i] += k[n * head_dim + d] * query[i];
     }
-    for (int64_t n = 0; n < Count; ++n)
-        for (int64_t i = 0; i < Vectors; ++i) store(scores + n * width + i * kLanes, sums[n][i]);
+    UNROLL for (int64_t n = 0; n < Count; ++n)
+        UNROLL for (int64_t i = 0; i < Vectors; ++i)
+        store(scores + n * width + i * kLanes, sums[n][i]);
 }
 
 template <int64_t Vectors>
@@ -49,17 +52,20 @@ void add_tile(const float* weights, const float* v, int64_t head_dim, int64_t co
               const Floats* shrink, float* values) {
     constexpr int64_t width = Vectors * kLanes;
     Floats sums[Count][Vectors];
-    for (int64_t d = 0; d < Count; ++d)
-        for (int64_t i = 0; i < Vectors; ++i)
+    UNROLL for (int64_t d = 0; d < Count; ++d)
+        UNROLL for (int64_t i = 0; i < Vectors; ++i)
             sums[d][i] = load(values + d * width + i * kLanes) * shrink[i];
     for (int64_t n = 0; n < count; ++n) {
         Floats weight[Vectors];
-        for (int64_t i = 0; i < Vectors; ++i) weight[i] = load(weights + n * width + i * kLanes);
-        for (int64_t d = 0; d < Count; ++d)
-            for (int64_t i = 0; i < Vectors; ++i) sums[d][i] += v[n * head_dim + d] * weight[i];
+        UNROLL for (int64_t i = 0; i < Vectors; ++i)
+            weight[i] = load(weights + n * width + i * kLanes);
+        UNROLL for (int64_t d = 0; d < Count; ++d)
+            UNROLL for (int64_t i = 0; i < Vectors; ++i)
+            sums[d][i] += v[n * head_dim + d] * weight[i];
     }
-    for (int64_t d = 0; d < Count; ++d)
-        for (int64_t i = 0; i < Vectors; ++i) store(values + d * width + i * kLanes, sums[d][i]);
+    UNROLL for (int64_t d = 0; d < Count; ++d)
+        UNROLL for (int64_t i = 0; i < Vectors; ++i)
+        store(values + d * width + i * kLanes, sums[d][i]);
 }
 
 template <int64_t Vectors>

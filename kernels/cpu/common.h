@@ -46,7 +46,6 @@ inline float sum(Floats values) {
     return total;
 }
 
-// NaN in any lane of `values` is not found; see absmax for a maximum that keeps it.
 inline float max(Floats values) {
     float largest = values[0];
     for (int64_t lane = 1; lane < kLanes; ++lane)
@@ -61,7 +60,7 @@ inline Floats round_to_even(Floats values) {
     return (values + magic) - magic;
 }
 
-// e^x with a relative error of about 1e-7; 0 below -87.3, finite above 88.3, NaN for NaN.
+// e^x with a relative error of about 1e-7; 0 below -87.3, infinity above 88.3, NaN for NaN.
 // Splits x into n ln 2 + r with |r| <= ln 2 / 2 and adds n to the exponent of a polynomial in r.
 inline Floats exp(Floats x) {
     const Floats lowest = broadcast(-87.3f), highest = broadcast(88.3f);
@@ -77,7 +76,7 @@ inline Floats exp(Floats x) {
     p = p * r * r + r + 1.0f;
     const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
     const Floats result = p * (Floats)exponent;
-    return x < lowest ? Floats{} : result;
+    return x < lowest ? Floats{} : (x > highest ? broadcast(__builtin_inff()) : result);
 }
 
 // ---- storage types ------------------------------------------------------------------------------
@@ -139,6 +138,12 @@ inline void store(Float16* to, Floats values) {
     vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)values)));
 }
 #endif
+
+// From values that are integers already.
+inline void store(int8_t* to, Floats values) {
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(values, Ints), Bytes);
+    std::memcpy(to, &bytes, sizeof bytes);
+}
 
 // The first `count` < kLanes elements; the other lanes are 0.
 template <typename T>

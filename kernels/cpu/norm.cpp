@@ -1,26 +1,22 @@
 // RMSNorm (Zhang & Sennrich, 2019), alone and behind the addition of the residual.
 #include <cmath>
 
-#include "common.h"
+#include "rows.h"
 
 namespace pagewire {
 namespace {
 
+// to = weight * x / rms(x)
 template <typename T>
-float inverse_rms(const T* x, int64_t dim, float eps) {
+void norm_row(const T* x, const T* weight, T* to, int64_t dim, float eps) {
     Floats squares = {};
     for_each_vector(dim, [&](int64_t i, auto load, auto) {
         const Floats values = load(x + i);
         squares += values * values;
     });
-    return 1.0f / std::sqrt(sum(squares) / dim + eps);
-}
-
-// out = weight * x * factor
-template <typename T>
-void scale_row(const T* x, const T* weight, T* out, int64_t dim, float factor) {
+    const float factor = 1.0f / std::sqrt(sum(squares) / dim + eps);
     for_each_vector(dim, [&](int64_t i, auto load, auto store) {
-        store(out + i, load(weight + i) * (load(x + i) * factor));
+        store(to + i, load(weight + i) * (load(x + i) * factor));
     });
 }
 
@@ -37,34 +33,31 @@ void add_row(const T* x, T* residual, int64_t dim) {
 
 using namespace pagewire;
 
-// x: [outer, inner, dim] with strides, the last one 1; weight: [dim]; out: [outer, inner, dim].
+// x: [outer, inner, dim] with strides, the last one 1; weight: [dim]; one row of output for each
+// of its outer * inner.
 PAGEWIRE_EXPORT void rms_norm(int64_t dtype, const void* x, int64_t outer_stride,
-                              int64_t inner_stride, const void* weight, void* out, int64_t outer,
-                              int64_t inner, int64_t dim, float eps) {
+                              int64_t inner_stride, const void* weight, void* out, int8_t* values,
+                              float* scales, int64_t outer, int64_t inner, int64_t dim, float eps) {
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const int64_t rows = outer * inner;
-#pragma omp parallel for if (rows * dim > kSerialElements)
-        for (int64_t row = 0; row < rows; ++row) {
+        for_each_row<T>(outer * inner, dim, {out, values, scales}, [&](int64_t row, T* to) {
             const T* from = static_cast<const T*>(x) + row / inner * outer_stride +
                             row % inner * inner_stride;
-            scale_row(from, static_cast<const T*>(weight), static_cast<T*>(out) + row * dim, dim,
-                      inverse_rms(from, dim, eps));
-        }
+            norm_row(from, static_cast<const T*>(weight), to, dim, eps);
+        });
     });
 }
 
-// residual += x, out = rms_norm(residual); all [rows, dim].
+// residual += x, output = rms_norm(residual); x, residual: [rows, dim].
 PAGEWIRE_EXPORT void add_rms_norm(int64_t dtype, const void* x, void* residual, const void* weight,
-                                  void* out, int64_t rows, int64_t dim, float eps) {
+                                  void* out, int8_t* values, float* scales, int64_t rows,
+                                  int64_t dim, float eps) {
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp parallel for if (rows * dim > kSerialElements)
-        for (int64_t row = 0; row < rows; ++row) {
+        for_each_row<T>(rows, dim, {out, values, scales}, [&](int64_t row, T* to) {
             T* total = static_cast<T*>(residual) + row * dim;
             add_row(static_cast<const T*>(x) + row * dim, total, dim);
-            scale_row(total, static_cast<const T*>(weight), static_cast<T*>(out) + row * dim, dim,
-                      inverse_rms(total, dim, eps));
-        }
+            norm_row(total, static_cast<const T*>(weight), to, dim, eps);
+        });
     });
 }

@@ -18,6 +18,8 @@ HEALTHY = Machine(
     shared_memory_free=1 << 30,
     torch="2.13.0",
     gpus=(),
+    kernels="C++ for AVX2",
+    kernels_remedy="",
     ray="2.60.0",
     ray_has_dashboard=True,
     ucx=UcxProbe(
@@ -31,6 +33,7 @@ HEALTHY = Machine(
     ports={"port": 8000, "dashboard_port": 8265},
     taken_ports=frozenset(),
 )
+SLOW = replace(HEALTHY, kernels="plain torch: not built", kernels_remedy="install g++")
 NO_UCX = replace(HEALTHY.ucx, usable=False, explanation="ucxx cannot be imported")
 
 
@@ -54,6 +57,7 @@ def test_a_healthy_machine_needs_nothing() -> None:
         (replace(HEALTHY, shared_memory_free=64 << 20), "/dev/shm", Status.WARN, "--shm-size"),
         (replace(HEALTHY, shared_memory_free=None), "/dev/shm", Status.WARN, "--shm-size"),
         (replace(HEALTHY, torch=None), "torch", Status.FAIL, "make install"),
+        (SLOW, "CPU kernels", Status.WARN, "g++"),
         (replace(HEALTHY, ray=None), "Ray", Status.FAIL, "--launcher subprocess"),
         (replace(HEALTHY, ray_has_dashboard=False), "Ray", Status.WARN, "ray[default]"),
         (replace(HEALTHY, ucx=NO_UCX), "UCX", Status.WARN, "pagewire[ucx]"),

@@ -12,7 +12,7 @@ from gguf_files import write_gguf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pagewire.engine.batch import Batch, BatchRow, SamplingParams
+from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.errors import ModelError
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading import linears
@@ -21,6 +21,7 @@ from pagewire.engine.loading.dequantize import dequantize, int4_blocks
 from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.gguf_header import TensorEntry
 from pagewire.engine.quantization import Quantization
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, find_library
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -30,7 +31,7 @@ TOLERANCE = 0.05
 
 
 def no_library() -> NativeLibrary:
-    raise NativeLibraryError("there is no compiler")
+    raise NativeLibraryError("there is no compiler", "install one")
 
 
 @pytest.fixture

@@ -1,0 +1,169 @@
+"""Every operation in C++, on a CPU: one pass over memory each, with the threads of torch.
+
+Tensors are handed over as addresses, so what the kernels rely on and a caller could get wrong is
+checked here.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from pagewire.kernels.native_attention import NativeAttentionPlan
+from pagewire.kernels.native_library import DTYPE_CODES, NativeLibrary
+from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, QuantizedActivation
+
+
+class NativeOps:
+    """Implements `pagewire.kernels.ops.Ops` for float32, bfloat16 and float16.
+
+    Each raises ValueError for tensors of mixed or other dtypes, or not laid out as it needs them.
+    """
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._functions = library.functions
+
+    def quantize(self, x: Tensor) -> QuantizedActivation:
+        rows, dim = x.shape
+        x = x.contiguous()
+        values, scales = _quantized(rows, dim)
+        self._functions.quantize(
+            _code(x), x.data_ptr(), values.data_ptr(), scales.data_ptr(), rows, dim
+        )
+        return QuantizedActivation(values=values, scales=scales)
+
+    @overload
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool) -> Activation: ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> Activation:
+        code = _code(x, weight)
+        rows = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # [outer, inner, dim]
+        outer, inner, dim = rows.shape
+        if rows.stride(2) != 1:
+            rows = rows.contiguous()
+        result, addresses = _output(x.shape, x.dtype, quantize)
+        self._functions.rms_norm(
+            code,
+            rows.data_ptr(),
+            rows.stride(0),
+            rows.stride(1),
+            weight.data_ptr(),
+            *addresses,
+            outer,
+            inner,
+            dim,
+            eps,
+        )
+        return result
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> tuple[Activation, Tensor]:
+        code = _code(x, residual, weight)
+        rows, dim = x.shape
+        x, residual = x.contiguous(), residual.contiguous()
+        result, addresses = _output(x.shape, x.dtype, quantize)
+        self._functions.add_rms_norm(
+            code,
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            *addresses,
+            rows,
+            dim,
+            eps,
+        )
+        return result, residual
+
+    def silu_mul(self, gate_up: Tensor, *, quantize: bool = False) -> Activation:
+        rows, both = gate_up.shape
+        gate_up = gate_up.contiguous()
+        result, addresses = _output((rows, both // 2), gate_up.dtype, quantize)
+        self._functions.silu_mul(_code(gate_up), gate_up.data_ptr(), *addresses, rows, both // 2)
+        return result
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        pool: Tensor,
+        layer: int,
+        slots: Tensor,
+    ) -> Tensor:
+        code = _code(q, k, v, pool)
+        num_tokens, num_heads, head_dim = q.shape
+        _, num_layers, num_kv_heads, _, page_size, _ = pool.shape
+        if not pool.is_contiguous():
+            raise ValueError("the pool is not contiguous; give the whole pool, not a part of it")
+        q, k, v = (_with_whole_tokens(x) for x in (q, k, v))
+        cosine, sine = rope[0].contiguous(), rope[1].contiguous()
+        slots = slots.contiguous()
+        out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype)
+        self._functions.rope_and_store(
+            code,
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            pool.data_ptr(),
+            slots.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            num_layers,
+            layer,
+            page_size,
+        )
+        return out
+
+    def plan_attention(
+        self, batch: AttentionBatch, *, scale: float, window: int | None
+    ) -> AttentionPlan:
+        return NativeAttentionPlan(self._functions, batch, scale=scale, window=window)
+
+
+def _code(first: Tensor, *others: Tensor) -> int:
+    """The dtype that all of them have, as C++ knows it."""
+    dtype = first.dtype
+    if dtype not in DTYPE_CODES or any(other.dtype is not dtype for other in others):
+        given = ", ".join(str(tensor.dtype) for tensor in (first, *others))
+        raise ValueError(
+            f"got {given}; give all in one dtype of {', '.join(map(str, DTYPE_CODES))}"
+        )
+    return DTYPE_CODES[dtype]
+
+
+def _output(
+    shape: tuple[int, ...], dtype: torch.dtype, quantize: bool
+) -> tuple[Activation, tuple[int | None, int | None, int | None]]:
+    """Memory for a result, and its addresses as `Output` of rows.h takes them."""
+    if not quantize:
+        out = torch.empty(shape, dtype=dtype)
+        return out, (out.data_ptr(), None, None)
+    values, scales = _quantized(*shape)
+    activation = QuantizedActivation(values=values, scales=scales)
+    return activation, (None, values.data_ptr(), scales.data_ptr())
+
+
+def _quantized(rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.empty((rows, dim), dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
+
+
+def _with_whole_tokens(x: Tensor) -> Tensor:
+    """x, copied unless its heads lie behind one another; [num_tokens, num_heads, head_dim]."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

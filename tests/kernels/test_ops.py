@@ -1,0 +1,169 @@
+"""Every operation of each implementation against the float64 reference, over ragged shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_case import TOLERANCE, PagedCase, Shape, assert_close
+from torch import Tensor
+
+from pagewire.kernels import reference
+from pagewire.kernels.ops import AttentionBatch, Ops, QuantizedActivation
+
+DTYPES = tuple(TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(ops: Ops, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(7, 48, dtype=dtype) * 30, torch.randn(48, dtype=dtype)
+    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    heads = x.view(7, 3, 16)[:, 1:]  # strided, as a norm on each head sees it
+    assert_close(ops.rms_norm(heads, weight[:16], 0.1), reference.rms_norm(heads, weight[:16], 0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(ops: Ops, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 7, 48, dtype=dtype)
+    weight = torch.randn(48, dtype=dtype)
+    total = x.double() + residual.double()
+
+    normed, new_residual = ops.add_rms_norm(x, residual, weight, 1e-5)
+
+    assert_close(new_residual, total)
+    assert_close(normed, reference.rms_norm(new_residual, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(ops: Ops, dtype: torch.dtype) -> None:
+    gate_up = torch.randn(7, 96, dtype=dtype) * 4
+    gate, up = gate_up.chunk(2, dim=1)
+    assert_close(ops.silu_mul(gate_up), reference.silu_mul(gate, up))
+
+
+def test_quantize(ops: Ops) -> None:
+    x = torch.tensor([[127.0, -127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0, 0.0]])
+
+    quantized = ops.quantize(x)
+
+    assert quantized.values.tolist() == [[127, -127, 0, 2, -2], [0] * 5]
+    assert quantized.values.dtype == torch.int8
+    assert quantized.scales.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_is_within_half_a_step(ops: Ops, dtype: torch.dtype) -> None:
+    x = torch.randn(7, 48, dtype=dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)
+
+    quantized = ops.quantize(x)
+
+    restored = quantized.values * quantized.scales[:, None]
+    assert torch.all((restored - x.float()).abs() <= quantized.scales[:, None] * 0.5001)
+    assert quantized.values.abs().amax(dim=1).tolist() == [127] * 7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operations_quantize_their_results(ops: Ops, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 7, 48, dtype=dtype)
+    weight = torch.randn(48, dtype=dtype)
+    added, _ = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    added_quantized, _ = ops.add_rms_norm(x, residual.clone(), weight, 1e-5, quantize=True)
+    for plain, result in (
+        (ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5, quantize=True)),
+        (added, added_quantized),
+        (ops.silu_mul(x), ops.silu_mul(x, quantize=True)),
+    ):
+        assert isinstance(plain, Tensor) and isinstance(result, QuantizedActivation)
+        expected = ops.quantize(plain)
+        assert torch.equal(result.values, expected.values)
+        assert torch.equal(result.scales, expected.scales)
+
+
+RAGGED = ((1, 1), (5, 5), (1, 16), (7, 40), (1, 17), (1, 63), (1, 100), (64, 65), (1, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_attention_of_a_ragged_batch(
+    ops: Ops, page_size: int, window: int | None, dtype: torch.dtype
+) -> None:
+    case = PagedCase(Shape(rows=RAGGED, page_size=page_size), dtype)
+    assert_close(case.attention(ops, window), case.expected(window))
+
+
+@pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 1), (1, 8), (4, 1), (3, 3)])
+def test_attention_with_any_grouping_of_heads(ops: Ops, num_kv_heads: int, group: int) -> None:
+    shape = Shape(rows=((1, 30), (1, 31), (12, 20)), num_kv_heads=num_kv_heads, group=group)
+    case = PagedCase(shape, torch.float32)
+    assert_close(case.attention(ops, None), case.expected(None))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(0, 80)).map(lambda row: (row[0], sum(row))),
+        min_size=1,
+        max_size=6,
+    ),
+    decode_contexts=st.lists(st.integers(1, 200), max_size=6),
+    window=st.none() | st.integers(1, 100),
+    page_size=st.sampled_from([16, 32]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_of_any_batch(
+    ops: Ops,
+    rows: list[tuple[int, int]],
+    decode_contexts: list[int],
+    window: int | None,
+    page_size: int,
+    seed: int,
+) -> None:
+    rows += [(1, context) for context in decode_contexts]
+    shape = Shape(rows=tuple(rows), page_size=page_size, group=2, head_dim=8, num_layers=2)
+    case = PagedCase(shape, torch.float32, seed)
+    assert_close(case.attention(ops, window), case.expected(window))
+
+
+def test_a_chunked_prompt_attends_as_a_whole_one(ops: Ops) -> None:
+    whole = PagedCase(Shape(rows=((90, 90),)), torch.float32)
+    expected = whole.attention(ops, None)
+    for start, end in ((0, 40), (40, 41), (41, 90)):
+        batch = AttentionBatch(
+            cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32),
+            context_lens=torch.tensor([end], dtype=torch.int32),
+            page_table=whole.batch.page_table,
+            positions=whole.batch.positions[start:end],
+            slots=whole.batch.slots[start:end],
+            page_size=16,
+        )
+        plan = ops.plan_attention(batch, scale=0.3, window=None)
+        chunk = plan.run(whole.q[start:end], whole.pool, layer=1)
+        assert_close(chunk, expected[start:end].double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_and_store(ops: Ops, dtype: torch.dtype) -> None:
+    case = PagedCase(Shape(rows=((3, 3), (20, 50), (1, 17))), dtype)
+    before = case.pool.clone()
+    num_tokens, head_dim = len(case.q), case.shape.head_dim
+    k, v = torch.randn(2, num_tokens, case.shape.num_kv_heads, head_dim).to(dtype)
+    frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angles = case.batch.positions[:, None] * frequencies
+
+    rotated = ops.rope_and_store(
+        case.q, k, v, (angles.cos(), angles.sin()), case.pool, 2, case.batch.slots
+    )
+
+    positions = case.batch.positions
+    assert_close(rotated, reference.rope(case.q, positions, frequencies))
+    pages, slots = case.batch.slots // 16, case.batch.slots % 16
+    stored = case.pool[pages, 2, :, :, slots]  # [num_tokens, num_kv_heads, 2, head_dim]
+    assert_close(stored[:, :, 0], reference.rope(k, positions, frequencies))
+    assert torch.equal(stored[:, :, 1], v)
+    case.pool[pages, 2, :, :, slots] = torch.nan
+    assert torch.equal(case.pool.view(torch.uint8), before.view(torch.uint8))
