@@ -189,7 +189,8 @@ def show(reports: Sequence[PeerReport], machine: Machine, skipped: Mapping[str, 
         f"{rates}; {skipped_line(skipped)}\n"
     )
     for table in (load_table, prefill_table, ratio_table, cost_table):
-        print(table(reports) + "\n")
+        if text := table(reports):
+            print(text + "\n")
 
 
 def skipped_line(skipped: Mapping[str, str]) -> str:

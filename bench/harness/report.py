@@ -187,9 +187,7 @@ def cost_table(reports: Sequence[PeerReport]) -> str:
 
 def throughput_ratios(reports: Sequence[PeerReport], base: str) -> dict[str, dict[int, float]]:
     """Output tokens per second of engine `base` by those of every other, by number of streams."""
-    own = next((report for report in reports if report.name == base), None)
-    if own is None:
-        return {}
+    own = next(report for report in reports if report.name == base)
     return {
         report.name: {
             count: own.load[count].output_tokens_per_s / figures.output_tokens_per_s
@@ -201,8 +199,13 @@ def throughput_ratios(reports: Sequence[PeerReport], base: str) -> dict[str, dic
     }
 
 
-def ratio_table(reports: Sequence[PeerReport]) -> str:
-    """Every variant of Pagewire against every engine: output tokens per second."""
+def ratio_table(reports: Sequence[PeerReport]) -> str | None:
+    """Every Pagewire server against every other engine: output tokens per second.
+
+    None when there is nothing to compare with.
+    """
+    if len(reports) < 2:
+        return None
     counts = sorted({count for report in reports for count in report.load})
     rows = []
     for report in reports:

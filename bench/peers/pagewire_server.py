@@ -61,7 +61,7 @@ class PagewireServer:
                 return READY in log.read_text(encoding="utf-8")
 
             ready_s = await wait_ready(process, is_ready, log=log, timeout_s=START_TIMEOUT_S)
-            yield RunningPeer(endpoint=endpoint, pid=process.pid, ready_s=ready_s)
+            yield RunningPeer(endpoint=endpoint, pid=process.pid, ready_s=ready_s, url=url)
 
     def _command(self, model: Path, port: int) -> list[str]:
         options = [str(model), "--served-model", SERVED_MODEL, "--port", str(port)]

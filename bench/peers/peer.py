@@ -35,6 +35,7 @@ class RunningPeer:
     endpoint: Endpoint
     pid: int  # of its first process
     ready_s: float  # from its start
+    url: str | None = None  # of an engine that is a server
 
 
 class Peer(Protocol):

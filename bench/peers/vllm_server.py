@@ -46,7 +46,7 @@ class VllmServer:
             ready_s = await wait_ready(
                 process, lambda: answers_ok(f"{url}/health"), log=log, timeout_s=START_TIMEOUT_S
             )
-            yield RunningPeer(endpoint=endpoint, pid=process.pid, ready_s=ready_s)
+            yield RunningPeer(endpoint=endpoint, pid=process.pid, ready_s=ready_s, url=url)
 
     def _command(self, workspace: Workspace, port: int) -> list[str]:
         options = {
