@@ -34,8 +34,9 @@ from harness.report import (
     prefill_table,
     ratio_table,
 )
-from harness.scenarios import QUICK, Plan, Record, loads_of, make_round, run_round
+from harness.scenarios import QUICK, Plan, Record, RoundInput, loads_of, make_round, run_round
 from harness.starts import forget, start_seconds
+from harness.streams import StreamError
 from pagewire.cluster.api import tokenizer_of
 from pagewire.engine.loading.resolve import resolve_model
 from peers.catalog import all_peers
@@ -79,9 +80,10 @@ async def compare(
     workspace: Workspace,
     skipped: dict[str, str],
 ) -> list[PeerReport]:
-    """Start all engines, run all rounds. One that does not start is added to `skipped`.
+    """Start all engines, run all rounds, and report.
 
-    Raises StreamError when an engine fails while it is measured.
+    An engine that does not start, or fails while it is measured, is added to `skipped`. Raises
+    StreamError when one fails in the short outputs before the first round.
     """
     source = PromptSource(
         tokenizer_of(workspace.model).encode(TEXT.read_text(encoding="utf-8")), seed=SEED
@@ -102,11 +104,19 @@ async def compare(
         for number in range(plan.rounds):
             prompts = make_round(plan, source)
             for contender in _rotated(contenders, number):
-                traits = contender.peer.traits
-                endpoint = contender.running.endpoint
-                await run_round(endpoint, traits, plan, prompts, contender.record)
+                try:
+                    await measure(contender, plan, prompts)
+                except StreamError as error:
+                    skipped[contender.peer.traits.name] = f"it failed under load: {error}"
+                    contenders.remove(contender)
             say(f"round {number + 1} of {plan.rounds}")
         return [report(contender, plan, machine) for contender in contenders]
+
+
+async def measure(contender: Contender, plan: Plan, prompts: RoundInput) -> None:
+    """One round of one engine."""
+    traits = contender.peer.traits
+    await run_round(contender.running.endpoint, traits, plan, prompts, contender.record)
 
 
 async def _warm_up(contenders: Sequence[Contender], plan: Plan, source: PromptSource) -> None:
@@ -243,4 +253,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (StartError, StreamError) as failure:
+        sys.exit(f"the benchmark failed: {failure}")

@@ -57,12 +57,14 @@ class PipeEndpoint:
 
     async def run(self) -> None:
         """Hand out what the child writes, until it ends; then all streams under way fail."""
-        while line := await self._reader.readline():
-            self._hand_out(json.loads(line), time.perf_counter())
-        self._has_ended = True
-        for request in self._requests.values():
-            request.ended.set_exception(StreamError("the engine's process ended"))
-        self._requests.clear()
+        try:
+            while line := await self._reader.readline():
+                self._hand_out(json.loads(line), time.perf_counter())
+        finally:  # also when a line is none of the protocol: nobody must wait for ever
+            self._has_ended = True
+            for request in self._requests.values():
+                request.ended.set_exception(StreamError("the engine's process ended"))
+            self._requests.clear()
 
     def _hand_out(self, step: Mapping[str, object], now: float) -> None:
         tokens, done = step["tokens"], step["done"]
