@@ -33,15 +33,16 @@ async def running_process(
     argv: Sequence[str],
     *,
     log: Path,
-    environment: Mapping[str, str],
+    environment: Mapping[str, str | None],
     cwd: Path,
     stdin: int | None = asyncio.subprocess.DEVNULL,
     stdout: int | None = None,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a program in a session of its own; at the end of the block the whole session is gone.
 
-    `environment` is added to this process's. Output goes to the file `log`; `stdout` may take the
-    standard output out of it. Raises StartError when there is no such program.
+    `environment` is added to this process's; None takes a variable away. Output goes to the file
+    `log`; `stdout` may take the standard output out of it. Raises StartError when there is no such
+    program.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -51,7 +52,7 @@ async def running_process(
                 stdin=stdin,
                 stdout=output if stdout is None else stdout,
                 stderr=output,
-                env={**os.environ, **environment},
+                env=_merged(environment),
                 cwd=cwd,
                 start_new_session=True,
             )
@@ -91,6 +92,11 @@ async def answers_ok(url: str) -> bool:
             return (await client.get(url)).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
+
+
+def _merged(changes: Mapping[str, str | None]) -> dict[str, str]:
+    merged = {**os.environ, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
 
 
 def _tail(log: Path) -> str:

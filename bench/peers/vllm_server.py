@@ -61,9 +61,9 @@ class VllmServer:
         return [str(program), "serve", str(workspace.safetensors), *arguments]
 
 
-def _environment() -> dict[str, str]:
+def _environment() -> dict[str, str | None]:
     return {
-        "OMP_NUM_THREADS": str(len(cores())),
+        "OMP_NUM_THREADS": None,  # it would give torch more threads than vLLM wants beside its own
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores()[0]}-{cores()[-1]}",
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
