@@ -3,9 +3,10 @@
 #   make PYTHON=python3.12 …            another interpreter for a new .venv
 #   make serve ARGS="--port 9000"       arguments for `pagewire serve`
 #   make test ARGS="tests/router -x"    arguments for pytest
+#   make bench-peers ARGS="openvino"    some of the engines to compare with
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels serve test check proto bench
+.PHONY: help install kernels serve test check proto bench bench-peers
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),ucx$(comma))dev
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 
 install: $(INSTALLED) ## .venv with all dependencies and the default model
 
@@ -68,3 +69,6 @@ proto: $(INSTALLED) ## regenerate the stubs in proto/
 
 bench: $(KERNELS) ## the quick form of every benchmark
 	@set -e; for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
+
+bench-peers: $(INSTALLED) ## the engines that bench/cpu.py compares with, each in .bench/<peer>
+	PYTHONPATH=bench $(BIN)/python -m peers.install $(ARGS)

@@ -1,0 +1,219 @@
+"""Reasoning loads on Pagewire: long outputs of swinging length, arriving at their own pace.
+
+Each variant of the server gets the same requests at the same times. Measured are the KV use and the
+batch of the decode worker over time, the time until a request is complete and how far the slowest
+lag behind, and what quantisation, speculation and the prefix cache change. A switch that this
+version of `pagewire serve` does not have is skipped, and the output says so.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from harness.figures import output_rate, percentile, tpots_s
+from harness.load import Arrival, open_loop
+from harness.plot import sparkline
+from harness.prompts import TEXT, PromptSource
+from harness.streams import StreamTimes
+from harness.table import markdown_table, number
+from harness.worker_samples import DecodeSample, sampled
+from harness.workload import TimedRequest, TraceError, read_trace, reasoning_load, scaled
+from pagewire.cluster.api import tokenizer_of
+from pagewire.engine.loading.resolve import resolve_model
+from peers.pagewire_server import PagewireServer, serve_has
+from peers.workspace import Workspace
+
+SEED = 1
+SAMPLE_S = 0.25
+PLOT_WIDTH = 72
+
+# Arguments of `pagewire serve`, by what they are to show.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "int8 weights": ("--quantization", "int8"),
+    "int4 weights": ("--quantization", "int4"),
+    "int8 KV": ("--kv-dtype", "int8"),
+    "speculation": ("--speculation", "ngram"),
+    "no prefix cache": ("--no-prefix-cache",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is sent."""
+
+    num_requests: int = 40
+    rate_per_s: float = 0.4
+    prompt_tokens: int = 128
+    mean_output_tokens: float = 500.0
+    sigma: float = 0.9
+    max_output_tokens: int = 4000
+
+
+QUICK = Load(num_requests=6, rate_per_s=1.5, mean_output_tokens=24.0, max_output_tokens=96)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One variant under the load. Times in seconds unless named otherwise."""
+
+    output_tokens_per_s: float
+    ttft_p50_ms: float
+    tpot_p50_ms: float | None
+    tpot_p99_ms: float | None
+    e2e_p50: float
+    e2e_p99: float
+    last_tenth: float  # from the end of 90 % of the requests to the end of all, by the whole time
+    kv_peak: float  # share of the decode workers' pages
+    kv_mean: float
+    batch_peak: int
+    batch_mean: float  # over the samples in which anything ran
+    samples: tuple[DecodeSample, ...]
+
+
+def make_arrivals(requests: Sequence[TimedRequest], workspace: Workspace) -> list[Arrival]:
+    """Requests with prompts, the same in every variant."""
+    tokens = tokenizer_of(workspace.model).encode(TEXT.read_text(encoding="utf-8"))
+    source = PromptSource(tokens, seed=SEED)
+    return [
+        Arrival(
+            at_s=request.at_s,
+            prompt=source.take(1, request.prompt_tokens)[0],
+            max_tokens=request.output_tokens,
+        )
+        for request in requests
+    ]
+
+
+async def run(options: Sequence[str], arrivals: Sequence[Arrival], workspace: Workspace) -> Outcome:
+    """Start a server with these options and put it under the load. Raises StreamError."""
+    async with PagewireServer(options=options).start(workspace) as running:
+        assert running.url is not None
+        async with sampled(running.url, interval_s=SAMPLE_S) as samples:
+            streams = await open_loop(running.endpoint, arrivals)
+    return outcome(streams, samples)
+
+
+def outcome(streams: Sequence[StreamTimes], samples: Sequence[DecodeSample]) -> Outcome:
+    """The figures of one run. Raises ValueError when there are no streams or samples."""
+    e2e = [stream.end - stream.sent for stream in streams]
+    ends = sorted(stream.end for stream in streams)
+    start = min(stream.sent for stream in streams)
+    tpots = tpots_s(streams)
+    kv = [sample.used_pages / sample.total_pages for sample in samples]
+    batches = [sample.running for sample in samples if sample.running]
+    return Outcome(
+        output_tokens_per_s=output_rate(streams),
+        ttft_p50_ms=percentile([stream.ttft_s for stream in streams], 0.5) * 1e3,
+        tpot_p50_ms=percentile(tpots, 0.5) * 1e3 if tpots else None,
+        tpot_p99_ms=percentile(tpots, 0.99) * 1e3 if tpots else None,
+        e2e_p50=percentile(e2e, 0.5),
+        e2e_p99=percentile(e2e, 0.99),
+        last_tenth=(ends[-1] - percentile(ends, 0.9)) / (ends[-1] - start),
+        kv_peak=max(kv),
+        kv_mean=statistics.mean(kv),
+        batch_peak=max(batches, default=0),
+        batch_mean=statistics.mean(batches) if batches else 0.0,
+        samples=tuple(samples),
+    )
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """All variants, one a row."""
+    header = ["variant", "output tok/s", "TTFT p50 (ms)", "TPOT p50", "TPOT p99 (ms)"]
+    header += ["E2E p50", "E2E p99 (s)", "last tenth", "KV peak", "KV mean", "batch peak", "mean"]
+    rows = []
+    for name, each in outcomes.items():
+        values = [each.output_tokens_per_s, each.ttft_p50_ms, each.tpot_p50_ms, each.tpot_p99_ms]
+        values += [each.e2e_p50, each.e2e_p99]
+        shares = [f"{share:.0%}" for share in (each.last_tenth, each.kv_peak, each.kv_mean)]
+        batch = [str(each.batch_peak), number(each.batch_mean)]
+        rows.append([name, *map(number, values), *shares, *batch])
+    return markdown_table(header, rows)
+
+
+def plots(name: str, each: Outcome) -> str:
+    """KV use and batch of one variant over time, each up to its own peak."""
+    used = [sample.used_pages for sample in each.samples]
+    running = [sample.running for sample in each.samples]
+    seconds = each.samples[-1].at_s
+    return (
+        f"{name}, {seconds:.0f} s from left to right\n"
+        f"  KV pages |{sparkline(used, width=PLOT_WIDTH, top=max(used))}| to {max(used)}\n"
+        f"  batch    |{sparkline(running, width=PLOT_WIDTH, top=max(running))}| to {max(running)}"
+    )
+
+
+def requests_of(arguments: argparse.Namespace, load: Load) -> list[TimedRequest]:
+    """The load, or the trace in its place. Raises TraceError."""
+    if arguments.trace is None:
+        return reasoning_load(**asdict(load), seed=SEED)
+    return scaled(
+        read_trace(arguments.trace),
+        num_requests=load.num_requests,
+        rate_per_s=load.rate_per_s,
+        tokens=arguments.scale_tokens,
+    )
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--quick", action="store_true", help="the default alone, within a minute")
+    parser.add_argument("--requests", type=int, help=f"default {Load().num_requests}")
+    parser.add_argument(
+        "--rate", type=float, help=f"requests a second; default {Load().rate_per_s}"
+    )
+    parser.add_argument("--trace", type=Path, help="times and lengths of a .csv or .jsonl trace")
+    parser.add_argument(
+        "--scale-tokens", type=float, default=0.1, help="multiplies the lengths of a trace"
+    )
+    arguments = parser.parse_args()
+    for name in ("requests", "rate", "scale_tokens"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    base = QUICK if arguments.quick else Load()
+    load = Load(
+        **asdict(base)
+        | {"num_requests": arguments.requests or base.num_requests}
+        | {"rate_per_s": arguments.rate or base.rate_per_s}
+    )
+    try:
+        requests = requests_of(arguments, load)
+    except TraceError as error:
+        raise SystemExit(str(error)) from error
+    workspace = Workspace(model=resolve_model(None))
+    arrivals = make_arrivals(requests, workspace)
+    outcomes, skipped = {}, {}
+    for name, options in VARIANTS.items():
+        if arguments.quick and options:
+            skipped[name] = "--quick"
+        elif options and not serve_has(options[0]):
+            skipped[name] = f"`pagewire serve` has no {options[0]}"
+        else:
+            outcomes[name] = asyncio.run(run(options, arrivals, workspace))
+    print("\n\n".join(plots(name, each) for name, each in outcomes.items()) + "\n")
+    print(table(outcomes))
+    for name, reason in skipped.items():
+        print(f"skipped: {name} ({reason})")
+    if arguments.json:
+        result = {
+            "requests": [asdict(request) for request in requests],
+            "variants": {name: asdict(each) for name, each in outcomes.items()},
+            "skipped": skipped,
+        }
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
