@@ -124,7 +124,7 @@ def stop(server: Server) -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = start(tmp_path_factory.mktemp("serve"), "--dtype", "bfloat16")
+    running = start(tmp_path_factory.mktemp("serve"), "--dtype", "float32")
     yield running
     if running.process.poll() is None:
         stop(running)
@@ -132,7 +132,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_banner_tells_model_workers_and_urls(server: Server) -> None:
     workers = server.workers()
-    assert "SmolLM2-135M-Instruct (bfloat16)" in server.line("  model ")
+    assert "SmolLM2-135M-Instruct (float32)" in server.line("  model ")
     for name in ("prefill-0", "decode-0"):
         line = server.line(f"  {name} ")
         assert f"pid {workers[name]['pid']}, cpu" in line
