@@ -97,6 +97,9 @@ class ServeConfig(BaseSettings):
     prefix_cache: bool = Field(
         default=True, description="keep the KV of prompts for those that begin alike"
     )
+    speculation: Literal["none", "ngram"] = Field(
+        default="none", description="drafts that a decode step checks; ngram: from the text so far"
+    )
     max_queued: int = Field(default=1024, ge=1, description="requests that wait in the router")
     queue_timeout_s: float = Field(
         default=60.0, gt=0, description="a request that waits longer fails"

@@ -9,6 +9,10 @@ from pathlib import Path
 from pagewire.cluster.config import ServeConfig
 from pagewire.worker.config import Role, WorkerConfig
 
+# Drafts of a decode step, shared out among its rows: with many rows a step is bound by arithmetic,
+# and a draft costs nearly what a row costs.
+MAX_DRAFT_TOKENS = 16
+
 _CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max …"
 
 
@@ -65,6 +69,7 @@ def worker_configs(
             kernels=config.kernels,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
+            max_draft_tokens=MAX_DRAFT_TOKENS if config.speculation == "ngram" else 0,
             prefix_cache_secret=prefix_cache_secret,
         )
         for slot, (role, index) in enumerate(names)

@@ -7,6 +7,7 @@ from pagewire.decode_worker.slots import SlotHolder
 from pagewire.engine.batch import BatchRow
 from pagewire.engine.page_pool import Reservation
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.speculative import DraftLength, NgramDrafter
 from pagewire.engine.token_history import TokenHistory
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageKey
@@ -31,6 +32,9 @@ class DecodeSequence:
     history: TokenHistory | None = None  # where `sampling` has penalties
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # not emitted yet, if asked
     num_emitted: int = 0  # output tokens that the router was told of
+    drafter: NgramDrafter | None = None  # where drafts may pay
+    draft_length: DraftLength = field(default_factory=DraftLength)
+    drafts: tuple[int, ...] = ()  # of the step that runs or comes next
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -48,19 +52,31 @@ class DecodeSequence:
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens whose KV exists once the next step has run."""
-        return self.num_prompt_tokens + len(self.output)
+        """Tokens whose KV exists once the next step has run, that of its drafts included."""
+        return self.num_prompt_tokens + len(self.output) + len(self.drafts)
+
+    def draft(self, limit: int) -> None:
+        """Propose at most `limit` tokens for the next step.
+
+        Never more than can be used: with the token that a step samples behind its drafts, a
+        sequence ends at its max_tokens.
+        """
+        self.drafts = ()
+        if self.drafter is not None:
+            room = self.sampling.max_tokens - len(self.output) - 1
+            self.drafts = self.drafter.propose(min(limit, room, self.draft_length.value))
 
     def next_row(self) -> BatchRow:
-        """Run the token sampled last, sample the next."""
+        """Run the token sampled last and the drafts behind it, sample the next of each."""
         return BatchRow(
             request_id=self.key.request_id,
-            token_ids=self.output[-1:],
-            start=self.num_kv_tokens - 1,
+            token_ids=(self.output[-1], *self.drafts),
+            start=self.num_prompt_tokens + len(self.output) - 1,
             page_table=self.pages,
             sampling=self.sampling,
             output_position=len(self.output),
             history=self.history,
+            num_drafts=len(self.drafts),
         )
 
     def append(self, token_id: int) -> None:
@@ -68,3 +84,5 @@ class DecodeSequence:
         self.output.append(token_id)
         if self.history is not None:
             self.history.append(token_id)
+        if self.drafter is not None:
+            self.drafter.extend((token_id,))

@@ -34,6 +34,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             vocab_size=runner.vocab_size,
             max_model_len=runner.max_model_len,
             max_batch_size=config.max_batch_size,
+            max_draft_tokens=config.max_draft_tokens,
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
         )

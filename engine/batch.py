@@ -19,6 +19,7 @@ class BatchRow:
     sampling: SamplingParams | None  # None: a chunk that is not the last; nothing is sampled
     output_position: int = 0  # of the token that is sampled, counted in output tokens
     history: TokenHistory | None = None  # prompt and output; set where `sampling` has penalties
+    num_drafts: int = 0  # how many of `token_ids`, the last ones, are proposed and not sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class TokenLogprobs:
 class StepResult:
     """What a step sampled, in the order of its batch's rows."""
 
-    tokens: tuple[tuple[int, ...], ...]  # of each row; empty where nothing was to be sampled
+    # Of each row: empty where nothing was to be sampled; more than one where drafts were right.
+    tokens: tuple[tuple[int, ...], ...]
     # By index of the row, for the rows that asked: one entry a token.
     logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from pagewire.engine.batch import Batch, StepResult
+from pagewire.engine.batch import Batch, StepResult, TokenLogprobs
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
-from pagewire.engine.sampler import Sampler
+from pagewire.engine.sampler import SampledTokens, Sampler
+from pagewire.engine.speculative import num_accepted
 from pagewire.engine.step_inputs import InputLimits, prepare
 from pagewire.kv_transfer.layout import KVLayout
 
@@ -48,27 +49,42 @@ class ModelRunner:
         """Run a step and sample. Raises ValueError as `forward` does."""
         logits = self.forward(batch)
         sampled = [
-            (index, row.sampling, row.output_position, row.history)
-            for index, row in enumerate(batch.rows)
+            (row.sampling, row.output_position + index, row.history)
+            for row in batch.rows
             if row.sampling
+            for index in range(row.num_drafts + 1)
         ]
         if not sampled:
             return StepResult(tokens=((),) * len(batch.rows))
-        indices, params, positions, histories = zip(*sampled, strict=True)
-        result = self._sampler.sample(logits, params, positions, histories)
-        tokens = iter(result.token_ids)
-        return StepResult(
-            tokens=tuple((next(tokens),) if row.sampling else () for row in batch.rows),
-            logprobs={indices[index]: values for index, values in result.logprobs.items()},
-        )
+        params, positions, histories = zip(*sampled, strict=True)
+        return _by_row(batch, self._sampler.sample(logits, params, positions, histories))
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Run a step, storing its KV.
 
-        Returns float32 [num_sampled_rows, vocab_size]: the logits of the last token of each row
-        that samples; the LM head is not computed for the others. Raises ValueError as `prepare`
-        does, before anything is written.
+        Returns float32 [num_logits, vocab_size]: of each row that samples the logits of the last
+        token and of those before its drafts; the LM head is not computed for the others. Raises
+        ValueError as `prepare` does, before anything is written.
         """
         inputs = prepare(batch.rows, self._limits, self._device)
         return self.model.forward(inputs.token_ids, inputs.attention, self._pages, inputs.logits_of)
+
+
+def _by_row(batch: Batch, sampled: SampledTokens) -> StepResult:
+    """The sampled tokens of each row, up to the first that is not the draft in its place."""
+    tokens: list[tuple[int, ...]] = []
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+    start = 0
+    for index, row in enumerate(batch.rows):
+        if not row.sampling:
+            tokens.append(())
+            continue
+        mine = sampled.token_ids[start : start + row.num_drafts + 1]
+        drafts = row.token_ids[len(row.token_ids) - row.num_drafts :]
+        kept = num_accepted(drafts, mine) + 1
+        tokens.append(tuple(mine[:kept]))
+        if row.sampling.num_logprobs is not None:
+            logprobs[index] = tuple(sampled.logprobs[start + i][0] for i in range(kept))
+        start += row.num_drafts + 1
+    return StepResult(tokens=tuple(tokens), logprobs=logprobs)

@@ -35,7 +35,8 @@ class StepInputs:
 
     token_ids: Tensor  # int64 [num_tokens]
     attention: AttentionBatch
-    logits_of: Tensor  # int64 [num_sampled_rows], the last token of each row that samples
+    # int64 [num_logits]: of each row that samples the last token, and those before its drafts
+    logits_of: Tensor
 
 
 def prepare(rows: Sequence[BatchRow], limits: InputLimits, device: torch.device) -> StepInputs:
@@ -72,7 +73,7 @@ def prepare(rows: Sequence[BatchRow], limits: InputLimits, device: torch.device)
         positions = np.arange(num_tokens) + (contexts - ends)[row_of_token]
     page_index, offset = np.divmod(positions, limits.page_size)
     slots = page_table[row_of_token, page_index].astype(np.int64) * limits.page_size + offset
-    samples = np.fromiter((row.sampling is not None for row in rows), np.bool_, len(rows))
+    num_logits = _array((row.num_drafts + 1 if row.sampling else 0 for row in rows), len(rows))
     return StepInputs(
         token_ids=_tensor(token_ids, device),
         attention=AttentionBatch(
@@ -83,8 +84,14 @@ def prepare(rows: Sequence[BatchRow], limits: InputLimits, device: torch.device)
             slots=_tensor(slots, device),
             page_size=limits.page_size,
         ),
-        logits_of=_tensor(ends[samples] - 1, device),
+        logits_of=_tensor(_last_tokens(ends, num_logits), device),
     )
+
+
+def _last_tokens(ends: IntArray, counts: IntArray) -> IntArray:
+    """The indices of the last `counts` tokens before each of `ends`."""
+    behind = np.arange(int(counts.sum())) - (counts.cumsum() - counts).repeat(counts)
+    return (ends - counts).repeat(counts) + behind
 
 
 def _require_extents(

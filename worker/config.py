@@ -36,6 +36,7 @@ class WorkerConfig:
     kernels: str = "auto"  # auto, native or torch
     max_batch_tokens: int = 512  # prompt tokens that one prefill step runs
     max_batch_size: int = 32  # sequences that one decode step runs
+    max_draft_tokens: int = 0  # that a decode step checks beside its rows; 0: no speculation
     slot_bytes: int = 4 << 20  # a staging slot, and so the largest frame
     num_slots: int = 16  # staging slots of a decode worker
     prefix_cache_secret: str | None = None  # hexadecimal, the same for all; None: nothing is cached

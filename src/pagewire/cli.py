@@ -83,6 +83,9 @@ def serve(
     num_pages: Annotated[int | None, typer.Option(help="pages of each worker")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens, prompt plus output")] = None,
     num_threads: Annotated[int | None, typer.Option(help="threads of each worker")] = None,
+    speculation: Annotated[
+        str | None, typer.Option(help="none, or ngram: drafts from the text so far")
+    ] = None,
     prefix_cache: Annotated[
         bool | None,
         typer.Option("--prefix-cache/--no-prefix-cache", help="reuse the KV of equal beginnings"),
@@ -111,6 +114,7 @@ def serve(
         "max_model_len": max_model_len,
         "num_threads": num_threads,
         "prefix_cache": prefix_cache,
+        "speculation": speculation,
         "launcher": launcher,
     }
     from pagewire.cluster.config import load_config

@@ -110,3 +110,23 @@ def test_a_pool_without_pages_is_refused(
     make_model("llama")
     with pytest.raises(ValueError, match="num_pages is 0; it must be at least 1"):
         load_engine(tmp_path, num_pages=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_right", [0, 1, 2, 3])
+def test_right_drafts_give_the_tokens_of_as_many_steps(
+    runner: ModelRunner, temperature: float, num_right: int
+) -> None:
+    sampling = SamplingParams(temperature=temperature, seed=7, num_logprobs=0, max_tokens=9)
+    (expected,) = generate(runner, [[1, 2, 3]], sampling)
+    first, *following = expected
+    wrong = [(token + 1) % runner.vocab_size for token in following]
+    drafts = following[:num_right] + wrong[num_right:3]
+    runner.execute(Batch(rows=(row(sampling=sampling),)))
+    step = row(
+        token_ids=[first, *drafts], start=3, sampling=sampling, output_position=1, num_drafts=3
+    )
+    other = row(page_table=[1], sampling=sampling)
+    result = runner.execute(Batch(rows=(other, step, row(page_table=[2], sampling=None))))
+    assert result.tokens == ((first,), tuple(following[: num_right + 1]), ())
+    assert [len(result.logprobs[index]) for index in (0, 1)] == [1, num_right + 1]

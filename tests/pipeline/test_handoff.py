@@ -12,7 +12,9 @@ import pytest
 from pipeline import Pipeline, pipeline, request, tcp
 from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 
+from pagewire.decode_worker.core import DecodeCore
 from pagewire.engine.aggregated import generate
+from pagewire.engine.batch import StepResult
 from pagewire.engine.load import load_engine
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
@@ -21,6 +23,7 @@ from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason, TokenUpdate
+from pagewire.worker.effects import Effect
 
 PROMPT_LENGTHS = (1, 63, 64, 65, 200, 1000)
 
@@ -221,3 +224,31 @@ def test_a_repeated_prompt_gives_the_same_tokens_from_cached_pages(llama: Path) 
     assert cached == uncached
     assert cached[0] == cached[1] and cached[2] == cached[3]
     assert (num_without, num_computed) == (4 * 1000, 1000 + 3 * (1000 % 64))
+
+
+def test_speculation_gives_the_same_tokens_in_fewer_steps(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pool with no page to spare: drafts never reach behind the reservation."""
+    (prompt,) = prompts([20])
+    asked = pb.SamplingParams(
+        max_tokens=107, temperature=0.01, top_p=1.0, seed=3
+    )  # 127 tokens: 2 pages
+    steps: list[StepResult] = []
+
+    def counted(core: DecodeCore, result: StepResult, now: float) -> list[Effect]:
+        steps.append(result)
+        return on_batch_done(core, result, now)
+
+    on_batch_done = DecodeCore.on_batch_done
+    monkeypatch.setattr(DecodeCore, "on_batch_done", counted)
+
+    async def run(max_draft_tokens: int) -> list[Result]:
+        steps.clear()
+        async with pipeline(llama, tcp, num_pages=2, max_draft_tokens=max_draft_tokens) as cluster:
+            return await generate_all(cluster, [prompt], asked)
+
+    plain = asyncio.run(run(0))
+    assert len(steps) == 106
+    assert asyncio.run(run(16)) == plain
+    assert len(steps) < 106

@@ -99,6 +99,7 @@ async def pipeline(
     slot_bytes: int = 1 << 16,
     num_slots: int = 8,
     prefix_cache: bool = True,
+    max_draft_tokens: int = 0,
 ) -> AsyncIterator[Pipeline]:
     """Start it, wait until every worker has registered, stop it in the end."""
     control = RouterControl()
@@ -116,6 +117,7 @@ async def pipeline(
             max_batch_tokens=max_batch_tokens,
             slot_bytes=slot_bytes,
             num_slots=num_slots,
+            max_draft_tokens=max_draft_tokens,
             prefix_cache_secret="5a" * KEY_BYTES if prefix_cache else None,
         )
         return start_worker(config, make_transports)
