@@ -84,7 +84,13 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="tokens, prompt plus output")] = None,
     num_threads: Annotated[int | None, typer.Option(help="threads of each worker")] = None,
     speculation: Annotated[
-        str | None, typer.Option(help="none, or ngram: drafts from the text so far")
+        str | None, typer.Option(help="none, ngram (drafts from the text so far) or draft")
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="a smaller model that drafts, with --speculation draft")
+    ] = None,
+    draft_quantization: Annotated[
+        str | None, typer.Option(help="of the draft model: none, int8 or int4")
     ] = None,
     prefix_cache: Annotated[
         bool | None,
@@ -115,6 +121,8 @@ def serve(
         "num_threads": num_threads,
         "prefix_cache": prefix_cache,
         "speculation": speculation,
+        "draft_model": draft_model,
+        "draft_quantization": draft_quantization,
         "launcher": launcher,
     }
     from pagewire.cluster.config import load_config

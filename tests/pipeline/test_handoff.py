@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from noisy_models import save_noisy
 from pipeline import Pipeline, pipeline, request, tcp
 from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 
@@ -252,3 +253,28 @@ def test_speculation_gives_the_same_tokens_in_fewer_steps(
     assert len(steps) == 106
     assert asyncio.run(run(16)) == plain
     assert len(steps) < 106
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_draft_model_gives_the_same_tokens_in_fewer_steps(
+    temperature: float, saved_model: Callable[[str], SavedModel], tmp_path: Path
+) -> None:
+    """Streams that come and go, in a pool that some of them wait for."""
+    model = saved_model("llama")
+    draft = save_noisy(model.reference, tmp_path, noise=0.01)
+    inputs = prompts((1, 15, 64, 130, 30, 200))
+    asked = pb.SamplingParams(max_tokens=60, temperature=temperature, top_p=1.0, seed=3)
+
+    async def run(draft_model: Path | None) -> tuple[list[Result], pb.WorkerState]:
+        num_drafts = 16 if draft_model else 0
+        async with pipeline(
+            model.path, tcp, num_pages=9, max_draft_tokens=num_drafts, draft_model=draft_model
+        ) as cluster:
+            results = await generate_all(cluster, inputs, asked)
+            return results, cluster.workers["decode-0"].worker.state()
+
+    plain, without = asyncio.run(run(None))
+    drafted, state = asyncio.run(run(draft))
+    assert drafted == plain
+    assert without.drafted_tokens == without.accepted_tokens == 0
+    assert state.drafted_tokens >= state.accepted_tokens > state.generated_tokens / 4
