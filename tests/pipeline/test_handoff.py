@@ -19,9 +19,9 @@ from pagewire.engine.batch import StepResult
 from pagewire.engine.load import load_engine
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
-from pagewire.kv_transfer.select import probe
-from pagewire.kv_transfer.transport import Handler, Transport
-from pagewire.kv_transfer.ucx import UcxTransport
+from pagewire.kv_transfer.select import create_transports, probe
+from pagewire.kv_transfer.tcp import TcpConnection, TcpTransport
+from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason, TokenUpdate
 from pagewire.worker.effects import Effect
@@ -72,7 +72,7 @@ def test_disaggregated_equals_aggregated_equals_transformers(
     assert tokens == [greedy_tokens(model.reference, prompt, 8) for prompt in inputs]
 
 
-@pytest.mark.parametrize("kind", ["local", "ucx"])
+@pytest.mark.parametrize("kind", ["local", "shm", "ucx"])
 def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
     if kind == "ucx" and not probe().usable:
         pytest.skip(probe().explanation)
@@ -82,7 +82,7 @@ def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
     def make(incarnation: bytes, handler: Handler) -> list[Transport]:
         if kind == "local":
             return [LocalTransport(hub=hub, incarnation=incarnation, handler=handler)]
-        return [UcxTransport(incarnation=incarnation, handler=handler, host="127.0.0.1")]
+        return list(create_transports(kind, incarnation, handler, "127.0.0.1").transports)
 
     async def run() -> list[Result]:
         async with pipeline(llama, make) as cluster:
@@ -94,6 +94,30 @@ def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
 
     tokens = [tokens for tokens, _ in asyncio.run(run())]
     assert tokens == aggregated(llama, inputs, SamplingParams(max_tokens=6))
+
+
+def test_the_next_transport_is_used_where_the_best_one_does_not_connect(llama: Path) -> None:
+    class Unreachable(TcpTransport):
+        kind = "shm"  # the best that both ends have
+
+        async def connect(self, peer: bytes, address: bytes) -> TcpConnection:
+            raise TransportError("no way")
+
+    def make(incarnation: bytes, handler: Handler) -> list[Transport]:
+        return [
+            Unreachable(incarnation=incarnation, handler=handler, host="127.0.0.1"),
+            *tcp(incarnation, handler),
+        ]
+
+    async def run() -> list[Result]:
+        async with pipeline(llama, make) as cluster:
+            results = await generate_all(cluster, prompts((65,)), greedy(2))
+            totals = cluster.workers["decode-0"].worker.state().transfers
+            received = {item.kind: item.bytes_received for item in totals}
+            assert received["shm"] == 0 < received["tcp"]
+            return results
+
+    assert [reason for _, reason in asyncio.run(run())] == [FinishReason.LENGTH]
 
 
 def test_many_streams_over_two_pairs_all_finish_right(llama: Path) -> None:
