@@ -49,6 +49,7 @@ async def run_worker(
         Path(config.model),
         dtype=config.dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         device=config.device,
         page_size=config.page_size,
         num_pages=config.num_pages,
