@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from pagewire.cluster.errors import ConfigError
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.quantization import Quantization
 from pagewire.kv_transfer.layout import PAGE_SIZES
 
@@ -74,6 +75,10 @@ class ServeConfig(BaseSettings):
     quantization: Quantization = Field(
         default=Quantization.NONE,
         description="matrices: none, int8, or int4 as a GGUF file has them",
+    )
+    kv_cache_dtype: KVCacheDtype = Field(
+        default=KVCacheDtype.AUTO,
+        description="KV cache: auto, that is dtype, or int8 for about twice as many pages",
     )
     page_size: PageSize = Field(default=64, description="token slots of a page")
     num_pages: int | None = Field(

@@ -61,6 +61,7 @@ def worker_configs(
             transport=config.transport,
             dtype=dtype if config.dtype == "auto" else config.dtype,
             quantization=config.quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
             page_size=config.page_size,
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,

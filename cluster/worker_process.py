@@ -75,6 +75,7 @@ def _load_models(config: WorkerConfig) -> tuple[ModelRunner, DraftModel | None]:
         Path(config.model),
         dtype=config.dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         device=config.device,
         page_size=config.page_size,
         num_pages=config.num_pages,

@@ -1,8 +1,8 @@
 """The memory of a worker's KV cache: one byte pool that the model and the transfer code share."""
 
 import torch
-from torch import Tensor
 
+from pagewire.kernels.kv_pool import KVPool
 from pagewire.kv_transfer.layout import KVLayout
 
 
@@ -22,19 +22,16 @@ class KVCache:
         self.pool = torch.empty((num_pages, layout.page_bytes), dtype=torch.uint8, device=device)
 
     @property
-    def pages(self) -> Tensor:
-        """The pool as the model sees it.
-
-        [num_pages, num_layers, num_kv_heads, 2 (K, V), page_size, head_dim]
-        """
+    def pages(self) -> KVPool:
+        """The pool as the model sees it."""
         layout = self.layout
-        return self.pool.view(getattr(torch, layout.dtype)).view(
-            self.num_pages,
-            layout.num_layers,
-            layout.num_kv_heads,
-            2,
-            layout.page_size,
-            layout.head_dim,
+        return KVPool(
+            self.pool,
+            getattr(torch, layout.dtype),
+            num_layers=layout.num_layers,
+            num_kv_heads=layout.num_kv_heads,
+            page_size=layout.page_size,
+            head_dim=layout.head_dim,
         )
 
     def buffer(self) -> memoryview:

@@ -8,6 +8,7 @@ import torch
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.loading.identity import model_digest
 from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
@@ -25,6 +26,7 @@ def load_engine(
     *,
     dtype: str = "bfloat16",
     quantization: Quantization = Quantization.NONE,
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO,
     device: str = "cpu",
     page_size: int = 64,
     num_pages: int | None = None,
@@ -35,8 +37,8 @@ def load_engine(
 ) -> ModelRunner:
     """Load a GGUF file or safetensors directory and allocate its KV cache.
 
-    `dtype` is that of KV and of what `quantization` leaves alone: float32, float16 or bfloat16.
-    `num_pages` None sizes the cache from free memory, of which a draft model takes
+    `dtype` is that of what `quantization` and `kv_cache_dtype` leave alone: float32, float16 or
+    bfloat16. `num_pages` None sizes the cache from free memory, of which a draft model takes
     `draft_page_bytes` for each page; `max_model_len` None takes the model's own, and `num_threads`
     None leaves torch's (process-wide) setting alone. `kernels` is a value of Kernels. Raises
     ModelError, MemoryBudgetError, KernelError, and LayoutError for a dtype or page size that cannot
@@ -53,7 +55,7 @@ def load_engine(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=dtype,
+        dtype=kv_cache_dtype.resolve(dtype),
     )
     length = _max_model_len(config, max_model_len)
     model = load_model(
@@ -72,9 +74,10 @@ def load_engine(
             draft_page_bytes=draft_page_bytes,
         )
     logger.info(
-        "weights take %d MB, %d pages of KV cache %d MB",
+        "weights take %d MB, %d pages of %s KV cache %d MB",
         model.weight_bytes // 10**6,
         num_pages,
+        layout.dtype,
         num_pages * layout.page_bytes // 10**6,
     )
     return ModelRunner(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.native_library import DTYPE_CODES
 from pagewire.kernels.ops import AttentionBatch
 
@@ -40,6 +41,8 @@ class AttentionStep(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("page_size", ctypes.c_int64),
         ("num_layers", ctypes.c_int64),
+        ("segment_bytes", ctypes.c_int64),
+        ("quantized", ctypes.c_int64),
         ("page_table", ctypes.c_void_p),
         ("max_pages", ctypes.c_int64),
         ("items", ctypes.c_void_p),
@@ -77,11 +80,11 @@ class NativeAttentionPlan:
         self._window = UNBOUNDED if window is None else min(window, UNBOUNDED)
         self._prepared: _Prepared | None = None
 
-    def run(self, q: Tensor, pool: Tensor, layer: int) -> Tensor:
+    def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
         """Attend as `AttentionPlan.run` says.
 
-        All layers of a step have the same shapes. Raises ValueError when q and pool differ in
-        dtype, or are of one that there is no kernel for.
+        All layers of a step have the same shapes. Raises ValueError when the pool is neither in
+        8 bits nor of q's dtype, or when there is no kernel for that.
         """
         head_dim = q.shape[2]
         if q.stride()[1:] != (head_dim, 1):
@@ -93,20 +96,18 @@ class NativeAttentionPlan:
             ctypes.byref(self._prepared.step),
             q.data_ptr(),
             q.stride(0),
-            pool.data_ptr(),
+            pool.values.data_ptr(),
             layer,
             out.data_ptr(),
         )
         return out
 
-    def _prepare(self, q: Tensor, pool: Tensor) -> _Prepared:
-        if q.dtype != pool.dtype or q.dtype not in DTYPE_CODES or not pool.is_contiguous():
-            raise ValueError(
-                f"q is {q.dtype} and the pool {pool.dtype}; they must have one dtype of "
-                f"{', '.join(map(str, DTYPE_CODES))}, and the pool must be contiguous"
-            )
+    def _prepare(self, q: Tensor, pool: KVPool) -> _Prepared:
+        if q.dtype not in DTYPE_CODES:
+            raise ValueError(f"q is {q.dtype}; give one of {', '.join(map(str, DTYPE_CODES))}")
+        pool.require(q.dtype)
         _, num_heads, head_dim = q.shape
-        _, num_layers, num_kv_heads, _, page_size, _ = pool.shape
+        _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
         group = num_heads // num_kv_heads
         items, merges = _cut(self._batch, group, self._window)
         item_array, merge_array = _array(items), _array(merges)
@@ -118,6 +119,8 @@ class NativeAttentionPlan:
             head_dim=head_dim,
             page_size=page_size,
             num_layers=num_layers,
+            segment_bytes=pool.segment_bytes,
+            quantized=pool.scales is not None,
             page_table=page_table.data_ptr(),
             max_pages=page_table.shape[1],
             items=item_array.data_ptr(),

@@ -36,9 +36,9 @@ SIGNATURES = {
     "add_rms_norm": (_I, _P, _P, _P, *_OUTPUT, _I, _I, _F),
     # dtype, gate_up, output (3), rows, dim
     "silu_mul": (_I, _P, *_OUTPUT, _I, _I),
-    # dtype, q, q_stride, k, k_stride, v, v_stride, cosine, sine, pool, slots, out,
-    # num_tokens, num_heads, num_kv_heads, head_dim, num_layers, layer, page_size
-    "rope_and_store": (_I, _P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, *(_I,) * 7),
+    # dtype, q, q_stride, k, k_stride, v, v_stride, cosine, sine, pool, slots, out, num_tokens,
+    # num_heads, num_kv_heads, head_dim, num_layers, layer, page_size, segment_bytes, quantized
+    "rope_and_store": (_I, _P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, *(_I,) * 9),
     # step
     "attention_sizes": (_P,),
     # step, q, token_stride, pool, layer, out

@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.native_attention import NativeAttentionPlan
 from pagewire.kernels.native_library import DTYPE_CODES, NativeLibrary
 from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, QuantizedActivation
@@ -95,15 +96,14 @@ class NativeOps:
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor],
-        pool: Tensor,
+        pool: KVPool,
         layer: int,
         slots: Tensor,
     ) -> Tensor:
-        code = _code(q, k, v, pool)
+        code = _code(q, k, v)
+        pool.require(k.dtype)
         num_tokens, num_heads, head_dim = q.shape
-        _, num_layers, num_kv_heads, _, page_size, _ = pool.shape
-        if not pool.is_contiguous():
-            raise ValueError("the pool is not contiguous; give the whole pool, not a part of it")
+        _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
         q, k, v = (_with_whole_tokens(x) for x in (q, k, v))
         cosine, sine = rope[0].contiguous(), rope[1].contiguous()
         slots = slots.contiguous()
@@ -118,7 +118,7 @@ class NativeOps:
             v.stride(0),
             cosine.data_ptr(),
             sine.data_ptr(),
-            pool.data_ptr(),
+            pool.values.data_ptr(),
             slots.data_ptr(),
             out.data_ptr(),
             num_tokens,
@@ -128,6 +128,8 @@ class NativeOps:
             num_layers,
             layer,
             page_size,
+            pool.segment_bytes,
+            pool.scales is not None,
         )
         return out
 

@@ -10,6 +10,8 @@ from typing import Literal, Protocol, overload
 
 from torch import Tensor
 
+from pagewire.kernels.kv_pool import KVPool
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedActivation:
@@ -63,11 +65,10 @@ class AttentionBatch:
 class AttentionPlan(Protocol):
     """Attention of one step, prepared once and run in every layer."""
 
-    def run(self, q: Tensor, pool: Tensor, layer: int) -> Tensor:
+    def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
         """Attend over the context of each row, this step's tokens included.
 
-        q: [num_tokens, num_heads, head_dim]; pool: as in `Ops.rope_and_store`.
-        Returns [num_tokens, num_heads, head_dim].
+        q: [num_tokens, num_heads, head_dim]. Returns [num_tokens, num_heads, head_dim].
         """
 
 
@@ -108,16 +109,16 @@ class Ops(Protocol):
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor],
-        pool: Tensor,
+        pool: KVPool,
         layer: int,
         slots: Tensor,
     ) -> Tensor:
         """Rotate q and k, write k and v into their slots of the pool, return the rotated q.
 
         q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim];
-        rope: cosine and sine, float32 [num_tokens, head_dim / 2], for the halves of a head;
-        pool: [num_pages, num_layers, num_kv_heads, 2, page_size, head_dim]; slots: as in
-        AttentionBatch.
+        rope: cosine and sine, float32 [num_tokens, head_dim / 2], for the halves of a head; slots:
+        as in AttentionBatch. A pool in 8 bits stores k and v of each token and head as `quantize`
+        would. Raises ValueError for a pool of another floating dtype than k and v.
         """
 
     def plan_attention(

@@ -28,6 +28,17 @@ def rope(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 round(127 x / m), halves to even, and m / 127, with m = max |x| over the last dimension.
+
+    1 in place of m / 127 where all are 0. x: [..., dim].
+    """
+    x = x.double()
+    scales = x.abs().amax(dim=-1) / 127
+    scales = torch.where(scales > 0, scales, 1.0)
+    return torch.round(x / scales[..., None]).to(torch.int8), scales
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
     """Causal attention of one sequence, its queries being the last of its positions.
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.ops import Activation, AttentionBatch, QuantizedActivation
 
 # Decode rows share a call while the longest has at most this many times the pages of the shortest.
@@ -59,15 +60,22 @@ class TorchOps:
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor],
-        pool: Tensor,
+        pool: KVPool,
         layer: int,
         slots: Tensor,
     ) -> Tensor:
-        page_size = pool.shape[4]
-        pages, offsets = slots // page_size, slots % page_size
+        pool.require(k.dtype)
+        page_size = pool.values.shape[4]
+        at = slots // page_size, slots % page_size
         # [num_pages, page_size, num_kv_heads, 2, head_dim]: advanced indices side by side.
-        by_slot = pool[:, layer].permute(0, 3, 1, 2, 4)
-        by_slot[pages, offsets] = torch.stack((_rotate(k, rope), v), dim=2)
+        values = pool.values[:, layer].permute(0, 3, 1, 2, 4)
+        kv = torch.stack((_rotate(k.float(), rope), v.float()), dim=2)
+        if pool.scales is None:
+            values[at] = kv.to(values.dtype)
+        else:
+            stored = self.quantize(kv.flatten(0, 2))
+            values[at] = stored.values.view(kv.shape)
+            pool.scales[:, layer].permute(0, 3, 1, 2)[at] = stored.scales.view(kv.shape[:3])
         return _rotate(q, rope)
 
     def plan_attention(
@@ -128,7 +136,7 @@ class TorchAttentionPlan:
     groups: tuple[_DecodeGroup, ...]
     scale: float
 
-    def run(self, q: Tensor, pool: Tensor, layer: int) -> Tensor:
+    def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
         out = torch.empty_like(q)
         for chunk in self.chunks:
             row = chunk.row
@@ -137,9 +145,9 @@ class TorchAttentionPlan:
             out[group.tokens] = self._run_group(group, q[group.tokens], pool, layer)
         return out
 
-    def _run_chunk(self, chunk: _Chunk, q: Tensor, pool: Tensor, layer: int) -> Tensor:
+    def _run_chunk(self, chunk: _Chunk, q: Tensor, pool: KVPool, layer: int) -> Tensor:
         num_tokens, num_heads, head_dim = q.shape
-        kv = _gather_pages(pool, layer, chunk.row.pages)[:, :, : chunk.row.context_len]
+        kv = _gather_pages(pool, layer, chunk.row.pages, q.dtype)[:, :, : chunk.row.context_len]
         num_kv_heads = kv.shape[1]
         # The query heads of one KV head become a dimension over which K and V have stride 0.
         q = q.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
@@ -149,9 +157,9 @@ class TorchAttentionPlan:
         )  # [num_kv_heads, group, num_tokens, head_dim]
         return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
 
-    def _run_group(self, group: _DecodeGroup, q: Tensor, pool: Tensor, layer: int) -> Tensor:
+    def _run_group(self, group: _DecodeGroup, q: Tensor, pool: KVPool, layer: int) -> Tensor:
         num_rows, num_heads, head_dim = q.shape
-        kv = _gather_pages(pool, layer, group.pages)
+        kv = _gather_pages(pool, layer, group.pages, q.dtype)
         num_kv_heads = kv.shape[1]
         kv = kv.view(2, num_kv_heads, num_rows, -1, head_dim)
         # Slots outside a context hold anything, NaN too, and 0 * NaN would reach the sum.
@@ -173,10 +181,18 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
-def _gather_pages(pool: Tensor, layer: int, pages: Tensor) -> Tensor:
-    """Copy K and V of `pages` into one run a head: [2, num_kv_heads, slots, head_dim]."""
-    by_page = pool[:, layer].permute(2, 1, 0, 3, 4)  # [2, num_kv_heads, num_pages, slot, head_dim]
-    return by_page.index_select(2, pages).flatten(2, 3)
+def _gather_pages(pool: KVPool, layer: int, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy K and V of `pages` into one run a head: `dtype` [2, num_kv_heads, slots, head_dim]."""
+    pool.require(dtype)
+    values = _select_pages(pool.values[:, layer], pages)
+    if pool.scales is None:
+        return values
+    return (values * _select_pages(pool.scales[:, layer], pages)[..., None]).to(dtype)
+
+
+def _select_pages(of_layer: Tensor, pages: Tensor) -> Tensor:
+    """[num_pages, num_kv_heads, 2, page_size, ...] to [2, num_kv_heads, slots, ...] of `pages`."""
+    return of_layer.movedim(0, 2).transpose(0, 1).index_select(2, pages).flatten(2, 3)
 
 
 def _visible_to_chunk(row: _Row, window: int | None) -> Tensor | None:

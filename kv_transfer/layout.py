@@ -1,15 +1,16 @@
 """How the KV cache of a worker lies in memory, and which byte runs a frame is made of.
 
 One byte-typed pool holds all layers: ``[page][layer][kv_head][K|V][slot][head_dim]``. A page is one
-contiguous run, a layer of a page is one run, a head range of a layer is one run. Pure arithmetic:
-nothing here knows torch.
+contiguous run, a layer of a page is one run, a head range of a layer is one run; what quantised
+values need beside them is part of these runs. Pure arithmetic: nothing here knows torch.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = {"int8": 4}  # float32, one for each token's K and one for its V in each head
 PAGE_SIZES = (16, 32, 64, 128)
 
 
@@ -41,8 +42,12 @@ class KVLayout:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of one KV head in one layer of one page: ``[K|V][slot][head_dim]``."""
-        return 2 * self.page_size * self.head_dim * DTYPE_BYTES[self.dtype]
+        """Bytes of one KV head in one layer of one page.
+
+        ``[K|V][slot][head_dim]``, and behind quantised values their scales, ``[K|V][slot]``.
+        """
+        vector_bytes = self.head_dim * DTYPE_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0)
+        return 2 * self.page_size * vector_bytes
 
     @property
     def layer_bytes(self) -> int:

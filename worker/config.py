@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.quantization import Quantization
 from pagewire.proto.page_hash import PageHasher
 
@@ -26,6 +27,7 @@ class WorkerConfig:
     transport: str = "auto"  # auto, shm, ucx or tcp
     dtype: str = "bfloat16"
     quantization: Quantization = Quantization.NONE
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO  # the same for all workers
     device: str = "cpu"
     page_size: int = 64
     num_pages: int | None = None  # None: sized from the memory that is free
@@ -57,12 +59,13 @@ class WorkerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "WorkerConfig":
-        """Raises TypeError for an unknown key, ValueError for an unknown role or
-        quantization.
+        """Raises TypeError for an unknown key, ValueError for an unknown role, quantization or
+        dtype of the KV cache.
         """
         values = json.loads(text)
         values["role"] = Role(values["role"])
         for name in ("quantization", "draft_quantization"):
             values[name] = Quantization(values[name])
+        values["kv_cache_dtype"] = KVCacheDtype(values["kv_cache_dtype"])
         values["routers"] = tuple(values["routers"])
         return cls(**values)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.models.rope import cosine_and_sine
+from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, Linear, Ops
 
@@ -52,7 +53,7 @@ class _Step:
 
     attention: AttentionPlan
     rope: tuple[Tensor, Tensor]
-    pool: Tensor
+    pool: KVPool
     slots: Tensor
 
 
@@ -80,12 +81,12 @@ class LlamaModel:
         return matrices if shared else matrices + embedding.nbytes
 
     def forward(
-        self, token_ids: Tensor, batch: AttentionBatch, pool: Tensor, logits_of: Tensor
+        self, token_ids: Tensor, batch: AttentionBatch, pool: KVPool, logits_of: Tensor
     ) -> Tensor:
         """Run the tokens of a step, storing their KV, and return logits of some of them.
 
-        token_ids: int64 [num_tokens]; pool: as in `Ops.rope_and_store`; logits_of: int64
-        [num_logits], indices into the tokens. Returns float32 [num_logits, vocab_size].
+        token_ids: int64 [num_tokens]; logits_of: int64 [num_logits], indices into the tokens.
+        Returns float32 [num_logits, vocab_size].
         """
         ops, config, weights = self._ops, self.config, self._weights
         step = _Step(

@@ -38,6 +38,8 @@ struct Step {
     int64_t head_dim;
     int64_t page_size;
     int64_t num_layers;
+    int64_t segment_bytes;
+    int64_t quantized;  // whether the pool's values have 8 bits; else they are of `dtype`
     const int32_t* page_table;
     int64_t max_pages;
     const Item* items;
@@ -85,11 +87,10 @@ void write_output(const Step& step, int64_t num_rows, SoftmaxState state, T* out
     }
 }
 
-template <typename T>
+template <typename KV, typename T>
 void run_item(const Step& step, const Item& item, int64_t kv_head, int64_t layer, const T* q,
-              int64_t token_stride, const T* pool, T* out, float* scratch) {
+              int64_t token_stride, const KVPool& pool, T* out, float* scratch) {
     const int64_t group = step.group(), head_dim = step.head_dim;
-    const int64_t kv_size = 2 * step.page_size * head_dim;
     const Queries<T> queries = {
         q + item.token * token_stride + kv_head * group * head_dim,
         token_stride,
@@ -100,13 +101,7 @@ void run_item(const Step& step, const Item& item, int64_t kv_head, int64_t layer
         item.position,
         step.window,
     };
-    const PagedKV<T> kv = {
-        pool + (layer * step.num_kv_heads + kv_head) * kv_size,
-        step.page_table + item.row * step.max_pages,
-        step.num_layers * step.num_kv_heads * kv_size,
-        step.page_size,
-        head_dim,
-    };
+    const PagedKV<KV> kv = {pool, step.page_table + item.row * step.max_pages, layer, kv_head};
     const int64_t size = step.part_size;
     float* memory = item.part < 0
                         ? scratch
@@ -152,12 +147,15 @@ PAGEWIRE_EXPORT void attention_sizes(Step* step) {
                  kLanes);
 }
 
-// q: [num_tokens, num_heads, head_dim] with tokens token_stride apart; pool: [num_pages,
-// num_layers, num_kv_heads, 2, page_size, head_dim]; out: as q, contiguous.
+// q: [num_tokens, num_heads, head_dim] with tokens token_stride apart; data: a KVPool, not written;
+// out: as q, contiguous.
 PAGEWIRE_EXPORT void paged_attention(const Step* step, const void* q, int64_t token_stride,
-                                     const void* pool, int64_t layer, void* out) {
-    dispatch(step->dtype, [&](auto* type) {
+                                     void* data, int64_t layer, void* out) {
+    const KVPool pool = {static_cast<char*>(data), step->num_layers, step->num_kv_heads,
+                         step->page_size,          step->head_dim,   step->segment_bytes};
+    dispatch_pool(step->dtype, step->quantized, [&](auto* type, auto* kv_type) {
         using T = std::remove_pointer_t<decltype(type)>;
+        using KV = std::remove_pointer_t<decltype(kv_type)>;
         const int64_t kv_heads = step->num_kv_heads;
 #pragma omp parallel num_threads(step->num_threads) if (step->num_threads > 1)
         {
@@ -165,9 +163,9 @@ PAGEWIRE_EXPORT void paged_attention(const Step* step, const void* q, int64_t to
             // Items are sorted by their cost: whoever is free takes the largest that is left.
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < step->num_items * kv_heads; ++i)
-                run_item(*step, step->items[i / kv_heads], i % kv_heads, layer,
-                         static_cast<const T*>(q), token_stride, static_cast<const T*>(pool),
-                         static_cast<T*>(out), scratch);
+                run_item<KV>(*step, step->items[i / kv_heads], i % kv_heads, layer,
+                             static_cast<const T*>(q), token_stride, pool, static_cast<T*>(out),
+                             scratch);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < step->num_merges * kv_heads; ++i)
                 run_merge(*step, step->merges[i / kv_heads], i % kv_heads, static_cast<T*>(out));

@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "common.h"
+#include "kv_pool.h"
 
 // In front of the loops over accumulators: only when these are unrolled early does GCC keep the
 // accumulators in registers from the start, instead of clearing them in memory first.
@@ -36,20 +36,24 @@ struct Queries {
     int64_t position_of(int64_t r) const { return position + r / group; }
 };
 
-// K and V of one layer and KV head, by position.
-template <typename T>
+// K and V of one row, layer and KV head, by position.
+template <typename KV>
 struct PagedKV {
-    const T* page_0;
+    const KVPool& pool;
     const int32_t* pages;  // of the row
-    int64_t page_stride;
-    int64_t page_size;
-    int64_t head_dim;
+    int64_t layer;
+    int64_t kv_head;
 
-    const T* key(int64_t position) const {
-        return page_0 + pages[position / page_size] * page_stride + position % page_size * head_dim;
+    // From `position` on, as far as its page goes.
+    KVSegment<const KV> at(int64_t position) const {
+        const KVSegment<KV> segment =
+            segment_at<KV>(pool, pages[position / pool.page_size], layer, kv_head);
+        const int64_t slot = position % pool.page_size, start = slot * pool.head_dim;
+        const KV *keys = segment.keys + start, *values = segment.values + start;
+        if constexpr (!is_quantized<KV>) return {keys, values, nullptr, nullptr};
+        return {keys, values, segment.key_scales + slot, segment.value_scales + slot};
     }
-    const T* value(int64_t position) const { return key(position) + page_size * head_dim; }
-    int64_t block() const { return page_size < kBlock ? page_size : kBlock; }
+    int64_t block() const { return pool.page_size < kBlock ? pool.page_size : kBlock; }
 };
 
 // Softmax over a part of the context (Milakov & Gimelshein, 2018): the maximum of the scores, the

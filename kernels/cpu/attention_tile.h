@@ -144,6 +144,24 @@ const float* as_floats(const T* from, int64_t count, float* scratch) {
     return scratch;
 }
 
+// K or V of `count` positions as floats. A tile converts them once for all its rows, so scales are
+// best multiplied in here.
+template <typename KV>
+const float* as_floats(const KV* from, const float* scales, int64_t count, int64_t head_dim,
+                       float* scratch) {
+    if constexpr (!is_quantized<KV>) {
+        return as_floats(from, count * head_dim, scratch);
+    } else {
+        for (int64_t n = 0; n < count; ++n) {
+            const Floats scale = broadcast(scales[n]);
+            for_each_vector(head_dim, [&](int64_t d, auto load, auto store) {
+                store(scratch + n * head_dim + d, load(from + n * head_dim + d) * scale);
+            });
+        }
+        return scratch;
+    }
+}
+
 // Calls body(vectors, first lane) for each panel of `lanes` query rows, a multiple of kLanes.
 template <typename Body>
 void for_each_panel(int64_t lanes, Body body) {
@@ -158,8 +176,8 @@ inline int64_t tile_scratch_size(int64_t num_rows, int64_t head_dim) {
 }
 
 // Attends over positions begin .. end; scratch: tile_scratch_size() floats.
-template <typename T>
-void attend_tile(const Queries<T>& queries, const PagedKV<T>& kv, int64_t begin, int64_t end,
+template <typename T, typename KV>
+void attend_tile(const Queries<T>& queries, const PagedKV<KV>& kv, int64_t begin, int64_t end,
                  float* scratch, SoftmaxState state) {
     const int64_t num_rows = queries.num_rows(), head_dim = queries.head_dim;
     const int64_t lanes = round_up(num_rows, kLanes);
@@ -190,8 +208,11 @@ void attend_tile(const Queries<T>& queries, const PagedKV<T>& kv, int64_t begin,
     const int64_t last = queries.position_of(num_rows - 1);
     for_each_block(begin, end, kv.block(), [&](int64_t first, int64_t stop) {
         const int64_t count = stop - first;
-        const float* k = as_floats(kv.key(first), count * head_dim, key_scratch);
-        const float* v = as_floats(kv.value(first), count * head_dim, value_scratch);
+        const auto segment = kv.at(first);
+        const float* k =
+            as_floats(segment.keys, segment.key_scales, count, head_dim, key_scratch);
+        const float* v =
+            as_floats(segment.values, segment.value_scales, count, head_dim, value_scratch);
         const bool masked = stop - 1 > queries.position || first <= last - queries.window;
         for_each_panel(lanes, [&](auto vectors, int64_t lane) {
             attend_panel<vectors>(q + lane * head_dim, k, v, head_dim, first, count, queries.window,

@@ -139,6 +139,12 @@ inline void store(Float16* to, Floats values) {
 }
 #endif
 
+inline Floats load(const int8_t* from) {
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+}
+
 // From values that are integers already.
 inline void store(int8_t* to, Floats values) {
     const Bytes bytes = __builtin_convertvector(__builtin_convertvector(values, Ints), Bytes);

@@ -87,6 +87,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         ("transport", "rdma"),
         ("dtype", "int8"),
         ("quantization", "int3"),
+        ("kv_cache_dtype", "fp8"),
         ("kernels", "cuda"),
         ("page_size", 48),
         ("num_pages", 0),

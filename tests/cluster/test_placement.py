@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pagewire.cluster.config import ServeConfig
 from pagewire.cluster.placement import available_cores, worker_configs, worker_environment
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.quantization import Quantization
 from pagewire.worker.config import Role, WorkerConfig
 
@@ -60,6 +61,7 @@ def test_parameters_reach_the_worker() -> None:
         transport="tcp",
         dtype="float32",
         quantization=Quantization.INT8,
+        kv_cache_dtype=KVCacheDtype.INT8,
         page_size=128,
         num_pages=9,
         max_model_len=77,
@@ -67,6 +69,7 @@ def test_parameters_reach_the_worker() -> None:
     worker = place(config, 1)[0]
     assert (worker.transport, worker.dtype, worker.page_size) == ("tcp", "float32", 128)
     assert worker.quantization is Quantization.INT8
+    assert worker.kv_cache_dtype is KVCacheDtype.INT8
     assert (worker.num_pages, worker.max_model_len) == (9, 77)
     assert worker.routers == ("127.0.0.1:1",)
     assert WorkerConfig.from_json(worker.to_json()) == worker

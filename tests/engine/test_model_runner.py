@@ -74,9 +74,9 @@ def test_a_row_out_of_range_is_refused_and_nothing_is_written(
 
 def test_a_step_writes_the_slots_of_its_tokens_only(runner: ModelRunner) -> None:
     runner.kv_cache.pool.fill_(7)
-    before = runner.kv_cache.pages.clone()
+    before = runner.kv_cache.pages.values.clone()
     runner.execute(Batch(rows=(row(start=63, token_ids=[5, 6], page_table=[3, 1]),)))
-    written = (runner.kv_cache.pages != before).any(dim=-1)
+    written = (runner.kv_cache.pages.values != before).any(dim=-1)
     written = written.any(dim=1).any(dim=1).any(dim=1)  # [num_pages, slot]
     assert written.nonzero().tolist() == [[1, 0], [3, 63]]
 
@@ -99,9 +99,9 @@ def test_the_transfer_code_and_the_model_share_the_pool(runner: ModelRunner) -> 
     page_bytes = runner.layout.page_bytes
     page = runner.kv_cache.buffer()[2 * page_bytes : 3 * page_bytes]
     values = torch.frombuffer(page, dtype=torch.float32).view(3, 2, 2, 64, 16)
-    assert torch.equal(values[:, :, :, :3], runner.kv_cache.pages[2, :, :, :, :3])
+    assert torch.equal(values[:, :, :, :3], runner.kv_cache.pages.values[2, :, :, :, :3])
     page[:4] = b"\0\0\0\0"
-    assert runner.kv_cache.pages[2, 0, 0, 0, 0, 0] == 0
+    assert runner.kv_cache.pages.values[2, 0, 0, 0, 0, 0] == 0
 
 
 def test_a_pool_without_pages_is_refused(

@@ -72,7 +72,7 @@ def test_weights_are_converted_to_the_dtype_asked_for(
 ) -> None:
     make_model("qwen2").bfloat16().save_pretrained(tmp_path / "half")
     runner = load_engine(tmp_path / "half", dtype="float32", num_pages=1)
-    assert runner.kv_cache.pages.dtype == torch.float32
+    assert runner.kv_cache.pages.values.dtype == torch.float32
     assert len(generate(runner, [[1, 2]], SamplingParams(max_tokens=3))[0]) == 3
 
 

@@ -1,5 +1,7 @@
 """Every operation of each implementation against the float64 reference, over ragged shapes."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,6 +85,9 @@ def test_operations_quantize_their_results(ops: Ops, dtype: torch.dtype) -> None
         assert torch.equal(result.scales, expected.scales)
 
 
+# Of attention over K and V in 8 bits to attention over what they were before.
+TOLERANCE_INT8 = 1.2e-2
+
 RAGGED = ((1, 1), (5, 5), (1, 16), (7, 40), (1, 17), (1, 63), (1, 100), (64, 65), (1, 64))
 
 
@@ -94,6 +99,18 @@ def test_attention_of_a_ragged_batch(
 ) -> None:
     case = PagedCase(Shape(rows=RAGGED, page_size=page_size), dtype)
     assert_close(case.attention(ops, window), case.expected(window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("head_dim", [16, 64])  # the tiles of C++ alone, and both its kernels
+def test_attention_over_an_int8_pool(
+    ops: Ops, head_dim: int, window: int | None, dtype: torch.dtype
+) -> None:
+    case = PagedCase(Shape(rows=RAGGED, head_dim=head_dim), dtype, quantized=True)
+    out = case.attention(ops, window)
+    assert_close(out, case.expected(window))
+    assert_close(out, case.expected(window, exact=True), TOLERANCE_INT8)
 
 
 @pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 1), (1, 8), (4, 1), (3, 3)])
@@ -113,6 +130,7 @@ def test_attention_with_any_grouping_of_heads(ops: Ops, num_kv_heads: int, group
     decode_contexts=st.lists(st.integers(1, 200), max_size=6),
     window=st.none() | st.integers(1, 100),
     page_size=st.sampled_from([16, 32]),
+    quantized=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_attention_of_any_batch(
@@ -121,11 +139,12 @@ def test_attention_of_any_batch(
     decode_contexts: list[int],
     window: int | None,
     page_size: int,
+    quantized: bool,
     seed: int,
 ) -> None:
     rows += [(1, context) for context in decode_contexts]
     shape = Shape(rows=tuple(rows), page_size=page_size, group=2, head_dim=8, num_layers=2)
-    case = PagedCase(shape, torch.float32, seed)
+    case = PagedCase(shape, torch.float32, seed, quantized=quantized)
     assert_close(case.attention(ops, window), case.expected(window))
 
 
@@ -146,24 +165,92 @@ def test_a_chunked_prompt_attends_as_a_whole_one(ops: Ops) -> None:
         assert_close(chunk, expected[start:end].double())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_and_store(ops: Ops, dtype: torch.dtype) -> None:
-    case = PagedCase(Shape(rows=((3, 3), (20, 50), (1, 17))), dtype)
-    before = case.pool.clone()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What `rope_and_store` was given and gave, over a case whose pool it wrote to."""
+
+    k: Tensor
+    v: Tensor
+    frequencies: Tensor
+    rotated: Tensor
+
+
+def store(case: PagedCase, ops: Ops) -> Stored:
+    """Store random K and V in layer 2."""
+    torch.manual_seed(1)
     num_tokens, head_dim = len(case.q), case.shape.head_dim
-    k, v = torch.randn(2, num_tokens, case.shape.num_kv_heads, head_dim).to(dtype)
+    k, v = torch.randn(2, num_tokens, case.shape.num_kv_heads, head_dim).to(case.q.dtype)
     frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     angles = case.batch.positions[:, None] * frequencies
-
     rotated = ops.rope_and_store(
         case.q, k, v, (angles.cos(), angles.sin()), case.pool, 2, case.batch.slots
     )
+    return Stored(k=k, v=v, frequencies=frequencies, rotated=rotated)
+
+
+STORED_ROWS = ((3, 3), (20, 50), (1, 17))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_and_store(ops: Ops, dtype: torch.dtype) -> None:
+    case = PagedCase(Shape(rows=STORED_ROWS), dtype)
+    before = case.pool.values.clone()
+
+    given = store(case, ops)
 
     positions = case.batch.positions
-    assert_close(rotated, reference.rope(case.q, positions, frequencies))
+    assert_close(given.rotated, reference.rope(case.q, positions, given.frequencies))
     pages, slots = case.batch.slots // 16, case.batch.slots % 16
-    stored = case.pool[pages, 2, :, :, slots]  # [num_tokens, num_kv_heads, 2, head_dim]
-    assert_close(stored[:, :, 0], reference.rope(k, positions, frequencies))
-    assert torch.equal(stored[:, :, 1], v)
-    case.pool[pages, 2, :, :, slots] = torch.nan
-    assert torch.equal(case.pool.view(torch.uint8), before.view(torch.uint8))
+    stored = case.pool.values[pages, 2, :, :, slots]  # [num_tokens, num_kv_heads, 2, head_dim]
+    assert_close(stored[:, :, 0], reference.rope(given.k, positions, given.frequencies))
+    assert torch.equal(stored[:, :, 1], given.v)
+    case.pool.values[pages, 2, :, :, slots] = torch.nan
+    assert torch.equal(case.pool.values.view(torch.uint8), before.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_and_store_in_int8(ops: Ops, dtype: torch.dtype) -> None:
+    case = PagedCase(Shape(rows=STORED_ROWS), dtype, quantized=True)
+    pool_values, pool_scales = case.pool.values, case.pool.scales
+    assert pool_scales is not None
+    before = pool_values.clone(), pool_scales.clone()
+
+    given = store(case, ops)
+
+    positions = case.batch.positions
+    assert_close(given.rotated, reference.rope(case.q, positions, given.frequencies))
+    pages, slots = case.batch.slots // 16, case.batch.slots % 16
+    values = pool_values[pages, 2, :, :, slots]  # [num_tokens, num_kv_heads, 2, head_dim]
+    scales = pool_scales[pages, 2, :, :, slots]  # [num_tokens, num_kv_heads, 2]
+    exact_k = reference.rope(given.k, positions, given.frequencies)
+    k_error = (values[:, :, 0] * scales[:, :, 0, None] - exact_k).abs()
+    assert torch.all(k_error <= scales[:, :, 0, None] * 0.5001)
+    assert bool((values[:, :, 0].abs().amax(dim=2) == 127).all())
+    expected_values, expected_scales = reference.quantize(given.v)
+    assert torch.equal(values[:, :, 1], expected_values)
+    assert torch.equal(scales[:, :, 1], expected_scales.float())
+    pool_values[pages, 2, :, :, slots] = 0
+    pool_scales[pages, 2, :, :, slots] = torch.nan
+    assert torch.equal(pool_values, before[0])
+    assert torch.equal(pool_scales.view(torch.uint8), before[1].view(torch.uint8))
+
+
+def test_a_vector_of_zeros_and_the_largest_one_survive_8_bits(ops: Ops) -> None:
+    case = PagedCase(Shape(rows=((2, 2),), num_kv_heads=1, group=1), torch.float32, quantized=True)
+    k = torch.stack((torch.zeros(1, 16), torch.full((1, 16), 3e38)))
+    rope = torch.ones(2, 8), torch.zeros(2, 8)
+    ops.rope_and_store(case.q, k, -k, rope, case.pool, 0, torch.tensor([0, 1]))
+    assert case.pool.scales is not None
+    assert case.pool.values[0, 0, 0, :, :2, 0].tolist() == [[0, 127], [0, -127]]
+    scales = case.pool.scales[0, 0, 0, :, :2]
+    torch.testing.assert_close(scales, torch.tensor([[1.0, 3e38 / 127]] * 2))
+
+
+def test_a_pool_of_another_dtype_is_refused(ops: Ops) -> None:
+    case = PagedCase(Shape(rows=((1, 30),)), torch.float32)
+    half = case.q.half()
+    with pytest.raises(ValueError, match=r"float16 and the pool is torch\.float32"):
+        ops.plan_attention(case.batch, scale=0.3, window=None).run(half, case.pool, 1)
+    k, rope = half[:, :2], (torch.ones(1, 8), torch.ones(1, 8))
+    with pytest.raises(ValueError, match=r"float16 and the pool is torch\.float32"):
+        ops.rope_and_store(half, k, k, rope, case.pool, 1, case.batch.slots)

@@ -85,6 +85,13 @@ def test_sizes_agree(layout: KVLayout) -> None:
     assert layout.num_pages(layout.page_size + 1) == 2
 
 
+def test_int8_pages_hold_their_scales() -> None:
+    sizes = {"page_size": 64, "num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
+    in_8_bits, in_16_bits = (KVLayout(**sizes, dtype=dtype) for dtype in ("int8", "bfloat16"))
+    assert in_8_bits.head_bytes == 2 * 64 * (64 + 4)
+    assert in_16_bits.page_bytes / in_8_bits.page_bytes == pytest.approx(128 / 68)
+
+
 @given(layouts, layouts)
 def test_digests_tell_layouts_apart(mine: KVLayout, theirs: KVLayout) -> None:
     assert len(mine.digest()) == 16
@@ -101,7 +108,7 @@ def test_a_whole_sequence_in_order_is_one_run() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("page_size", 24), ("dtype", "int8"), ("num_layers", 0), ("head_dim", -1)],
+    [("page_size", 24), ("dtype", "fp8"), ("num_layers", 0), ("head_dim", -1)],
 )
 def test_impossible_layouts_name_the_field(field: str, value: object) -> None:
     fields = {

@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import StepResult
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
@@ -118,6 +119,29 @@ def test_the_next_transport_is_used_where_the_best_one_does_not_connect(llama: P
             return results
 
     assert [reason for _, reason in asyncio.run(run())] == [FinishReason.LENGTH]
+
+
+def test_an_int8_cache_is_handed_over_as_it_is(llama: Path) -> None:
+    chunk, inputs = 128, prompts((1, 64, 65, 300))
+
+    runner = load_engine(
+        llama, dtype="float32", kv_cache_dtype=KVCacheDtype.INT8, num_pages=16, num_threads=1
+    )
+
+    async def run() -> list[list[int]]:
+        async with pipeline(
+            llama, tcp, max_batch_tokens=chunk, kv_cache_dtype=KVCacheDtype.INT8
+        ) as cluster:
+            # One after another: in larger batches other roundings of floats would reach the 8 bits.
+            outputs = [(await cluster.generate(prompt, greedy(8)))[0] for prompt in inputs]
+            [totals] = cluster.workers["decode-0"].worker.state().transfers
+            num_pages = sum(runner.layout.num_pages(len(prompt)) for prompt in inputs)
+            assert totals.bytes_received == num_pages * runner.layout.page_bytes
+            return outputs
+
+    sampling = SamplingParams(max_tokens=8)
+    expected = [generate(runner, [prompt], sampling, chunk_size=chunk)[0] for prompt in inputs]
+    assert asyncio.run(run()) == expected
 
 
 def test_many_streams_over_two_pairs_all_finish_right(llama: Path) -> None:

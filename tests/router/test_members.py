@@ -42,6 +42,7 @@ def _set(name: str, value: object) -> pb.RegisterRequest:
         (_set_layout("num_kv_heads", 2), "layout.num_kv_heads"),
         (_set_layout("head_dim", 2), "layout.head_dim"),
         (_set_layout("dtype", "float16"), "layout.dtype is float16"),
+        (_set_layout("dtype", "int8"), "layout.dtype is int8, but prefill-0 was started with"),
     ],
 )
 def test_a_refusal_names_the_field(info: pb.RegisterRequest, field: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pagewire.decode_worker.worker import DecodeWorker
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
 from pagewire.engine.load_draft import load_draft_model
 from pagewire.kv_transfer.tcp import TcpTransport
@@ -102,6 +103,7 @@ async def pipeline(
     prefix_cache: bool = True,
     max_draft_tokens: int = 0,
     draft_model: Path | None = None,
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO,
 ) -> AsyncIterator[Pipeline]:
     """Start it, wait until every worker has registered, stop it in the end."""
     control = RouterControl()
@@ -115,6 +117,7 @@ async def pipeline(
             served_model="tiny",
             routers=(address,),
             dtype="float32",
+            kv_cache_dtype=kv_cache_dtype,
             num_pages=num_pages,
             max_batch_tokens=max_batch_tokens,
             slot_bytes=slot_bytes,
@@ -143,7 +146,11 @@ async def pipeline(
 
 def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> RunningWorker:
     runner = load_engine(
-        Path(config.model), dtype=config.dtype, num_pages=config.num_pages, num_threads=1
+        Path(config.model),
+        dtype=config.dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
+        num_pages=config.num_pages,
+        num_threads=1,
     )
     incarnation = secrets.token_bytes(16)
     worker: PrefillWorker | DecodeWorker
