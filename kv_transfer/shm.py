@@ -29,7 +29,7 @@ from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats, TransportError
 
 NUM_SLOTS = 4
-SLOT_BYTES = 1 << 20
+SLOT_BYTES = 1 << 22
 RING_BYTES = NUM_SLOTS * SLOT_BYTES  # of one direction; small enough to stay in a cache
 
 
@@ -83,14 +83,17 @@ class ShmConnection:
     async def send(self, header: bytes, *payload: memoryview) -> None:
         parts = [part.cast("B") for part in payload]
         num_bytes = sum(map(len, parts))
-        kind = Kind.ANNOUNCE if num_bytes else Kind.MESSAGE
+        # Refuses what is over a limit, before anything is sent.
+        Prefix(kind=Kind.ANNOUNCE, header_bytes=len(header), payload_bytes=num_bytes)
         async with self._sending:
             if self._ended:
                 raise ConnectionLost("the connection has ended")
             started = time.perf_counter()
             try:
-                self._write(kind, header, num_bytes)
-                await self._send_chunks(parts, num_bytes)
+                if num_bytes:
+                    await self._send_payload(header, parts, num_bytes)
+                else:
+                    self._write(self._encoder.encode(Kind.MESSAGE, header))
                 await self._writer.drain()
             except OSError as error:
                 self._end()
@@ -133,19 +136,22 @@ class ShmConnection:
         self._freed.set()
         self._writer.transport.abort()
 
-    def _write(self, kind: Kind, header: bytes = b"", payload_bytes: int = 0) -> None:
+    def _write(self, *messages: bytes) -> None:
         if self._writer.is_closing():  # the reader will notice, too
             raise ConnectionResetError(PEER_CLOSED)
-        self._writer.write(self._encoder.encode(kind, header, payload_bytes))
+        self._writer.writelines(messages)
 
-    async def _send_chunks(self, parts: Sequence[memoryview], num_bytes: int) -> None:
+    async def _send_payload(
+        self, header: bytes, parts: Sequence[memoryview], num_bytes: int
+    ) -> None:
         rest = _Gather(parts)
-        while num_bytes > 0:
-            length = min(num_bytes, SLOT_BYTES)
+        for start in range(0, num_bytes, SLOT_BYTES):
+            length = min(num_bytes - start, SLOT_BYTES)
             rest.copy(self._outgoing.view, await self._free_slot(), length)
             self._num_filled += 1
-            self._write(Kind.CHUNK, payload_bytes=length)
-            num_bytes -= length
+            # The announcement goes with the first chunk, so that the peer is woken up once.
+            announce = [] if start else [self._encoder.encode(Kind.ANNOUNCE, header, num_bytes)]
+            self._write(*announce, self._encoder.encode(Kind.CHUNK, payload_bytes=length))
             await asyncio.sleep(0)  # while slots are free, nothing else here waits
 
     async def _free_slot(self) -> int:
@@ -192,7 +198,7 @@ class ShmConnection:
             arrival.target[arrival.num_copied : end] = self._incoming.view[chunk]
         arrival.num_copied = end
         self._num_emptied += 1
-        self._write(Kind.FREED)
+        self._write(self._encoder.encode(Kind.FREED))
         if end == arrival.num_bytes:
             self._on_complete(arrival)
 

@@ -67,6 +67,7 @@ class TcpConnection:
         try:
             while True:
                 await self._receive_message()
+                await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
         except (OSError, FramingError) as error:
             return CLOSED_HERE if self.closed_here else why_ended(error)
 
