@@ -34,6 +34,11 @@ def load_crc32(path: Path = LIBRARY) -> _Crc32 | None:
 _NATIVE = load_crc32()
 
 
+def implementation() -> str:
+    """Whose CRC-32 this process computes, for the user: "C++" or "zlib"."""
+    return "zlib" if _NATIVE is None else "C++"
+
+
 def crc32(data: bytes | bytearray | memoryview, value: int = 0) -> int:
     """The CRC-32 of what had `value`, followed by `data`, which must be contiguous.
 

@@ -8,7 +8,10 @@ import hashlib
 from collections.abc import Iterable
 from functools import reduce
 
-from pagewire.kernels.crc32 import crc32
+from pagewire.kernels.crc32 import crc32, implementation
+
+IMPLEMENTATION = implementation()
+"""Whose CRC-32 this process computes: "C++" or "zlib"."""
 
 EMPTY_DIGEST = 0
 """The digest of a hand-off without frames."""
