@@ -43,7 +43,7 @@ kernels: $(INSTALLED) ## build the C++ kernels again, with or without changes
 	@$(MAKE) --no-print-directory $(KERNELS)
 
 # The install has built them; this is for sources that have changed since, and takes seconds.
-$(KERNELS): $(INSTALLED) setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+$(KERNELS): $(INSTALLED) setup.py $(wildcard kernels/c*/*.cpp kernels/cpu/*.h)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

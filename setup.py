@@ -56,17 +56,29 @@ class BuildPlainLibrary(build_ext):
         return []
 
 
+# Chosen at run time inside of it: see kernels/crc32.py.
+CRC32 = Extension(
+    "pagewire.kernels.crc._crc32",
+    sources=["kernels/crc/crc32.cpp"],
+    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall"],
+    language="c++",
+    optional=True,
+)
+
 setup(
     cmdclass={"build_ext": BuildPlainLibrary},
     ext_modules=[
-        Extension(
-            f"pagewire.kernels.cpu._{name}",
-            sources=SOURCES,
-            depends=HEADERS,
-            extra_compile_args=FLAGS + flags,
-            language="c++",
-            optional=True,
-        )
-        for name, flags in INSTRUCTION_FLAGS.get(platform.machine(), {}).items()
+        *([CRC32] if platform.machine() == "x86_64" else []),
+        *(
+            Extension(
+                f"pagewire.kernels.cpu._{name}",
+                sources=SOURCES,
+                depends=HEADERS,
+                extra_compile_args=FLAGS + flags,
+                language="c++",
+                optional=True,
+            )
+            for name, flags in INSTRUCTION_FLAGS.get(platform.machine(), {}).items()
+        ),
     ],
 )

@@ -45,6 +45,7 @@ def diagnose(machine: Machine) -> list[Finding]:
         _torch(machine),
         _gpu(machine),
         _kernels(machine),
+        _checksums(machine),
         _ray(machine),
         _ucx(machine),
         _model(machine),
@@ -137,6 +138,15 @@ def _kernels(machine: Machine) -> Finding:
     )
 
 
+def _checksums(machine: Machine) -> Finding:
+    return _finding(
+        "checksums",
+        machine.checksums,
+        sound=machine.checksums == "C++",
+        remedy="slower, not wrong; on x86-64: apt install g++, then: make kernels",
+    )
+
+
 def _ray(machine: Machine) -> Finding:
     if machine.ray is None:
         return _finding(
@@ -159,7 +169,7 @@ def _ucx(machine: Machine) -> Finding:
         "UCX",
         machine.ucx.explanation,
         sound=machine.ucx.usable,
-        remedy="pip install 'pagewire[ucx]'; until then KV pages go over TCP",
+        remedy="pip install 'pagewire[ucx]'; until then KV pages go to other machines over TCP",
     )
 
 

@@ -15,6 +15,7 @@ import psutil
 from pagewire.cluster.config import ServeConfig
 from pagewire.cluster.placement import available_cores
 from pagewire.engine.loading.resolve import DEFAULT_PACKAGE
+from pagewire.kv_transfer.checksum import IMPLEMENTATION
 from pagewire.kv_transfer.select import UcxProbe, probe
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -33,6 +34,7 @@ class Machine:
     gpus: tuple[str, ...]
     kernels: str  # which operations a worker would run
     kernels_remedy: str  # empty: they are the fast ones
+    checksums: str  # "C++" or "zlib"
     ray: str | None  # version
     ray_has_dashboard: bool
     ucx: UcxProbe
@@ -58,6 +60,7 @@ def inspect_machine() -> Machine:
         gpus=_gpus(),
         kernels=kernels,
         kernels_remedy=kernels_remedy,
+        checksums=IMPLEMENTATION,
         ray=_version("ray"),
         ray_has_dashboard=importlib.util.find_spec("aiohttp_cors") is not None,
         ucx=probe(),

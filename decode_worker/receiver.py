@@ -8,7 +8,8 @@
     not READY  close                                      CLOSED
 
 READY and CLOSED are final. A frame is believed only when its checksum, digest of layout, hash of
-prompt and range agree with what was agreed, and never twice.
+prompt and range agree with what was agreed, and never twice. Whatever does not fit the state is a
+repetition or a late message and changes nothing; docs/PROTOCOL.md has every pair.
 """
 
 from enum import Enum, auto
@@ -64,6 +65,8 @@ class Receiver:
 
     def on_open(self, message: Open) -> RefuseReason | None:
         """The sender begins; None when all is as agreed. A ticket works once."""
+        if self.state is not ReceiverState.EXPECTED:
+            return None
         if message.ticket != self._ticket:
             return RefuseReason.UNKNOWN_TICKET
         if message.layout_digest != self._layout_digest:
@@ -78,6 +81,8 @@ class Receiver:
 
     def on_reserved(self, num_hit_pages: int = 0) -> None:
         """There is room; the first pages of the prompt are here already."""
+        if self.state is not ReceiverState.WAITING:
+            return
         self.state = ReceiverState.RECEIVING
         self._covered[:num_hit_pages] = [self._all_layers] * num_hit_pages
 
@@ -99,12 +104,14 @@ class Receiver:
 
     def on_landing(self, frame: Frame) -> None:
         """The header was accepted: the payload goes into its slot."""
-        self._landing.add(frame.seq)
+        if self.state is ReceiverState.RECEIVING and not self.is_repeated(frame):
+            self._landing.add(frame.seq)
 
     def on_landed(self, frame: Frame) -> None:
         """The payload is complete."""
-        self._landing.discard(frame.seq)
-        self._scattering.add(frame.seq)
+        if frame.seq in self._landing:
+            self._landing.remove(frame.seq)
+            self._scattering.add(frame.seq)
 
     @property
     def needs_sender(self) -> bool:
@@ -115,7 +122,9 @@ class Receiver:
 
     def on_scattered(self, frame: Frame) -> RefuseReason | None:
         """The frame was verified and lies in pages."""
-        self._scattering.discard(frame.seq)
+        if self.state is not ReceiverState.RECEIVING or frame.seq not in self._scattering:
+            return None
+        self._scattering.remove(frame.seq)
         self._checksums[frame.seq] = frame.checksum
         layers = ((1 << frame.num_layers) - 1) << frame.first_layer
         for page in range(frame.first_page, frame.first_page + frame.num_pages):
@@ -140,7 +149,7 @@ class Receiver:
         if self.seal is None or self.needs_sender or self._scattering:
             return None
         seqs = range(self.seal.num_frames)
-        if any(seq not in self._checksums for seq in seqs):
+        if self._checksums.keys() != set(seqs):
             return RefuseReason.INTEGRITY
         digest = digest_of(self._checksums[seq] for seq in seqs)
         is_covered = all(layers == self._all_layers for layers in self._covered)

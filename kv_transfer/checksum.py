@@ -5,9 +5,13 @@ twice. Neither stops an attacker.
 """
 
 import hashlib
-import zlib
 from collections.abc import Iterable
 from functools import reduce
+
+from pagewire.kernels.crc32 import crc32, implementation
+
+IMPLEMENTATION = implementation()
+"""Whose CRC-32 this process computes: "C++" or "zlib"."""
 
 EMPTY_DIGEST = 0
 """The digest of a hand-off without frames."""
@@ -16,11 +20,11 @@ EMPTY_DIGEST = 0
 def checksum(*buffers: bytes | bytearray | memoryview) -> int:
     """CRC-32 of the bytes of `buffers`, as if they were one; 0 for none.
 
-    Other threads run meanwhile: zlib releases the GIL.
+    Other threads run meanwhile.
     """
     value = 0
     for buffer in buffers:
-        value = zlib.crc32(buffer, value)
+        value = crc32(buffer, value)
     return value
 
 

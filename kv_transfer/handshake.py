@@ -8,6 +8,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
+from pagewire.kv_transfer.checksum import checksum
 from pagewire.kv_transfer.messages import ID_BYTES
 from pagewire.kv_transfer.socket_io import receive, send
 from pagewire.kv_transfer.transport import TransportError
@@ -15,7 +16,8 @@ from pagewire.kv_transfer.transport import TransportError
 MAX_NOTE_BYTES = 16 * 1024
 _FIXED = struct.Struct(f"!4sB4s{ID_BYTES}s{ID_BYTES}sH")
 _MAGIC = b"PGWR"
-_VERSION = 1
+_CHECKSUM = struct.Struct("!I")  # of all that is before it
+_VERSION = 2
 NOBODY = bytes(ID_BYTES)  # the sender of an answer to somebody who wanted another process
 
 
@@ -41,7 +43,8 @@ class Hello:
         fixed = _FIXED.pack(
             _MAGIC, _VERSION, self.kind.encode(), self.sender, self.receiver, len(self.note)
         )
-        return fixed + self.note
+        content = fixed + self.note
+        return content + _CHECKSUM.pack(checksum(content))
 
 
 async def send_hello(sock: socket.socket, hello: Hello) -> None:
@@ -51,9 +54,8 @@ async def send_hello(sock: socket.socket, hello: Hello) -> None:
 
 async def receive_hello(sock: socket.socket, kind: str) -> Hello:
     """The peer's Hello. Raises OSError, and HandshakeError when the bytes are none for `kind`."""
-    magic, version, their_kind, sender, receiver, note_bytes = _FIXED.unpack(
-        await receive(sock, _FIXED.size)
-    )
+    fixed = await receive(sock, _FIXED.size)
+    magic, version, their_kind, sender, receiver, note_bytes = _FIXED.unpack(fixed)
     if magic != _MAGIC:
         raise HandshakeError("what speaks there is no Pagewire worker")
     if version != _VERSION:
@@ -66,4 +68,6 @@ async def receive_hello(sock: socket.socket, kind: str) -> Hello:
     if note_bytes > MAX_NOTE_BYTES:
         raise HandshakeError(f"a note of {note_bytes} bytes; the limit is {MAX_NOTE_BYTES}")
     note = await receive(sock, note_bytes)
+    if _CHECKSUM.unpack(await receive(sock, _CHECKSUM.size)) != (checksum(fixed, note),):
+        raise HandshakeError("the handshake was changed on its way; look for a faulty network")
     return Hello(kind=kind, sender=sender, receiver=receiver, note=note)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagewire.kv_transfer.framing import PREFIX_BYTES, FramingError, Kind, Prefix
+from pagewire.kv_transfer.framing import PREFIX_BYTES, Decoder, Encoder, FramingError, Kind, Prefix
 from pagewire.kv_transfer.handshake import HandshakeError, Hello
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
 from pagewire.kv_transfer.shared_memory import (
@@ -29,7 +29,7 @@ from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats, TransportError
 
 NUM_SLOTS = 4
-SLOT_BYTES = 1 << 20
+SLOT_BYTES = 1 << 22
 RING_BYTES = NUM_SLOTS * SLOT_BYTES  # of one direction; small enough to stay in a cache
 
 
@@ -66,6 +66,8 @@ class ShmConnection:
         self._peer = peer
         self._handler = handler
         self._stats = stats
+        self._encoder = Encoder()
+        self._decoder = Decoder()
         self._ended = False
         self._sending = asyncio.Lock()  # first come, first served: it keeps the order of the calls
         self._freed = asyncio.Event()  # a slot, or for good because the connection has ended
@@ -81,15 +83,17 @@ class ShmConnection:
     async def send(self, header: bytes, *payload: memoryview) -> None:
         parts = [part.cast("B") for part in payload]
         num_bytes = sum(map(len, parts))
-        kind = Kind.ANNOUNCE if num_bytes else Kind.MESSAGE
-        prefix = Prefix(kind=kind, header_bytes=len(header), payload_bytes=num_bytes)
+        # Refuses what is over a limit, before anything is sent.
+        Prefix(kind=Kind.ANNOUNCE, header_bytes=len(header), payload_bytes=num_bytes)
         async with self._sending:
             if self._ended:
                 raise ConnectionLost("the connection has ended")
             started = time.perf_counter()
             try:
-                self._write(prefix, header)
-                await self._send_chunks(parts, num_bytes)
+                if num_bytes:
+                    await self._send_payload(header, parts, num_bytes)
+                else:
+                    self._write(self._encoder.encode(Kind.MESSAGE, header))
                 await self._writer.drain()
             except OSError as error:
                 self._end()
@@ -108,8 +112,9 @@ class ShmConnection:
     async def run(self) -> str:
         try:
             while not self._ended:
-                prefix = Prefix.decode(await self._reader.readexactly(PREFIX_BYTES))
+                prefix = self._decoder.decode(await self._reader.readexactly(PREFIX_BYTES))
                 header = await self._reader.readexactly(prefix.header_bytes)
+                prefix.require_sound(header)
                 await self._on_prefix(prefix, header)
         except (OSError, EOFError, FramingError) as error:
             reason = why_ended(error)
@@ -131,19 +136,22 @@ class ShmConnection:
         self._freed.set()
         self._writer.transport.abort()
 
-    def _write(self, prefix: Prefix, header: bytes = b"") -> None:
+    def _write(self, *messages: bytes) -> None:
         if self._writer.is_closing():  # the reader will notice, too
             raise ConnectionResetError(PEER_CLOSED)
-        self._writer.write(prefix.encode() + header)
+        self._writer.writelines(messages)
 
-    async def _send_chunks(self, parts: Sequence[memoryview], num_bytes: int) -> None:
+    async def _send_payload(
+        self, header: bytes, parts: Sequence[memoryview], num_bytes: int
+    ) -> None:
         rest = _Gather(parts)
-        while num_bytes > 0:
-            length = min(num_bytes, SLOT_BYTES)
+        for start in range(0, num_bytes, SLOT_BYTES):
+            length = min(num_bytes - start, SLOT_BYTES)
             rest.copy(self._outgoing.view, await self._free_slot(), length)
             self._num_filled += 1
-            self._write(Prefix(kind=Kind.CHUNK, payload_bytes=length))
-            num_bytes -= length
+            # The announcement goes with the first chunk, so that the peer is woken up once.
+            announce = [] if start else [self._encoder.encode(Kind.ANNOUNCE, header, num_bytes)]
+            self._write(*announce, self._encoder.encode(Kind.CHUNK, payload_bytes=length))
             await asyncio.sleep(0)  # while slots are free, nothing else here waits
 
     async def _free_slot(self) -> int:
@@ -190,7 +198,7 @@ class ShmConnection:
             arrival.target[arrival.num_copied : end] = self._incoming.view[chunk]
         arrival.num_copied = end
         self._num_emptied += 1
-        self._write(Prefix(kind=Kind.FREED))
+        self._write(self._encoder.encode(Kind.FREED))
         if end == arrival.num_bytes:
             self._on_complete(arrival)
 

@@ -6,7 +6,7 @@ from collections import deque
 from itertools import islice
 
 PEER_CLOSED = "the peer closed the connection"
-_TURN_BYTES = 256 * 1024  # copied before everything else on the loop gets its turn
+_TURN_BYTES = 512 * 1024  # copied before everything else on the loop gets its turn
 _MAX_PARTS = 1024  # of one system call, on Linux as elsewhere
 
 
@@ -31,16 +31,23 @@ def tune(sock: socket.socket) -> None:
 
 async def receive_into(sock: socket.socket, buffer: bytearray | memoryview) -> None:
     """Fill `buffer`. Raises OSError, and ConnectionResetError when the peer closed before."""
-    loop = asyncio.get_running_loop()
-    view = memoryview(buffer)
-    num_received = 0
-    while num_received < len(view):
-        part = view[num_received : num_received + _TURN_BYTES]
-        count = await loop.sock_recv_into(sock, part)
-        if count == 0:
-            raise ConnectionResetError(PEER_CLOSED)
-        num_received += count
-        await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
+    rest = memoryview(buffer)
+    try:
+        while rest:
+            try:
+                count = sock.recv_into(rest[:_TURN_BYTES])
+            except BlockingIOError:
+                # Not for every segment that arrives: one wake-up costs as much as 50 KiB.
+                _wake_up_at(sock, min(len(rest), _TURN_BYTES))
+                await _readable(sock)
+                continue
+            if count == 0:
+                raise ConnectionResetError(PEER_CLOSED)
+            rest = rest[count:]
+            if rest:
+                await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
+    finally:
+        _wake_up_at(sock, 1)
 
 
 async def receive(sock: socket.socket, num_bytes: int) -> bytes:
@@ -66,6 +73,22 @@ async def send(sock: socket.socket, *buffers: bytes | memoryview) -> None:
             num_sent -= len(rest.popleft())
         if num_sent:
             rest[0] = rest[0][num_sent:]
+
+
+def _wake_up_at(sock: socket.socket, num_bytes: int) -> None:
+    """Let `sock` be readable once so many bytes are there, or once it has ended."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Wait until bytes are there for `sock`, or it has ended."""
+    loop = asyncio.get_running_loop()
+    woken = asyncio.Event()
+    loop.add_reader(sock, woken.set)
+    try:
+        await woken.wait()
+    finally:
+        loop.remove_reader(sock)
 
 
 async def _writable(sock: socket.socket) -> None:

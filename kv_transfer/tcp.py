@@ -9,7 +9,7 @@ import socket
 import time
 from dataclasses import dataclass
 
-from pagewire.kv_transfer.framing import PREFIX_BYTES, FramingError, Kind, Prefix
+from pagewire.kv_transfer.framing import PREFIX_BYTES, Decoder, Encoder, FramingError, Kind
 from pagewire.kv_transfer.handshake import Hello
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
 from pagewire.kv_transfer.socket_io import receive, receive_into, send, why_ended
@@ -30,6 +30,8 @@ class TcpConnection:
         self._peer = peer
         self._handler = handler
         self._stats = stats
+        self._encoder = Encoder()
+        self._decoder = Decoder()
         self._ended = False
         self._sending = asyncio.Lock()  # first come, first served: it keeps the order of the calls
 
@@ -40,15 +42,13 @@ class TcpConnection:
     async def send(self, header: bytes, *payload: memoryview) -> None:
         parts = [part.cast("B") for part in payload]
         num_bytes = sum(map(len, parts))
-        prefix = Prefix(
-            kind=Kind.MESSAGE, header_bytes=len(header), payload_bytes=num_bytes
-        ).encode()
         async with self._sending:
             if self._ended:
                 raise ConnectionLost("the connection has ended")
+            framed = self._encoder.encode(Kind.MESSAGE, header, num_bytes)
             started = time.perf_counter()
             try:
-                await send(self._sock, prefix + header, *parts)
+                await send(self._sock, framed, *parts)
             except OSError as error:
                 self._shut_down()
                 raise ConnectionLost(f"the peer cannot be reached: {error}") from error
@@ -67,6 +67,7 @@ class TcpConnection:
         try:
             while True:
                 await self._receive_message()
+                await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
         except (OSError, FramingError) as error:
             return CLOSED_HERE if self.closed_here else why_ended(error)
 
@@ -82,10 +83,11 @@ class TcpConnection:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     async def _receive_message(self) -> None:
-        prefix = Prefix.decode(await receive(self._sock, PREFIX_BYTES))
+        prefix = self._decoder.decode(await receive(self._sock, PREFIX_BYTES))
         if prefix.kind is not Kind.MESSAGE:
             raise FramingError(f"a message of kind {prefix.kind.name} on a tcp connection")
         header = await receive(self._sock, prefix.header_bytes)
+        prefix.require_sound(header)
         if prefix.payload_bytes and not await self._receive_payload(header, prefix.payload_bytes):
             return
         self._handler.deliver(self._peer, header)

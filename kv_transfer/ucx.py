@@ -12,7 +12,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from pagewire.kv_transfer.framing import PREFIX_BYTES, FramingError, Kind, Prefix
+from pagewire.kv_transfer.framing import PREFIX_BYTES, Decoder, Encoder, FramingError, Kind, Prefix
 from pagewire.kv_transfer.handshake import Hello
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
 from pagewire.kv_transfer.socket_io import PEER_CLOSED, why_ended
@@ -62,6 +62,8 @@ class UcxConnection:
         self._peer = peer
         self._handler = handler
         self._stats = stats
+        self._encoder = Encoder()
+        self._decoder = Decoder()
         self._ended = False
         self._unanswered: deque[_Outgoing] = deque()
         self._arrivals: asyncio.Queue[_Arrival] = asyncio.Queue(_MAX_ARRIVALS)
@@ -75,12 +77,11 @@ class UcxConnection:
     async def send(self, header: bytes, *payload: memoryview) -> None:
         num_bytes = sum(part.nbytes for part in payload)
         kind = Kind.ANNOUNCE if num_bytes else Kind.MESSAGE
-        prefix = Prefix(kind=kind, header_bytes=len(header), payload_bytes=num_bytes)
         if self._ended:
             raise ConnectionLost("the connection has ended")
         started = time.perf_counter()
         try:
-            self._write(prefix, header)
+            self._write(kind, header, num_bytes)
             if num_bytes:
                 await self._send_payload(_gathered(payload))
             else:
@@ -123,10 +124,10 @@ class UcxConnection:
         while self._unanswered:
             fail(self._unanswered.popleft().done, "the connection has ended")
 
-    def _write(self, prefix: Prefix, header: bytes = b"") -> None:
+    def _write(self, kind: Kind, header: bytes = b"", payload_bytes: int = 0) -> None:
         if self._writer.is_closing():  # the reader will notice, too
             raise ConnectionResetError(PEER_CLOSED)
-        self._writer.write(prefix.encode() + header)
+        self._writer.write(self._encoder.encode(kind, header, payload_bytes))
 
     async def _send_payload(self, payload: memoryview) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -137,8 +138,9 @@ class UcxConnection:
         """Follow the peer's headers until the connection ends; returns the reason."""
         try:
             while not self._ended:
-                prefix = Prefix.decode(await self._reader.readexactly(PREFIX_BYTES))
+                prefix = self._decoder.decode(await self._reader.readexactly(PREFIX_BYTES))
                 header = await self._reader.readexactly(prefix.header_bytes)
+                prefix.require_sound(header)
                 await self._on_prefix(prefix, header)
         except (OSError, EOFError, FramingError) as error:
             return why_ended(error)
@@ -176,12 +178,12 @@ class UcxConnection:
         if self._ended:  # closed by the callback
             return
         if target is None:
-            self._write(Prefix(kind=Kind.DISCARD))
+            self._write(Kind.DISCARD)
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._link.receive(target, self._num_received, done)
         self._num_received += 1
-        self._write(Prefix(kind=Kind.READY))
+        self._write(Kind.READY)
         await self._arrivals.put(
             _Arrival(header=header, num_bytes=num_bytes, done=done, started=started)
         )

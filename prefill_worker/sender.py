@@ -13,7 +13,8 @@
     any        peer lost                       RELEASED
 
 A send that fails is followed by the loss of the peer: nothing is sealed in between. Whatever does
-not fit the state is a repetition or a late message and changes nothing.
+not fit the state is a repetition or a late message and changes nothing; docs/PROTOCOL.md has every
+pair.
 """
 
 from collections import deque

@@ -20,6 +20,7 @@ HEALTHY = Machine(
     gpus=(),
     kernels="C++ for AVX2",
     kernels_remedy="",
+    checksums="C++",
     ray="2.60.0",
     ray_has_dashboard=True,
     ucx=UcxProbe(
@@ -58,6 +59,7 @@ def test_a_healthy_machine_needs_nothing() -> None:
         (replace(HEALTHY, shared_memory_free=None), "/dev/shm", Status.WARN, "--shm-size"),
         (replace(HEALTHY, torch=None), "torch", Status.FAIL, "make install"),
         (SLOW, "CPU kernels", Status.WARN, "g++"),
+        (replace(HEALTHY, checksums="zlib"), "checksums", Status.WARN, "make kernels"),
         (replace(HEALTHY, ray=None), "Ray", Status.FAIL, "--launcher subprocess"),
         (replace(HEALTHY, ray_has_dashboard=False), "Ray", Status.WARN, "ray[default]"),
         (replace(HEALTHY, ucx=NO_UCX), "UCX", Status.WARN, "pagewire[ucx]"),

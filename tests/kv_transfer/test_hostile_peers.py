@@ -2,15 +2,17 @@
 
 import asyncio
 import struct
+import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagewire.kv_transfer.framing import MAX_PAYLOAD_BYTES, PREFIX_BYTES, Kind, Prefix
+from pagewire.kv_transfer.framing import MAX_PAYLOAD_BYTES, Kind
 from pagewire.kv_transfer.handshake import NOBODY, Hello
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
@@ -159,23 +161,48 @@ def test_another_transport_at_the_address() -> None:
     run(scenario())
 
 
-def prefix(kind: int = Kind.MESSAGE, header_bytes: int = 0, payload_bytes: int = 0) -> bytes:
-    """A prefix whose fields nobody has checked."""
-    good = Prefix(kind=Kind.MESSAGE).encode()
-    return good[:3] + struct.pack("!BIQ", kind, header_bytes, payload_bytes)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forged:
+    """A message whose fields nobody has checked, with the right checksums."""
+
+    kind: int = Kind.MESSAGE
+    header: bytes = b""
+    header_bytes: int | None = None  # None: as many as there are
+    payload_bytes: int = 0
+    payload: bytes = b""
+    start: bytes = b"PW\x02"  # magic and version
+
+    def encode(self, number: int) -> bytes:
+        """As message `number` of a connection, from 1."""
+        header_bytes = len(self.header) if self.header_bytes is None else self.header_bytes
+        fields = self.start + struct.pack(
+            "!BIQI", self.kind, header_bytes, self.payload_bytes, zlib.crc32(self.header)
+        )
+        check = zlib.crc32(fields + number.to_bytes(8, "big"))
+        return fields + check.to_bytes(4, "big") + self.header + self.payload
 
 
+def encoded(*messages: Forged) -> bytes:
+    """All that one end sends."""
+    return b"".join(message.encode(number) for number, message in enumerate(messages, 1))
+
+
+GOOD = Forged(header=b"good")
 BROKEN = {
-    "magic": b"XX" + prefix()[2:],
-    "version": prefix()[:2] + b"\xff" + prefix()[3:],
-    "kind unknown": prefix(kind=200),
-    "kind of another transport": prefix(kind=Kind.ANNOUNCE, payload_bytes=10),
-    "header over the limit": prefix(header_bytes=MAX_HEADER_BYTES + 1),
-    "payload over the limit": prefix(payload_bytes=MAX_PAYLOAD_BYTES + 1),
-    "truncated prefix": prefix()[: PREFIX_BYTES - 1],
-    "truncated header": prefix(header_bytes=5) + b"four",
-    "truncated payload": prefix(header_bytes=1, payload_bytes=1000) + b"h" + bytes(999),
-    "truncated payload that is discarded": prefix(payload_bytes=2 << 20) + bytes(1000),
+    "magic": encoded(GOOD, Forged(start=b"XW\x02")),
+    "version": encoded(GOOD, Forged(start=b"PW\xff")),
+    "kind unknown": encoded(GOOD, Forged(kind=200)),
+    "kind of another transport": encoded(GOOD, Forged(kind=Kind.ANNOUNCE, payload_bytes=10)),
+    "header over the limit": encoded(GOOD, Forged(header_bytes=MAX_HEADER_BYTES + 1)),
+    "payload over the limit": encoded(GOOD, Forged(payload_bytes=MAX_PAYLOAD_BYTES + 1)),
+    "truncated prefix": encoded(GOOD, Forged())[:-1],
+    "truncated header": encoded(GOOD, Forged(header=b"four", header_bytes=5)),
+    "truncated payload": encoded(GOOD, Forged(header=b"h", payload_bytes=1000, payload=bytes(999))),
+    "truncated payload that is discarded": encoded(
+        GOOD, Forged(payload_bytes=2 << 20, payload=bytes(1000))
+    ),
+    "repeated": encoded(GOOD) * 2,
+    "changed header": encoded(GOOD, GOOD).replace(b"good", b"gold").replace(b"gold", b"good", 1),
 }
 
 
@@ -185,7 +212,7 @@ def test_a_broken_message_closes_only_its_connection(broken: bytes) -> None:
         inbox = Inbox()
         async with started("tcp", ME, inbox) as transport:
             reader, writer = await join_tcp(transport)
-            writer.write(prefix(header_bytes=4) + b"good" + broken)
+            writer.write(broken)
             writer.write_eof()
             assert await read_to_end(reader) == b""
             writer.close()
@@ -208,7 +235,7 @@ async def joined_shm(transport: AnyTransport) -> AsyncIterator[tuple[Streams, Se
     try:
         mine = Hello(kind="shm", sender=STRANGER, receiver=ME, note=offer.note).encode()
         writer.write(mine)
-        theirs = (await reader.readexactly(len(mine)))[-len(offer.note) :]
+        theirs = (await reader.readexactly(len(mine)))[-len(offer.note) - 4 : -4]
         incoming = open_offer(theirs, RING_BYTES)
         writer.write(incoming.proof)
         assert await reader.readexactly(len(incoming.proof)) == offer.segment.proof
@@ -219,41 +246,45 @@ async def joined_shm(transport: AnyTransport) -> AsyncIterator[tuple[Streams, Se
         offer.close()
 
 
-def announce(num_bytes: int) -> bytes:
-    return prefix(Kind.ANNOUNCE, 1, num_bytes) + b"h"
+def announce(num_bytes: int) -> Forged:
+    return Forged(kind=Kind.ANNOUNCE, header=b"h", payload_bytes=num_bytes)
 
 
-def chunk(num_bytes: int) -> bytes:
-    return prefix(Kind.CHUNK, 0, num_bytes)
+def chunk(num_bytes: int) -> Forged:
+    return Forged(kind=Kind.CHUNK, payload_bytes=num_bytes)
 
 
+FREED = Forged(kind=Kind.FREED)
 BROKEN_SHM = {
-    "magic": b"XX" + prefix()[2:],
-    "message with a payload": prefix(payload_bytes=10),
-    "payload of nothing": announce(0),
-    "payload over the limit": announce(MAX_PAYLOAD_BYTES + 1),
-    "chunk of no payload": chunk(10),
-    "chunk over the payload": announce(100) + chunk(101),
-    "chunk over its slot": announce(2 * SLOT_BYTES) + chunk(SLOT_BYTES + 1),
-    "chunk of nothing": announce(100) + chunk(0),
-    "chunk with a header": announce(100) + prefix(Kind.CHUNK, 1, 10) + b"h",
-    "message within a payload": announce(100) + prefix(header_bytes=1) + b"h",
-    "payload within a payload": announce(100) + announce(100),
-    "slot that was never filled": prefix(Kind.FREED),
-    "kind of another transport": prefix(Kind.READY),
-    "truncated payload": announce(SLOT_BYTES + 1) + chunk(SLOT_BYTES),
-    "truncated payload that is discarded": announce(2 << 20) + chunk(SLOT_BYTES),
+    "magic": [Forged(start=b"XW\x02")],
+    "message with a payload": [Forged(payload_bytes=10)],
+    "payload of nothing": [announce(0)],
+    "payload over the limit": [announce(MAX_PAYLOAD_BYTES + 1)],
+    "chunk of no payload": [chunk(10)],
+    "chunk over the payload": [announce(100), chunk(101)],
+    "chunk over its slot": [announce(2 * SLOT_BYTES), chunk(SLOT_BYTES + 1)],
+    "chunk of nothing": [announce(100), chunk(0)],
+    "chunk with a header": [
+        announce(100),
+        Forged(kind=Kind.CHUNK, header=b"h", payload_bytes=10),
+    ],
+    "message within a payload": [announce(100), GOOD],
+    "payload within a payload": [announce(100), announce(100)],
+    "slot that was never filled": [FREED],
+    "kind of another transport": [Forged(kind=Kind.READY)],
+    "truncated payload": [announce(SLOT_BYTES + 1), chunk(SLOT_BYTES)],
+    "truncated payload that is discarded": [announce(2 << 20), chunk(SLOT_BYTES)],
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN_SHM.values(), ids=BROKEN_SHM.keys())
-def test_a_broken_message_through_shared_memory(broken: bytes) -> None:
+def test_a_broken_message_through_shared_memory(broken: list[Forged]) -> None:
     async def scenario() -> None:
         inbox = Inbox()
         async with started("shm", ME, inbox) as transport:
             async with joined_shm(transport) as ((reader, writer), ring):
                 ring.view[:4] = b"good"
-                writer.write(announce(4) + chunk(4) + broken)
+                writer.write(encoded(announce(4), chunk(4), *broken))
                 writer.write_eof()
                 await read_to_end(reader)
             while not inbox.lost_peers:
@@ -275,12 +306,13 @@ def test_a_peer_that_frees_no_slot_gets_no_more_chunks() -> None:
                 connection = transport.connection(STRANGER)
             payload = memoryview(bytes(2 * RING_BYTES))
             sending = asyncio.create_task(connection.send(b"h", payload))
-            chunks = chunk(SLOT_BYTES) * NUM_SLOTS
-            expected = announce(len(payload)) + chunks
+            chunks = [chunk(SLOT_BYTES)] * NUM_SLOTS
+            expected = encoded(announce(len(payload)), *chunks)
             assert await streams[0].readexactly(len(expected)) == expected
             assert not sending.done()
-            streams[1].write(prefix(Kind.FREED) * NUM_SLOTS)
-            assert await streams[0].readexactly(len(chunks)) == chunks
+            streams[1].write(encoded(*[FREED] * NUM_SLOTS))
+            rest = encoded(announce(len(payload)), *chunks, *chunks)[len(expected) :]
+            assert await streams[0].readexactly(len(rest)) == rest
             await sending
 
     run(scenario())
@@ -309,7 +341,7 @@ def test_half_a_message_blocks_nobody() -> None:
         inbox = Inbox()
         async with started("tcp", ME, inbox) as transport:
             _, writer = await join_tcp(transport)
-            writer.write(prefix(header_bytes=10, payload_bytes=1000) + b"half")
+            writer.write(encoded(Forged(header=b"half", header_bytes=10, payload_bytes=1000)))
             await check_that_it_still_works("tcp", transport)
             assert inbox.lost_peers in ([], [OTHER])
             writer.close()
