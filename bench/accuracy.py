@@ -1,4 +1,5 @@
-"""What quantisation costs: the next-token distributions of int8 and int4 against float32's.
+"""What quantisation costs: next-token distributions with int8 and int4 matrices or an int8 KV cache
+against float32's.
 
 Runs the default model over windows of this repository's own documentation. KL divergence is that
 of Kullback and Leibler, in nats, from float32 to the quantised model at each position; top-1
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading.resolve import resolve_model
 from pagewire.engine.model_runner import ModelRunner
@@ -28,10 +30,27 @@ NUM_PAGES = -(-WINDOW // PAGE_SIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accuracy:
-    """One quantization against float32."""
+class Variant:
+    """What is quantised."""
 
-    quantization: Quantization
+    name: str
+    quantization: Quantization = Quantization.NONE
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
+
+
+FLOAT32 = Variant(name="float32")
+VARIANTS = (
+    Variant(name="int8", quantization=Quantization.INT8),
+    Variant(name="int4", quantization=Quantization.INT4),
+    Variant(name="int8 KV cache", kv_cache_dtype=KVCacheDtype.INT8),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """One variant against float32."""
+
+    variant: str
     num_tokens: int
     kl_mean: float  # nats
     kl_p99: float
@@ -64,12 +83,12 @@ def log_probabilities(runner: ModelRunner, windows: Tensor) -> Tensor:
         return torch.cat(logits).log_softmax(dim=-1)
 
 
-def compare(quantization: Quantization, expected: Tensor, found: Tensor) -> Accuracy:
+def compare(variant: Variant, expected: Tensor, found: Tensor) -> Accuracy:
     """expected, found: log probabilities [num_tokens, vocab_size]."""
     divergence = (expected.exp() * (expected - found)).sum(dim=-1)
     agreement = expected.argmax(dim=-1) == found.argmax(dim=-1)
     return Accuracy(
-        quantization=quantization,
+        variant=variant.name,
         num_tokens=len(expected),
         kl_mean=float(divergence.mean()),
         kl_p99=float(divergence.quantile(0.99)),
@@ -81,19 +100,20 @@ def measure(num_windows: int) -> list[Accuracy]:
     path = resolve_model(None)
     windows = load_windows(path, num_windows)
 
-    def run(quantization: Quantization) -> Tensor:
+    def run(variant: Variant) -> Tensor:
         runner = load_engine(
             path,
             dtype="float32",
-            quantization=quantization,
+            quantization=variant.quantization,
+            kv_cache_dtype=variant.kv_cache_dtype,
             page_size=PAGE_SIZE,
             num_pages=NUM_PAGES,
             max_model_len=WINDOW,
         )
         return log_probabilities(runner, windows)
 
-    expected = run(Quantization.NONE)
-    return [compare(each, expected, run(each)) for each in (Quantization.INT8, Quantization.INT4)]
+    expected = run(FLOAT32)
+    return [compare(each, expected, run(each)) for each in VARIANTS]
 
 
 def main() -> None:
@@ -104,7 +124,7 @@ def main() -> None:
     results = measure(num_windows=1 if arguments.quick else 4)
     for result in results:
         print(
-            f"{result.quantization}: KL divergence {result.kl_mean:.4f} nats (p99 "
+            f"{result.variant}: KL divergence {result.kl_mean:.4f} nats (p99 "
             f"{result.kl_p99:.3f}), top-1 agreement {result.top1_agreement:.1%} "
             f"on {result.num_tokens} tokens"
         )

@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "int8 weights": ("--quantization", "int8"),
     "int4 weights": ("--quantization", "int4"),
-    "int8 KV": ("--kv-dtype", "int8"),
+    "int8 KV": ("--kv-cache-dtype", "int8"),
     "speculation": ("--speculation", "ngram"),
     "no prefix cache": ("--no-prefix-cache",),
 }
@@ -160,11 +160,22 @@ def requests_of(arguments: argparse.Namespace, load: Load) -> list[TimedRequest]
     )
 
 
+def chosen_variants(names: str | None, *, quick: bool) -> Sequence[str]:
+    """What `--variants` says, or what stands for it."""
+    if names is None:
+        return ["default"] if quick else list(VARIANTS)
+    return [name.strip() for name in names.split(",")]
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--quick", action="store_true", help="the default alone, within a minute")
+    parser.add_argument("--quick", action="store_true", help="a small load, within a minute each")
+    parser.add_argument(
+        "--variants",
+        help=f"comma-separated, of {', '.join(VARIANTS)}; without it all, with --quick the first",
+    )
     parser.add_argument("--requests", type=int, help=f"default {Load().num_requests}")
     parser.add_argument(
         "--rate", type=float, help=f"requests a second; default {Load().rate_per_s}"
@@ -174,6 +185,9 @@ def parse() -> argparse.Namespace:
         "--scale-tokens", type=float, default=0.1, help="multiplies the lengths of a trace"
     )
     arguments = parser.parse_args()
+    arguments.variants = chosen_variants(arguments.variants, quick=arguments.quick)
+    if unknown := set(arguments.variants) - set(VARIANTS):
+        parser.error(f"--variants has {', '.join(unknown)}; choose of {', '.join(VARIANTS)}")
     for name in ("requests", "rate", "scale_tokens"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -196,8 +210,8 @@ def main() -> None:
     arrivals = make_arrivals(requests, workspace)
     outcomes, skipped = {}, {}
     for name, options in VARIANTS.items():
-        if arguments.quick and options:
-            skipped[name] = "--quick"
+        if name not in arguments.variants:
+            skipped[name] = "not chosen; see --variants"
         elif options and not serve_has(options[0]):
             skipped[name] = f"`pagewire serve` has no {options[0]}"
         else:

@@ -54,6 +54,12 @@ void score_rows(const float* q, const T* k, int64_t head_dim, int64_t count, flo
     }
 }
 
+// Scales lie apart from what was read last, where no hardware prefetcher expects a read.
+inline void prefetch(const float* scales, int64_t count) {
+    constexpr int64_t cache_line = 64 / sizeof(float);
+    for (int64_t n = 0; n < count; n += cache_line) __builtin_prefetch(scales + n);
+}
+
 // Multiplies scores by the scales of their keys, or weights by those of their values: as good as
 // scaling these, at one multiplication a position instead of head_dim.
 inline void scale_row(const float* scales, int64_t count, float* row) {
@@ -146,6 +152,10 @@ void attend_rows(const Queries<T>& queries, const PagedKV<KV>& kv, int64_t begin
     for_each_block(begin, end, kv.block(), [&](int64_t first, int64_t stop) {
         const int64_t count = stop - first;
         const auto segment = kv.at(first);
+        if constexpr (is_quantized<KV>) {
+            prefetch(segment.key_scales, count);
+            prefetch(segment.value_scales, count);
+        }
         for (int64_t r = 0; r < num_rows; r += kRowsAtOnce)
             with_constant<kRowsAtOnce>(num_rows - r, [&](auto rows) {
                 score_rows<rows>(q + r * head_dim, segment.keys, head_dim, count,

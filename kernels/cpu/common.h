@@ -97,11 +97,35 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
 
-inline Floats load(const BFloat16* from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    const Bits bits = __builtin_convertvector(halves, Bits) << 16;
-    return (Floats)bits;
+// kLanes integers, widened. Left to itself GCC does it in halves or lane by lane.
+#if defined(__AVX512F__)
+inline Bits load_wide(const uint16_t* from) {
+    return (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Ints load_wide(const int8_t* from) {
+    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#elif defined(__AVX2__)
+inline Bits load_wide(const uint16_t* from) {
+    return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Ints load_wide(const int8_t* from) {
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+#else
+inline Bits load_wide(const uint16_t* from) { return (Bits)vmovl_u16(vld1_u16(from)); }
+inline Ints load_wide(const int8_t* from) {
+    int32_t word;
+    std::memcpy(&word, from, sizeof word);
+    const int16x8_t halves = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(word)));
+    return (Ints)vmovl_s16(vget_low_s16(halves));
+}
+#endif
+
+inline Floats load(const BFloat16* from) { return (Floats)(load_wide(&from->bits) << 16); }
+
+inline Floats load(const int8_t* from) {
+    return __builtin_convertvector(load_wide(from), Floats);
 }
 
 // Rounds to nearest, halves to even; a NaN stays one.
@@ -138,12 +162,6 @@ inline void store(Float16* to, Floats values) {
     vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)values)));
 }
 #endif
-
-inline Floats load(const int8_t* from) {
-    Bytes bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
-}
 
 // From values that are integers already.
 inline void store(int8_t* to, Floats values) {
