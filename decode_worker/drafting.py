@@ -24,7 +24,7 @@ class Speculation:
     max_draft_tokens: int  # for all rows of a step together
     costs: DraftCosts
     draft_model_len: int | None = None  # context of the draft model; None: drafts are looked up
-    max_unseen_tokens: int = 64  # of prompts, that a draft model reads in one step to catch up
+    max_unseen_tokens: int = 32  # of prompts, that a draft model reads in one step to catch up
 
     def drafting(self, token_ids: Iterable[int], sampling: SamplingParams) -> "Drafting | None":
         """For a sequence with this prompt. None under penalties: these look at every token before,

@@ -19,7 +19,7 @@ _LONGEST_PAUSE = 512
 class DraftCosts:
     """What drafts cost, in units of a decode step's constant part: reading the weights."""
 
-    per_token: float = 0.05  # one more token in a step
+    per_token: float = 0.06  # one more token in a step
     per_draft: float = 0.0  # a step of the draft model; 0 where drafts are looked up
 
     def of_draft(self, num_rows: int) -> float:
@@ -49,9 +49,14 @@ class DraftLength:
         """
         if self._num_skipped or limit < 1:
             return 0
+        chance = self._num_right / self._num_checked
+        cost = self._costs.of_draft(num_rows)
         best, best_gain = 0, _LEAST_GAIN
+        num_tokens = last_is_right = 1.0
         for length in range(1, min(limit, MAX_DRAFTS) + 1):
-            gain = self._gain(length, num_rows)
+            last_is_right *= chance
+            num_tokens += last_is_right
+            gain = num_tokens / (1 + length * cost)
             if gain > best_gain:
                 best, best_gain = length, gain
         if not best:
@@ -68,12 +73,6 @@ class DraftLength:
         self._num_checked = _MEMORY * self._num_checked + num_accepted + num_wrong
         if num_accepted > 1:
             self._pause = _FIRST_PAUSE
-
-    def _gain(self, length: int, num_rows: int) -> float:
-        """Tokens per cost with `length` drafts, over those without."""
-        chance = self._num_right / self._num_checked
-        num_tokens = sum(float(chance**index) for index in range(length + 1))
-        return num_tokens / (1 + length * self._costs.of_draft(num_rows))
 
     def _begin_pause(self) -> None:
         self._num_skipped = self._pause

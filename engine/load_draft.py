@@ -63,7 +63,7 @@ def load_draft_model(
         kernels=kernels,
     )
     draft_model = DraftModel(runner, cost=measure_cost(runner, target) if cost is None else cost)
-    logger.info("a draft costs %.2f of a decode step", draft_model.cost)
+    logger.info("%s drafts; a draft costs %.2f of a decode step", path.name, draft_model.cost)
     return draft_model
 
 
