@@ -23,6 +23,7 @@ from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.load import load_engine
 from pagewire.engine.load_draft import load_draft_model
 from pagewire.engine.loading.resolve import resolve_model
+from pagewire.engine.measure_drafts import measure_costs
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
@@ -225,6 +226,7 @@ def make_streams(
 def compare(
     runner: ModelRunner,
     draft_model: DraftModel | None,
+    costs: DraftCosts,
     tokenizer: Tokenizer,
     load: Load,
     *,
@@ -236,8 +238,8 @@ def compare(
     """Alternate decoding with and without drafts."""
     speculation = Speculation(
         max_draft_tokens=MAX_DRAFT_TOKENS,
-        costs=DraftCosts(per_draft=draft_model.cost if draft_model else 0.0),
-        draft_model_len=draft_model.max_model_len if draft_model else None,
+        costs=costs,
+        draft_model_len=draft_model.runner.max_model_len if draft_model else None,
     )
     plain, drafted = [], []
     for _ in range(num_rounds):
@@ -248,7 +250,7 @@ def compare(
     last = drafted[-1]
     return Result(
         quantization=quantization,
-        drafts=f"model, {draft_model.cost:.2f}" if draft_model else "ngram",
+        drafts=f"model, {costs.per_draft:.2f}" if draft_model else "ngram",
         load=load.name,
         num_streams=num_streams,
         plain_rate=median(run.num_tokens / run.seconds for run in plain),
@@ -280,11 +282,13 @@ def measure(
                 load_draft_model(path, runner, dtype="float32", quantization=Quantization.INT4)
             )
         for draft_model in draft_models:
+            costs = measure_costs(runner, draft_model.runner if draft_model else None)
             for load in (COPY, FREE):
                 for num_streams in (1, 8):
                     result = compare(
                         runner,
                         draft_model,
+                        costs,
                         tokenizer,
                         load,
                         num_streams=num_streams,

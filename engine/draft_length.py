@@ -19,7 +19,7 @@ _LONGEST_PAUSE = 512
 class DraftCosts:
     """What drafts cost, in units of a decode step's constant part: reading the weights."""
 
-    per_token: float = 0.06  # one more token in a step
+    per_token: float  # one more token in a step
     per_draft: float = 0.0  # a step of the draft model; 0 where drafts are looked up
 
     def of_draft(self, num_rows: int) -> float:

@@ -90,7 +90,7 @@ def test_drafting_gains_where_drafts_are_right() -> None:
 
 
 def test_a_draft_model_that_costs_as_much_as_the_model_does_not_draft() -> None:
-    length = DraftLength(DraftCosts(per_draft=1.0))
+    length = DraftLength(DraftCosts(per_token=0.05, per_draft=1.0))
     assert length.choose(MAX_DRAFTS, num_rows=1) == 0
 
 
