@@ -17,47 +17,6 @@ from pagewire.engine.sampling_params import SamplingParams
 _NEWEST_TOKENS = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speculation:
-    """How the sequences of a decode worker are drafted for."""
-
-    max_draft_tokens: int  # for all rows of a step together
-    costs: DraftCosts
-    draft_model_len: int | None = None  # context of the draft model; None: drafts are looked up
-    max_unseen_tokens: int = 32  # of prompts, that a draft model reads in one step to catch up
-
-    def drafting(self, token_ids: Iterable[int], sampling: SamplingParams) -> "Drafting | None":
-        """For a sequence with this prompt. None under penalties: these look at every token before,
-        so that the tokens in the places of drafts cannot be sampled together.
-        """
-        if sampling.has_penalties:
-            return None
-        drafter: NgramDrafter | ModelDrafter
-        if self.draft_model_len is None:
-            drafter = NgramDrafter(token_ids)
-        else:
-            drafter = ModelDrafter(token_ids, max_model_len=self.draft_model_len)
-        return Drafting(drafter, DraftLength(self.costs))
-
-    def plan(self, draftings: "Sequence[Drafting | None]", nums_left: Sequence[int]) -> None:
-        """Share the drafts of a step, and what a draft model may read, out among its rows.
-
-        nums_left: tokens that each sequence may have yet; each bounds its drafts, since a step
-        samples one token behind them.
-        """
-        num_rows = len(draftings)
-        num_readable = self.max_unseen_tokens
-        for drafting, num_left in zip(draftings, nums_left, strict=True):
-            if drafting is not None:
-                drafting.plan(
-                    min(self.max_draft_tokens // num_rows, num_left - 1),
-                    num_rows=num_rows,
-                    num_left=num_left,
-                    max_unseen=max(num_readable, _NEWEST_TOKENS),
-                )
-                num_readable -= drafting.num_unseen
-
-
 class Drafting:
     """The drafts of one sequence: those of the step that runs or comes next, and how many pay."""
 
@@ -95,3 +54,44 @@ class Drafting:
     def extend(self, token_id: int) -> None:
         """`token_id` is the next token of the sequence."""
         self._drafter.extend((token_id,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """How the sequences of a decode worker are drafted for."""
+
+    max_draft_tokens: int  # for all rows of a step together
+    costs: DraftCosts
+    draft_model_len: int | None = None  # context of the draft model; None: drafts are looked up
+    max_unseen_tokens: int = 32  # of prompts, that a draft model reads in one step to catch up
+
+    def drafting(self, token_ids: Iterable[int], sampling: SamplingParams) -> Drafting | None:
+        """For a sequence with this prompt. None under penalties: these look at every token before,
+        so that the tokens in the places of drafts cannot be sampled together.
+        """
+        if sampling.has_penalties:
+            return None
+        drafter: NgramDrafter | ModelDrafter
+        if self.draft_model_len is None:
+            drafter = NgramDrafter(token_ids)
+        else:
+            drafter = ModelDrafter(token_ids, max_model_len=self.draft_model_len)
+        return Drafting(drafter, DraftLength(self.costs))
+
+    def plan(self, draftings: Sequence[Drafting | None], nums_left: Sequence[int]) -> None:
+        """Share the drafts of a step, and what a draft model may read, out among its rows.
+
+        nums_left: tokens that each sequence may have yet; each bounds its drafts, since a step
+        samples one token behind them.
+        """
+        num_rows = len(draftings)
+        num_readable = self.max_unseen_tokens
+        for drafting, num_left in zip(draftings, nums_left, strict=True):
+            if drafting is not None:
+                drafting.plan(
+                    min(self.max_draft_tokens // num_rows, num_left - 1),
+                    num_rows=num_rows,
+                    num_left=num_left,
+                    max_unseen=max(num_readable, _NEWEST_TOKENS),
+                )
+                num_readable -= drafting.num_unseen

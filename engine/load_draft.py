@@ -4,24 +4,19 @@ from pathlib import Path
 
 from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.errors import ModelError
-from pagewire.engine.load import load_engine
+from pagewire.engine.load import kv_layout, load_engine
 from pagewire.engine.loading.weights import open_checkpoint
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.quantization import Quantization
-from pagewire.kv_transfer.layout import KVLayout
 
 
 def draft_page_bytes(path: Path, *, page_size: int, dtype: str) -> int:
-    """What a page takes in the pool of the draft model at `path`. Raises ModelError."""
+    """What a page takes in the pool of the draft model at `path`.
+
+    Raises ModelError, and LayoutError for a dtype or page size that cannot be.
+    """
     config = open_checkpoint(path).config
-    layout = KVLayout(
-        page_size=page_size,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
-    )
-    return layout.page_bytes
+    return kv_layout(config, page_size=page_size, dtype=dtype).page_bytes
 
 
 def load_draft_model(
