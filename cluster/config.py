@@ -104,7 +104,7 @@ class ServeConfig(BaseSettings):
     )
     speculation: Literal["none", "ngram", "draft"] = Field(
         default="none",
-        description="drafts that a decode step checks: looked up (ngram) or a model's (draft)",
+        description="drafts that a decode step checks: looked up (ngram), or a model's too (draft)",
     )
     draft_model: str | None = Field(
         default=None,

@@ -9,9 +9,9 @@ from pathlib import Path
 from pagewire.cluster.config import ServeConfig
 from pagewire.worker.config import Role, WorkerConfig
 
-# Drafts of a decode step, shared out among its rows: with many rows a step is bound by arithmetic,
-# and a draft costs nearly what a row costs.
-MAX_DRAFT_TOKENS = 16
+# Drafts of a decode step, shared out among its rows. It bounds how long a step takes and how many
+# rows of logits it holds; how many drafts pay is decided for each sequence.
+MAX_DRAFT_TOKENS = 64
 
 _CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max …"
 

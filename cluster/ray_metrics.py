@@ -29,6 +29,12 @@ class RayMetrics:
         self._pages = _gauge("pagewire_pages", "pages by state", "state")
         self._prompt_tokens = _Total("vllm_prompt_tokens_total", "prompt tokens computed")
         self._generated_tokens = _Total("vllm_generation_tokens_total", "tokens sampled")
+        self._drafted_tokens = _Total(
+            "vllm_spec_decode_num_draft_tokens_total", "drafted tokens that were checked"
+        )
+        self._accepted_tokens = _Total(
+            "vllm_spec_decode_num_accepted_tokens_total", "drafted tokens that were right"
+        )
         self._bytes = _Total(
             "pagewire_kv_transfer_bytes_total", "payload bytes", "transport", "direction"
         )
@@ -46,6 +52,8 @@ class RayMetrics:
             self._pages.set(getattr(pages, name), self._tags | {"state": name})
         self._prompt_tokens.set(state.prompt_tokens, self._tags)
         self._generated_tokens.set(state.generated_tokens, self._tags)
+        self._drafted_tokens.set(state.drafted_tokens, self._tags)
+        self._accepted_tokens.set(state.accepted_tokens, self._tags)
         for transfer in state.transfers:
             sent = self._tags | {"transport": transfer.kind, "direction": "sent"}
             received = sent | {"direction": "received"}

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
-from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.errors import EngineError
 from pagewire.engine.load import load_engine
-from pagewire.engine.load_draft import draft_page_bytes, load_draft_model
+from pagewire.engine.load_draft import draft_page_bytes
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.kv_transfer.select import create_transports
@@ -47,17 +47,19 @@ async def run_worker(
     Raises one of StartError, with a sentence for the user, when the worker cannot work.
     """
     incarnation = secrets.token_bytes(16)
-    runner, draft_model = await asyncio.to_thread(_load_models, config)
+    runner = await asyncio.to_thread(_load_engine, config)
     worker: PrefillWorker | DecodeWorker
     if config.role is Role.PREFILL:
         worker = PrefillWorker(
             config=config, incarnation=incarnation, runner=runner, on_state=on_state
         )
     else:
+        speculation, draft_model = await asyncio.to_thread(load_speculation, config, runner)
         worker = DecodeWorker(
             config=config,
             incarnation=incarnation,
             runner=runner,
+            speculation=speculation,
             draft_model=draft_model,
             on_state=on_state,
         )
@@ -66,12 +68,13 @@ async def run_worker(
     await worker.run(chosen.transports, stop)
 
 
-def _load_models(config: WorkerConfig) -> tuple[ModelRunner, DraftModel | None]:
-    draft_path = Path(config.draft_model) if config.draft_model else None
+def _load_engine(config: WorkerConfig) -> ModelRunner:
     page_bytes = 0
-    if draft_path:
-        page_bytes = draft_page_bytes(draft_path, page_size=config.page_size, dtype=config.dtype)
-    runner = load_engine(
+    if config.draft_model is not None:
+        page_bytes = draft_page_bytes(
+            Path(config.draft_model), page_size=config.page_size, dtype=config.dtype
+        )
+    return load_engine(
         Path(config.model),
         dtype=config.dtype,
         quantization=config.quantization,
@@ -83,17 +86,6 @@ def _load_models(config: WorkerConfig) -> tuple[ModelRunner, DraftModel | None]:
         max_model_len=config.max_model_len,
         num_threads=config.num_threads,
         kernels=config.kernels,
-    )
-    if not draft_path:
-        return runner, None
-    return runner, load_draft_model(
-        draft_path,
-        runner,
-        dtype=config.dtype,
-        quantization=config.draft_quantization,
-        device=config.device,
-        kernels=config.kernels,
-        cost=config.draft_cost,
     )
 
 

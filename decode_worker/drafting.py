@@ -3,8 +3,8 @@
 `engine/speculative.py` says why drafts never change a token.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from pagewire.engine.batch import DraftWork
 from pagewire.engine.draft_length import DraftCosts, DraftLength
@@ -18,28 +18,95 @@ _NEWEST_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDrafts:
+    """What a draft model is to do for one sequence, and how many of its drafts pay."""
+
+    drafter: ModelDrafter
+    length: DraftLength
+
+
+class Drafting:
+    """The drafts of one sequence: those of the step that runs or comes next, and how many pay.
+
+    They are looked up where the newest tokens occurred before; where there is a draft model, only
+    if that promises more than the model's drafts.
+    """
+
+    def __init__(
+        self, lookup: NgramDrafter, length: DraftLength, model: ModelDrafts | None = None
+    ) -> None:
+        """`length` is of the drafts that are looked up."""
+        self._lookup = lookup
+        self._length = length
+        self._model = model
+        self.token_ids: tuple[int, ...] = ()  # drafts that are known when the step is planned
+        self.work: DraftWork | None = None  # for a draft model, which makes them in the step
+
+    @property
+    def num_drafts(self) -> int:
+        return self.work.num_drafts if self.work else len(self.token_ids)
+
+    @property
+    def num_unseen(self) -> int:
+        """Tokens of the sequence that the draft model reads in the step."""
+        return len(self.work.token_ids) if self.work else 0
+
+    def plan(self, limit: int, *, num_rows: int, num_left: int, max_unseen: int) -> None:
+        """Choose the drafts of the next step, at most `limit`. Arguments as in ModelDrafter."""
+        self.token_ids, self.work = (), None
+        found = self._length.choose(limit, num_rows=num_rows)
+        if self._model is None:
+            self.token_ids = self._lookup.propose(found.length)
+            return
+        made = self._model.length.choose(limit, num_rows=num_rows)
+        if found.gain > made.gain:
+            self.token_ids = self._lookup.propose(found.length)
+        if not self.token_ids:
+            self.work = self._model.drafter.plan(
+                made.length, num_left=num_left, max_unseen=max_unseen
+            )
+
+    def on_step(self, num_accepted: int) -> None:
+        """The step has run, and the first `num_accepted` of its drafts were right."""
+        self._length.on_step(num_drafted=len(self.token_ids), num_accepted=num_accepted)
+        if self._model is not None:
+            num_made = self.work.num_drafts if self.work else 0
+            self._model.length.on_step(num_drafted=num_made, num_accepted=num_accepted)
+            if self.work is not None:
+                self._model.drafter.on_step(self.work, num_accepted)
+        self.token_ids, self.work = (), None
+
+    def extend(self, token_id: int) -> None:
+        """`token_id` is the next token of the sequence."""
+        self._lookup.extend((token_id,))
+        if self._model is not None:
+            self._model.drafter.extend((token_id,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
     """How the sequences of a decode worker are drafted for."""
 
     max_draft_tokens: int  # for all rows of a step together
     costs: DraftCosts
-    draft_model_len: int | None = None  # context of the draft model; None: drafts are looked up
-    max_unseen_tokens: int = 64  # of prompts, that a draft model reads in one step to catch up
+    draft_model_len: int | None = None  # context of the draft model; None: there is none
+    max_unseen_tokens: int = 32  # of prompts, that a draft model reads in one step to catch up
 
-    def drafting(self, token_ids: Iterable[int], sampling: SamplingParams) -> "Drafting | None":
+    def drafting(self, token_ids: Sequence[int], sampling: SamplingParams) -> Drafting | None:
         """For a sequence with this prompt. None under penalties: these look at every token before,
         so that the tokens in the places of drafts cannot be sampled together.
         """
         if sampling.has_penalties:
             return None
-        drafter: NgramDrafter | ModelDrafter
+        lookup = NgramDrafter(token_ids)
+        length = DraftLength(replace(self.costs, per_draft=0.0))
         if self.draft_model_len is None:
-            drafter = NgramDrafter(token_ids)
-        else:
-            drafter = ModelDrafter(token_ids, max_model_len=self.draft_model_len)
-        return Drafting(drafter, DraftLength(self.costs))
+            return Drafting(lookup, length)
+        drafter = ModelDrafter(token_ids, max_model_len=self.draft_model_len)
+        model = ModelDrafts(drafter=drafter, length=DraftLength(self.costs))
+        return Drafting(lookup, length, model)
 
-    def plan(self, draftings: "Sequence[Drafting | None]", nums_left: Sequence[int]) -> None:
+    def plan(self, draftings: Sequence[Drafting | None], nums_left: Sequence[int]) -> None:
         """Share the drafts of a step, and what a draft model may read, out among its rows.
 
         nums_left: tokens that each sequence may have yet; each bounds its drafts, since a step
@@ -56,42 +123,3 @@ class Speculation:
                     max_unseen=max(num_readable, _NEWEST_TOKENS),
                 )
                 num_readable -= drafting.num_unseen
-
-
-class Drafting:
-    """The drafts of one sequence: those of the step that runs or comes next, and how many pay."""
-
-    def __init__(self, drafter: NgramDrafter | ModelDrafter, length: DraftLength) -> None:
-        self._drafter = drafter
-        self._length = length
-        self.token_ids: tuple[int, ...] = ()  # drafts that are known when the step is planned
-        self.work: DraftWork | None = None  # for a draft model, which makes them in the step
-
-    @property
-    def num_drafts(self) -> int:
-        return self.work.num_drafts if self.work else len(self.token_ids)
-
-    @property
-    def num_unseen(self) -> int:
-        """Tokens of the sequence that the draft model reads in the step."""
-        return len(self.work.token_ids) if self.work else 0
-
-    def plan(self, limit: int, *, num_rows: int, num_left: int, max_unseen: int) -> None:
-        """Choose the drafts of the next step, at most `limit`. Arguments as in ModelDrafter."""
-        num_drafts = self._length.choose(limit, num_rows=num_rows)
-        match self._drafter:
-            case NgramDrafter() as lookup:
-                self.token_ids = lookup.propose(num_drafts) if num_drafts else ()
-            case ModelDrafter() as model:
-                self.work = model.plan(num_drafts, num_left=num_left, max_unseen=max_unseen)
-
-    def on_step(self, num_accepted: int) -> None:
-        """The step has run, and the first `num_accepted` of its drafts were right."""
-        self._length.on_step(num_drafted=self.num_drafts, num_accepted=num_accepted)
-        if self.work is not None and isinstance(self._drafter, ModelDrafter):
-            self._drafter.on_step(self.work, num_accepted)
-        self.token_ids, self.work = (), None
-
-    def extend(self, token_id: int) -> None:
-        """`token_id` is the next token of the sequence."""
-        self._drafter.extend((token_id,))

@@ -7,7 +7,6 @@ from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, StepResult
-from pagewire.engine.draft_length import DraftCosts
 from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
@@ -28,10 +27,11 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         config: WorkerConfig,
         incarnation: bytes,
         runner: ModelRunner,
+        speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
     ) -> None:
-        """Without a `draft_model` drafts are looked up, if there are to be any."""
+        """`draft_model` makes the drafts that `speculation` asks for."""
         core = DecodeCore(
             incarnation=incarnation,
             layout=runner.layout,
@@ -40,7 +40,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             vocab_size=runner.vocab_size,
             max_model_len=runner.max_model_len,
             max_batch_size=config.max_batch_size,
-            speculation=_speculation(config, draft_model),
+            speculation=speculation,
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
         )
@@ -75,15 +75,3 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             self.io_thread, self._writer.write, effect.frame, effect.page_table
         )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound))
-
-
-def _speculation(config: WorkerConfig, draft_model: DraftModel | None) -> Speculation | None:
-    if not config.max_draft_tokens:
-        return None
-    if draft_model is None:
-        return Speculation(max_draft_tokens=config.max_draft_tokens, costs=DraftCosts())
-    return Speculation(
-        max_draft_tokens=config.max_draft_tokens,
-        costs=DraftCosts(per_draft=draft_model.cost),
-        draft_model_len=draft_model.max_model_len,
-    )

@@ -6,11 +6,13 @@ drafts cost, that has a best k, and it is 0 where drafting does not pay.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_DRAFTS = 16
 _LEAST_GAIN = 1.05  # drafting has to promise more than the error of its estimates
-_MEMORY = 0.6  # how much of what was seen counts still, one drafting step later
-_PRIOR = 0.7  # share of right drafts before any was seen; counts as much as one draft
+_MEMORY = 0.8  # how much of what was seen counts still, one drafting step later
+_MOST_REMEMBERED = 8  # drafts: a long copy that has ended is soon forgotten
+_PRIOR = 0.8  # share of right drafts before any was seen; counts as much as one draft
 _FIRST_PAUSE = 8  # tokens
 _LONGEST_PAUSE = 512
 
@@ -19,13 +21,23 @@ _LONGEST_PAUSE = 512
 class DraftCosts:
     """What drafts cost, in units of a decode step's constant part: reading the weights."""
 
-    per_token: float = 0.05  # one more token in a step
+    per_token: float  # one more token in a step
     per_draft: float = 0.0  # a step of the draft model; 0 where drafts are looked up
 
     def of_draft(self, num_rows: int) -> float:
         """One draft for each of `num_rows` rows, over a step of all of them without drafts."""
         tokens = self.per_token * num_rows
         return tokens / (1 + tokens) + self.per_draft
+
+
+class DraftChoice(NamedTuple):
+    """How many tokens to draft, and what that promises."""
+
+    length: int
+    gain: float  # tokens per cost, over those without drafts; 1 where length is 0
+
+
+_NO_DRAFTS = DraftChoice(0, 1.0)
 
 
 class DraftLength:
@@ -42,19 +54,24 @@ class DraftLength:
         self._num_checked = 1.0  # drafts up to the first wrong one, fading
         self._num_right = _PRIOR
 
-    def choose(self, limit: int, *, num_rows: int) -> int:
-        """Tokens to draft in the next step, which has `num_rows` rows: 0 to `limit`.
+    def choose(self, limit: int, *, num_rows: int) -> DraftChoice:
+        """The best length for the next step, which has `num_rows` rows: 0 to `limit`.
 
         A pause begins when none would pay.
         """
         if self._num_skipped or limit < 1:
-            return 0
-        best, best_gain = 0, _LEAST_GAIN
+            return _NO_DRAFTS
+        chance = self._num_right / self._num_checked
+        cost = self._costs.of_draft(num_rows)
+        best = _NO_DRAFTS
+        num_tokens = last_is_right = 1.0
         for length in range(1, min(limit, MAX_DRAFTS) + 1):
-            gain = self._gain(length, num_rows)
-            if gain > best_gain:
-                best, best_gain = length, gain
-        if not best:
+            last_is_right *= chance
+            num_tokens += last_is_right
+            gain = num_tokens / (1 + length * cost)
+            if gain > max(best.gain, _LEAST_GAIN):
+                best = DraftChoice(length, gain)
+        if not best.length:
             self._begin_pause()
         return best
 
@@ -64,16 +81,11 @@ class DraftLength:
             self._num_skipped = max(0, self._num_skipped - 1)
             return
         num_wrong = num_accepted < num_drafted  # what is behind a wrong draft was not tried
-        self._num_right = _MEMORY * self._num_right + num_accepted
-        self._num_checked = _MEMORY * self._num_checked + num_accepted + num_wrong
+        memory = min(_MEMORY, _MOST_REMEMBERED / self._num_checked)
+        self._num_right = memory * self._num_right + num_accepted
+        self._num_checked = memory * self._num_checked + num_accepted + num_wrong
         if num_accepted > 1:
             self._pause = _FIRST_PAUSE
-
-    def _gain(self, length: int, num_rows: int) -> float:
-        """Tokens per cost with `length` drafts, over those without."""
-        chance = self._num_right / self._num_checked
-        num_tokens = sum(float(chance**index) for index in range(length + 1))
-        return num_tokens / (1 + length * self._costs.of_draft(num_rows))
 
     def _begin_pause(self) -> None:
         self._num_skipped = self._pause

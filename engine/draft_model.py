@@ -13,17 +13,9 @@ from pagewire.engine.sampling_params import SamplingParams
 class DraftModel:
     """Drafts for all rows of a batch together. Not safe for use by two threads at a time."""
 
-    def __init__(self, runner: ModelRunner, *, cost: float) -> None:
-        """`runner` has as many pages as the target, of as many token slots.
-
-        `cost` is what a decode step of it takes, over one of the target.
-        """
-        self._runner = runner
-        self.cost = cost
-
-    @property
-    def max_model_len(self) -> int:
-        return self._runner.max_model_len
+    def __init__(self, runner: ModelRunner) -> None:
+        """`runner` has as many pages as the target, of as many token slots."""
+        self.runner = runner
 
     def add_drafts(self, batch: Batch) -> Batch:
         """Do the DraftWork of all rows: the batch with their drafts behind its tokens.
@@ -35,7 +27,7 @@ class DraftModel:
         pending = [index for index, row in enumerate(batch.rows) if row.draft_work]
         while pending:
             rows = tuple(_draft_row(batch.rows[index], drafts[index]) for index in pending)
-            result = self._runner.execute(Batch(rows=rows))
+            result = self.runner.execute(Batch(rows=rows))
             for index, tokens in zip(pending, result.tokens, strict=True):
                 drafts[index] += tokens
             pending = [

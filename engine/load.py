@@ -50,13 +50,7 @@ def load_engine(
         torch.set_num_threads(num_threads)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    layout = KVLayout(
-        page_size=page_size,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=kv_cache_dtype.resolve(dtype),
-    )
+    layout = kv_layout(config, page_size=page_size, dtype=kv_cache_dtype.resolve(dtype))
     length = _max_model_len(config, max_model_len)
     model = load_model(
         checkpoint,
@@ -82,6 +76,17 @@ def load_engine(
     )
     return ModelRunner(
         model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)
+    )
+
+
+def kv_layout(config: ModelConfig, *, page_size: int, dtype: str) -> KVLayout:
+    """How the KV of such a model lies in pages. Raises LayoutError."""
+    return KVLayout(
+        page_size=page_size,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
     )
 
 

@@ -33,7 +33,7 @@ class NgramDrafter:
         The longest n-gram that occurred before decides. A continuation that reaches the end of the
         sequence goes on into itself, which follows a repetition of any period.
         """
-        start = self._continuation()
+        start = self._continuation() if limit else None
         if start is None:
             return ()
         tokens = self._tokens[start : start + limit]

@@ -28,6 +28,8 @@ _VLLM_NAMES = {
     "pagewire_prefix_cache_queries": "vllm:prefix_cache_queries",
     "pagewire_prefix_cache_hits": "vllm:prefix_cache_hits",
     "pagewire_requests_finished": "vllm:request_success",
+    "pagewire_worker_drafted_tokens": "vllm:spec_decode_num_draft_tokens",
+    "pagewire_worker_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
     "pagewire_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "pagewire_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "pagewire_time_per_output_token_seconds": "vllm:request_time_per_output_token_seconds",

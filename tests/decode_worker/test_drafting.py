@@ -1,6 +1,7 @@
 """How the drafts of a step, and what a draft model reads, are shared out among its rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -77,6 +78,47 @@ def test_prompts_are_read_within_a_budget_and_nobody_starves() -> None:
         [(5, True), (2, True), (1, True)],
         [(1, True), (1, True), (1, True)],
     ]
+
+
+def test_drafts_are_looked_up_where_that_promises_more() -> None:
+    speculation = replace(by_model(), costs=DraftCosts(per_token=0.01, per_draft=0.3))
+    copying = drafting(speculation, REPEATED)
+    speculation.plan([copying], [100])
+    assert copying.token_ids and copying.work is None
+    novel = drafting(speculation, range(8))
+    speculation.plan([novel], [100])
+    assert novel.work is not None and not novel.token_ids
+
+
+def test_a_model_drafts_where_what_is_looked_up_is_wrong() -> None:
+    speculation = replace(by_model(), costs=DraftCosts(per_token=0.01, per_draft=0.3))
+    row = drafting(speculation, REPEATED)
+    sources = []
+    for token in (1, 2, 3) * 8:  # what is looked up is never taken, what the model says always
+        speculation.plan([row], [100])
+        sources.append("model" if row.work else "lookup")
+        row.on_step(row.num_drafts if row.work else 0)
+        row.extend(token)
+    assert sources[0] == "lookup"
+    assert sources.count("model") > 15
+
+
+def test_what_was_looked_up_and_right_is_unseen_by_the_model() -> None:
+    speculation = replace(by_model(), costs=DraftCosts(per_token=0.01, per_draft=0.3))
+    row = drafting(speculation, [7, *range(10, 18)])
+    speculation.plan([row], [100])
+    made = row.num_drafts
+    row.on_step(made)
+    for token in (*[50] * (made - 1), 10, 11):  # the lookup continues with 12
+        row.extend(token)
+    speculation.plan([row], [100])
+    assert row.token_ids[:2] == (12, 13)
+    row.on_step(2)
+    for token in (12, 13, 90):
+        row.extend(token)
+    speculation.plan([row], [100])
+    assert row.work is not None
+    assert (list(row.work.token_ids), row.work.start) == ([10, 11, 12, 13, 90], 8 + made)
 
 
 def test_the_work_for_a_draft_model_starts_where_it_left_off() -> None:

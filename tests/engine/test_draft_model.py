@@ -16,6 +16,7 @@ from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.errors import ModelError
 from pagewire.engine.load import load_engine
 from pagewire.engine.load_draft import draft_page_bytes, load_draft_model
+from pagewire.engine.measure_drafts import measure_costs
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
 
@@ -30,7 +31,7 @@ def load_pair(target: Path, draft: Path, num_pages: int) -> tuple[ModelRunner, D
     runner = load_engine(
         target, dtype="float32", page_size=16, num_pages=num_pages, max_model_len=200
     )
-    return runner, load_draft_model(draft, runner, dtype="float32", cost=0.1)
+    return runner, load_draft_model(draft, runner, dtype="float32")
 
 
 def step_row(tokens: Sequence[int], page: int, sampling: SamplingParams, work: int) -> BatchRow:
@@ -194,10 +195,18 @@ def test_another_vocabulary_is_refused(make_model: MakeModel, tmp_path: Path) ->
         load_draft_model(tmp_path, runner, dtype="float32")
 
 
-def test_the_cost_is_measured_when_nobody_knows_it(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_model_len", [1, 5, 200])
+def test_costs_can_be_measured_on_one_page(
+    max_model_len: int, make_model: MakeModel, tmp_path: Path
+) -> None:
     make_model("llama")
-    runner = load_engine(tmp_path, dtype="float32", num_pages=1)
-    assert load_draft_model(tmp_path, runner, dtype="float32").cost > 0
+    runner = load_engine(
+        tmp_path, dtype="float32", page_size=16, num_pages=1, max_model_len=max_model_len
+    )
+    assert measure_costs(runner, None).per_draft == 0
+    costs = measure_costs(runner, runner)
+    assert costs.per_draft > 0
+    assert 0 <= costs.per_token <= 1
 
 
 def test_a_page_of_the_draft_model_takes_what_its_sizes_say(

@@ -210,6 +210,7 @@ def test_gauges_come_from_the_dispatcher(
     assert samples[f"pagewire_worker_generated_tokens_total{{{decode}}}"] == 7
     assert samples[f"pagewire_worker_drafted_tokens_total{{{decode}}}"] == 5
     assert samples[f"pagewire_worker_accepted_tokens_total{{{decode}}}"] == 4
+    assert samples[f"vllm:spec_decode_num_accepted_tokens_total{{{decode}}}"] == 4
     assert samples["pagewire_worker_queued_tokens{role=prefill,worker=prefill-0}"] == 99
     sent = "{direction=sent,transport=tcp,worker=prefill-0}"
     assert samples[f"pagewire_kv_transfer_bytes_total{sent}"] == 1000

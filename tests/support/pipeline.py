@@ -4,13 +4,14 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
+from pagewire.engine.draft_length import DraftCosts
 from pagewire.engine.load import load_engine
-from pagewire.engine.load_draft import load_draft_model
 from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.prefill_worker.worker import PrefillWorker
@@ -124,7 +125,6 @@ async def pipeline(
             num_slots=num_slots,
             max_draft_tokens=max_draft_tokens,
             draft_model=str(draft_model) if draft_model and role is Role.DECODE else None,
-            draft_cost=0.1,
             prefix_cache_secret="5a" * KEY_BYTES if prefix_cache else None,
         )
         return start_worker(config, make_transports)
@@ -157,13 +157,16 @@ def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> Runni
     if config.role is Role.PREFILL:
         worker = PrefillWorker(config=config, incarnation=incarnation, runner=runner)
     else:
-        draft_model = None
-        if config.draft_model:
-            draft_model = load_draft_model(
-                Path(config.draft_model), runner, dtype=config.dtype, cost=config.draft_cost
-            )
+        speculation, draft_model = load_speculation(config, runner)
+        if speculation is not None:  # as of a target that is far larger than these
+            costs = DraftCosts(per_token=0.05, per_draft=0.1 if draft_model else 0.0)
+            speculation = replace(speculation, costs=costs)
         worker = DecodeWorker(
-            config=config, incarnation=incarnation, runner=runner, draft_model=draft_model
+            config=config,
+            incarnation=incarnation,
+            runner=runner,
+            speculation=speculation,
+            draft_model=draft_model,
         )
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(make_transports(incarnation, worker), stop))
