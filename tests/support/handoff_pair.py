@@ -39,7 +39,7 @@ def sampling(max_tokens: int = 3, stop_token_ids: Sequence[int] = ()) -> pb.Samp
 
 def step_result(batch: Batch, token: int = TOKEN) -> StepResult:
     """A step in which every row that samples gets `token`."""
-    return StepResult(tokens=tuple((token,) if row.sampling else () for row in batch.rows))
+    return StepResult(tokens=tuple((token,) * row.num_samples for row in batch.rows))
 
 
 def prefill_command(
