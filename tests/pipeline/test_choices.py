@@ -73,12 +73,13 @@ def test_each_choice_is_what_a_request_with_its_seed_gets(length: int, llama: Pa
     assert num_computed == length
 
 
-def test_greedy_choices_are_equal(llama: Path) -> None:
+@pytest.mark.parametrize("max_draft_tokens", [0, 16])
+def test_greedy_choices_are_equal(llama: Path, max_draft_tokens: int) -> None:
     params = pb.SamplingParams(max_tokens=70, top_p=1.0)
     prompt = make_prompt(100)
 
     async def run() -> list[Choice]:
-        async with pipeline(llama, tcp) as cluster:
+        async with pipeline(llama, tcp, max_draft_tokens=max_draft_tokens) as cluster:
             choices = await cluster.generate_choices(prompt, params, 3)
             await cluster.until_idle()
             return choices

@@ -3,6 +3,7 @@
 import pytest
 from handoff_pair import (
     DECODE,
+    HASHER,
     LAYOUT,
     PREFILL,
     TOKEN,
@@ -132,6 +133,19 @@ def test_the_source_of_a_copy_stays_until_it_is_made() -> None:
     assert row.page_table[1] == copy.destination
     pair.step_decode()
     assert pair.decode.pool.counts().quarantined == 0
+
+
+def test_the_prompt_is_cached_once_and_a_hit_forks_like_a_hand_off() -> None:
+    pair = HandoffPair(prefill_core(hasher=HASHER), decode_core(hasher=HASHER))
+    for request_id in ("first", "second"):
+        start(pair, request_id, 2 * PAGE + 8, 3, max_tokens=20)
+        pair.run()
+        counts = pair.decode.pool.counts()
+        assert (counts.cached, counts.free) == (3, counts.total - 3)  # all say the same
+    names = pair.event_names()
+    assert (names.count("ready"), names.count("first_token")) == (2, 2 * 3)
+    cached = [event.first_token.cached_tokens for event in pair.events if event.first_token.choice]
+    assert cached == [0, 0, 2 * PAGE, 2 * PAGE]
 
 
 def test_copies_that_nobody_waits_for_are_not_made() -> None:
