@@ -160,7 +160,7 @@ def output_budget(
             f"{num_prompt_tokens} tokens of prompt. Reduce 'n' or '{param}'.",
             param="n",
             code="context_length_exceeded",
-            details=details | {"n_ctx": choice_room + num_prompt_tokens},
+            details=details | {"n_ctx": choice_tokens},
         )
     return asked
 
