@@ -10,14 +10,17 @@ from collections.abc import Collection, Iterable
 
 from google.protobuf.message import DecodeError
 
-from pagewire.decode_worker.drafting import Speculation
+from pagewire.decode_worker.drafting import Drafting, Speculation
+from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
+from pagewire.decode_worker.request import DecodeRequest
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
-from pagewire.engine.batch import Batch, StepResult, TokenLogprobs
+from pagewire.engine.batch import Batch, PageCopy, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
+from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
@@ -92,9 +95,10 @@ class DecodeCore:
         self._closing_s = closing_s
         self._closing_since: dict[SlotHolder, float] = {}  # ended, may still write their slots
         self._scheduler = DecodeScheduler(max_batch_size)
-        self._sequences: dict[AttemptKey, DecodeSequence] = {}
-        self._waiting: deque[DecodeSequence] = deque()  # opened, not reserved yet
-        self._receiving: dict[AttemptKey, DecodeSequence] = {}
+        self._requests: dict[AttemptKey, DecodeRequest] = {}
+        self._waiting: deque[DecodeRequest] = deque()  # opened, not reserved yet
+        self._receiving: dict[AttemptKey, DecodeRequest] = {}
+        self._copies = PageCopies(pool)
         self._batch: list[DecodeSequence] = []  # the step that runs now
         self._orphans = OrphanedPages(pool)
         self._scattering: dict[tuple[AttemptKey, int], list[int]] = {}  # pages, by frame
@@ -116,6 +120,8 @@ class DecodeCore:
                 return self._on_attach(key, command)
             case "abort":
                 return self._on_abort(key, command.route.sender)
+            case "stop_choice":
+                return self._on_stop_choice(key, command)
             case "kv_snapshot":
                 self._reports.forget(command.route.sender)
                 return []
@@ -127,17 +133,17 @@ class DecodeCore:
         self._reports.forget(router)
         return [
             effect
-            for sequence in list(self._sequences.values())
-            if sequence.route.sender == router
-            for effect in self._end(sequence)
+            for request in list(self._requests.values())
+            if request.route.sender == router
+            for effect in self._end(request)
         ]
 
     def _on_attach(self, key: AttemptKey, command: pb.WorkerCommand) -> list[Effect]:
-        if key in self._sequences or key in self._ended:
+        if key in self._requests or key in self._ended:
             self._num_dropped += 1
             return []
         try:
-            self._sequences[key] = self._read_attach(key, command)
+            self._requests[key] = self._read_attach(key, command)
         except CommandError as error:
             self._ended.add(key)
             return [failed(command.route, str(error))]
@@ -145,9 +151,9 @@ class DecodeCore:
             Emit(event=pb.WorkerEvent(route=reply_route(command.route), attached=pb.Attached()))
         ]
 
-    def _read_attach(self, key: AttemptKey, command: pb.WorkerCommand) -> DecodeSequence:
+    def _read_attach(self, key: AttemptKey, command: pb.WorkerCommand) -> DecodeRequest:
         body = command.attach
-        token_ids, sampling = read_work(
+        token_ids, choices = read_work(
             body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
         )
         receiver = Receiver(
@@ -162,32 +168,58 @@ class DecodeCore:
             num_prompt_tokens=len(token_ids),
             layout=self.layout,
         )
-        sequence = DecodeSequence(
+        request = DecodeRequest(
             key=key,
             route=command.route,
             token_ids=token_ids,
-            sampling=sampling,
-            history=TokenHistory.for_params(sampling, token_ids),
+            max_tokens=choices[0].max_tokens,
+            num_choices=len(choices),
             receiver=receiver,
-            cache_salt=body.cache_salt,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
-            priority=body.priority,
-            drafting=self._speculation.drafting(token_ids, sampling) if self._speculation else None,
         )
-        num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
+        request.sequences = [
+            DecodeSequence(
+                key=key,
+                choice=choice,
+                route=command.route,
+                token_ids=token_ids,
+                sampling=sampling,
+                history=TokenHistory.for_params(sampling, token_ids),
+                cache_salt=body.cache_salt,
+                page_keys=request.page_keys,
+                priority=body.priority,
+                drafting=self._drafting(token_ids, sampling),
+            )
+            for choice, sampling in enumerate(choices)
+        ]
+        num_pages = request.demand.num_pages(self.layout.page_size)
         if num_pages > self.pool.num_pages:
             raise CommandError(
-                f"prompt and max_tokens take {num_pages} pages of KV cache; this worker has "
+                f"prompt, max_tokens and n take {num_pages} pages of KV cache; this worker has "
                 f"{self.pool.num_pages}"
             )
-        return sequence
+        return request
+
+    def _drafting(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> Drafting | None:
+        return self._speculation.drafting(token_ids, sampling) if self._speculation else None
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
-        sequence = self._sequences.get(key)
-        if sequence is None:
+        request = self._requests.get(key)
+        if request is None:
             self._ended.add(key)
             return []
-        return self._end(sequence) if sequence.route.sender == router else []
+        return self._end(request) if request.route.sender == router else []
+
+    def _on_stop_choice(self, key: AttemptKey, command: pb.WorkerCommand) -> list[Effect]:
+        request = self._requests.get(key)
+        if request is None or request.route.sender != command.route.sender:
+            return []
+        return [
+            effect
+            for sequence in list(request.sequences)
+            if sequence.choice == command.stop_choice.choice
+            for effect in self._end_choice(request, sequence)
+        ]
 
     # --- From the prefill worker ------------------------------------------------------------------
 
@@ -211,23 +243,23 @@ class DecodeCore:
 
     def place(self, peer: bytes, frame: Frame, length: int) -> tuple[int | None, list[Effect]]:
         """The slot into which the payload of `frame` may be written; None to discard it."""
-        sequence = self._addressee(frame.id)
+        request = self._addressee(frame.id)
         if (
-            sequence is None
+            request is None
             or frame.id.sender != peer
-            or sequence.receiver.state is not ReceiverState.RECEIVING
-            or sequence.receiver.is_repeated(frame)
+            or request.receiver.state is not ReceiverState.RECEIVING
+            or request.receiver.is_repeated(frame)
         ):
             self._num_dropped += 1
             return None, []
         if length > self._slot_bytes:
-            return None, self._fail_handoff(sequence, RefuseReason.LAYOUT)
-        if not sequence.receiver.agrees(frame, length):
-            return None, self._fail_handoff(sequence, RefuseReason.INTEGRITY)
-        if not self.slots.begin_landing(_credit(frame), sequence.holder):
+            return None, self._fail_handoff(request, RefuseReason.LAYOUT)
+        if not request.receiver.agrees(frame, length):
+            return None, self._fail_handoff(request, RefuseReason.INTEGRITY)
+        if not self.slots.begin_landing(_credit(frame), request.holder):
             self._num_dropped += 1
             return None, []
-        sequence.receiver.on_landing(frame)
+        request.receiver.on_landing(frame)
         return frame.slot, []
 
     def on_scattered(self, frame: Frame, is_sound: bool) -> list[Effect]:
@@ -235,29 +267,29 @@ class DecodeCore:
         key = AttemptKey.of(frame.id)
         self.pool.unpin(self._scattering.pop((key, frame.seq)))
         self.slots.free(frame.slot)
-        sequence = self._addressee(frame.id)
-        if sequence is None:  # its pages were quarantined until now
+        request = self._addressee(frame.id)
+        if request is None:  # its pages were quarantined until now
             return self._admit_waiting()
         if not is_sound:
-            return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
-        fault = sequence.receiver.on_scattered(frame)
+            return self._fail_handoff(request, RefuseReason.INTEGRITY)
+        fault = request.receiver.on_scattered(frame)
         if fault is not None:
-            return self._fail_handoff(sequence, fault)
-        ack = Send(message=FrameAck(id=sequence.receiver.id, seq=frame.seq))
-        return [ack, *self._join_if_ready(sequence), *self._grant_slots()]
+            return self._fail_handoff(request, fault)
+        ack = Send(message=FrameAck(id=request.receiver.id, seq=frame.seq))
+        return [ack, *self._start_if_ready(request), *self._grant_slots()]
 
     def on_peer_lost(self, peer: bytes) -> list[Effect]:
         """A prefill worker is gone, or cannot be reached; nothing writes its slots any more."""
         self.slots.reclaim_peer(peer)
         effects: list[Effect] = []
-        for sequence in list(self._sequences.values()):
-            receiver = sequence.receiver
+        for request in list(self._requests.values()):
+            receiver = request.receiver
             if receiver.id.receiver == peer and receiver.is_open and receiver.needs_sender:
                 receiver.close()
-                effects += self._end(sequence)
+                effects += self._end(request)
                 effects.append(
                     failed(
-                        sequence.route,
+                        request.route,
                         "the connection to the prefill worker was lost during the hand-off",
                         pb.FAILURE_CODE_PEER_LOST,
                     )
@@ -265,19 +297,19 @@ class DecodeCore:
         return [*effects, *self._grant_slots()]
 
     def _on_open(self, message: Open) -> list[Effect]:
-        sequence = self._addressee(message.id)
-        if sequence is None:
+        request = self._addressee(message.id)
+        if request is None:
             refusal = Refused(id=message.id.reply(), reason=RefuseReason.UNKNOWN_TICKET)
             return [Send(message=refusal)]
-        if sequence.receiver.state is not ReceiverState.EXPECTED:
+        if request.receiver.state is not ReceiverState.EXPECTED:
             self._num_dropped += 1
             return []
-        reason = sequence.receiver.on_open(message)
+        reason = request.receiver.on_open(message)
         if reason is RefuseReason.UNKNOWN_TICKET:
             return [Send(message=Refused(id=message.id.reply(), reason=reason))]
         if reason is not None:
-            return self._fail_handoff(sequence, reason)
-        self._waiting.append(sequence)
+            return self._fail_handoff(request, reason)
+        self._waiting.append(request)
         return self._admit_waiting()
 
     def _on_frame(self, frame: Frame) -> list[Effect]:
@@ -285,49 +317,63 @@ class DecodeCore:
         if not self.slots.begin_scatter(_credit(frame), holder):
             self._num_dropped += 1
             return []
-        sequence = self._addressee(frame.id)
-        if sequence is None:  # aborted while the frame was landing
+        request = self._addressee(frame.id)
+        if request is None:  # aborted while the frame was landing
             self.slots.free(frame.slot)
             return self._grant_slots()
-        sequence.receiver.on_landed(frame)
-        self._grow(sequence, sequence.num_prompt_tokens)
-        pages = sequence.pages[frame.first_page : frame.first_page + frame.num_pages]
+        request.receiver.on_landed(frame)
+        self._grow(request, request.num_prompt_tokens)
+        pages = request.pages[frame.first_page : frame.first_page + frame.num_pages]
         self.pool.pin(pages)
-        self._scattering[sequence.key, frame.seq] = pages
-        return [Scatter(frame=frame, page_table=tuple(sequence.pages))]
+        self._scattering[request.key, frame.seq] = pages
+        return [Scatter(frame=frame, page_table=tuple(request.pages))]
 
     def _on_seal(self, seal: Seal) -> list[Effect]:
-        sequence = self._addressee(seal.id)
-        if sequence is None or sequence.receiver.state is not ReceiverState.RECEIVING:
+        request = self._addressee(seal.id)
+        if request is None or request.receiver.state is not ReceiverState.RECEIVING:
             self._num_dropped += 1
             return []
-        if seal.first_token >= self._vocab_size or finish_reason(
-            seal.first_token, 1, sequence.sampling
-        ):  # such a token has no hand-off behind it
-            return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
-        if sequence.sampling.num_logprobs is not None:
-            try:
-                sequence.logprobs = [pb.TokenLogprobs.FromString(seal.first_logprobs)]
-            except DecodeError:
-                return self._fail_handoff(sequence, RefuseReason.INTEGRITY)
-        fault = sequence.receiver.on_seal(seal)
+        if not self._is_credible(request, seal):
+            return self._fail_handoff(request, RefuseReason.INTEGRITY)
+        fault = request.receiver.on_seal(seal)
         if fault is not None:
-            return self._fail_handoff(sequence, fault)
-        return self._join_if_ready(sequence)
+            return self._fail_handoff(request, fault)
+        return self._start_if_ready(request)
+
+    def _is_credible(self, request: DecodeRequest, seal: Seal) -> bool:
+        """Whether a Seal can be one of this request; takes the logprobs of its tokens.
+
+        It has token 0 of every choice, and not all of them are final: these need no hand-off.
+        """
+        tokens = seal.first_tokens
+        if len(tokens) != request.num_choices or max(tokens) >= self._vocab_size:
+            return False
+        sampling = request.sequences[0].sampling
+        if all(finish_reason(token, 1, sampling) for token in tokens):
+            return False
+        if sampling.num_logprobs is None:
+            return True
+        try:
+            for sequence in request.sequences:
+                values = pb.TokenLogprobs.FromString(seal.first_logprobs[sequence.choice])
+                sequence.logprobs = [values]
+        except (IndexError, DecodeError):
+            return False
+        return True
 
     def _on_closed(self, message: Closed) -> list[Effect]:
         self.slots.reclaim_granted(SlotHolder(AttemptKey.of(message.id), message.id.sender))
-        sequence = self._addressee(message.id)
-        if sequence is None or not sequence.receiver.is_open:
+        request = self._addressee(message.id)
+        if request is None or not request.receiver.is_open:
             return self._grant_slots()
-        sequence.receiver.close()  # the sender tells the router why
-        return self._end(sequence)
+        request.receiver.close()  # the sender tells the router why
+        return self._end(request)
 
-    def _addressee(self, id: HandoffId) -> DecodeSequence | None:
-        sequence = self._sequences.get(AttemptKey.of(id))
-        if sequence is None or id != sequence.receiver.id.reply():
+    def _addressee(self, id: HandoffId) -> DecodeRequest | None:
+        request = self._requests.get(AttemptKey.of(id))
+        if request is None or id != request.receiver.id.reply():
             return None
-        return sequence
+        return request
 
     # --- Capacity ---------------------------------------------------------------------------------
 
@@ -338,17 +384,17 @@ class DecodeCore:
         """
         effects: list[Effect] = []
         while self._waiting:
-            sequence = self._waiting[0]
-            num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
-            reserved = self.cache.reserve(sequence.page_keys, num_pages)
+            request = self._waiting[0]
+            num_pages = request.demand.num_pages(self.layout.page_size)
+            reserved = self.cache.reserve(request.page_keys, num_pages)
             if reserved is None:
                 break
             self._waiting.popleft()
-            sequence.pages = list(reserved.hits)
-            sequence.reservation = reserved.reservation
-            sequence.receiver.on_reserved(len(reserved.hits))
-            self._receiving[sequence.key] = sequence
-            accepted = Accepted(id=sequence.receiver.id, num_hit_pages=len(reserved.hits))
+            request.pages = list(reserved.hits)
+            request.reservation = reserved.reservation
+            request.receiver.on_reserved(len(reserved.hits))
+            self._receiving[request.key] = request
+            accepted = Accepted(id=request.receiver.id, num_hit_pages=len(reserved.hits))
             effects.append(Send(message=accepted))
         return [*effects, *self._grant_slots()]
 
@@ -357,44 +403,71 @@ class DecodeCore:
         effects: list[Effect] = []
         while self.slots.num_free:
             candidates = [
-                sequence
-                for sequence in self._receiving.values()
-                if sequence.receiver.wants_credit
-                and self.slots.num_held(sequence.holder) < self._max_slots_per_handoff
+                request
+                for request in self._receiving.values()
+                if request.receiver.wants_credit
+                and self.slots.num_held(request.holder) < self._max_slots_per_handoff
             ]
             if not candidates:
                 break
-            sequence = min(candidates, key=lambda item: self.slots.num_held(item.holder))
-            credit = self.slots.grant(sequence.holder)
+            request = min(candidates, key=lambda item: self.slots.num_held(item.holder))
+            credit = self.slots.grant(request.holder)
             grant = Grant(
-                id=sequence.receiver.id, slot=credit.slot, slot_generation=credit.generation
+                id=request.receiver.id, slot=credit.slot, slot_generation=credit.generation
             )
             effects.append(Send(message=grant))
         return effects
 
-    def _grow(self, sequence: DecodeSequence, num_tokens: int) -> None:
-        """Give a sequence pages for `num_tokens` tokens, out of its Reservation."""
-        missing = self.layout.num_pages(num_tokens) - len(sequence.pages)
+    def _grow(self, owner: DecodeRequest | DecodeSequence, num_tokens: int) -> None:
+        """Give its owner pages for `num_tokens` tokens, out of its Reservation."""
+        missing = self.layout.num_pages(num_tokens) - len(owner.pages)
         if missing > 0:
-            assert sequence.reservation is not None, "a sequence grows after it was reserved for"
-            sequence.pages += self.pool.take(sequence.reservation, missing)
+            assert owner.reservation is not None, "who grows was reserved for"
+            owner.pages += self.pool.take(owner.reservation, missing)
 
-    def _join_if_ready(self, sequence: DecodeSequence) -> list[Effect]:
+    def _start_if_ready(self, request: DecodeRequest) -> list[Effect]:
         """Put a complete hand-off into the running batch and let the sender free its pages."""
-        receiver = sequence.receiver
+        receiver = request.receiver
         if receiver.state is not ReceiverState.READY or receiver.seal is None:
             return []
-        del self._receiving[sequence.key]
-        self.slots.reclaim_granted(sequence.holder)
-        sequence.append(receiver.seal.first_token)
-        self._cache_computed(sequence)
-        self._scheduler.add(sequence)
-        ready = pb.WorkerEvent(route=reply_route(sequence.route), ready=pb.Ready())
-        return [
-            Send(message=Committed(id=receiver.id)),
-            Emit(event=ready),
-            *self._grant_slots(),
-        ]
+        del self._receiving[request.key]
+        self.slots.reclaim_granted(request.holder)
+        ready = pb.WorkerEvent(route=reply_route(request.route), ready=pb.Ready())
+        effects: list[Effect] = [Send(message=Committed(id=receiver.id)), Emit(event=ready)]
+        sequences, request.sequences = request.sequences, []
+        for sequence in sequences:
+            sequence.append(receiver.seal.first_tokens[sequence.choice])
+            reason = finish_reason(sequence.output[0], 1, sequence.sampling)
+            if reason:  # it never runs, while others do
+                effects.append(_tokens(sequence, reason))
+            else:
+                request.sequences.append(sequence)
+        self._fork(request)
+        for sequence in request.sequences:
+            self._cache_computed(sequence)
+            self._scheduler.add(sequence)
+        return [*effects, *(self._grant_slots() if request.sequences else self._end(request))]
+
+    def _fork(self, request: DecodeRequest) -> None:
+        """Share the prompt's pages among the sequences, copy-on-write.
+
+        Nobody writes a full page again, so all have the same ones. The last page, when it is partly
+        filled, is where each writes next: the first sequence takes it over, the others get a copy.
+        """
+        assert request.reservation is not None, "what is complete was reserved for"
+        num_pages = self.layout.num_pages(request.num_prompt_tokens + request.max_tokens - 1)
+        num_full = request.num_prompt_tokens // self.layout.page_size
+        for index, sequence in enumerate(request.sequences):
+            shared = request.pages[:num_full] if index else request.pages
+            self.pool.retain(shared)
+            sequence.reservation = self.pool.split(request.reservation, num_pages - len(shared))
+            copied = request.pages[len(shared) :]
+            own = self.pool.take(sequence.reservation, len(copied))
+            self._copies.add(map(PageCopy, copied, own))
+            sequence.pages = [*shared, *own]
+        self.pool.release(request.pages)
+        request.pages = []
+        self.pool.cancel(request.reservation)  # the parts of choices that have ended
 
     def _cache_computed(self, sequence: DecodeSequence) -> None:
         """Let others share the full pages whose KV is here: all but that of the last token."""
@@ -411,7 +484,8 @@ class DecodeCore:
         assert not self._batch, "a batch is out already"
         self._batch = self._scheduler.schedule()
         if not self._batch:
-            return None, []
+            self._copies.drop()
+            return None, self._admit_waiting()
         if self._speculation is not None:
             self._speculation.plan(
                 [sequence.drafting for sequence in self._batch],
@@ -419,37 +493,47 @@ class DecodeCore:
             )
         for sequence in self._batch:
             self._grow(sequence, sequence.num_kv_tokens)
-        return Batch(rows=tuple(sequence.next_row() for sequence in self._batch)), []
+        rows = tuple(sequence.next_row() for sequence in self._batch)
+        return Batch(rows=rows, copies=self._copies.begin()), []
 
     def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
         """The step has run."""
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
         for index, (sequence, tokens) in enumerate(zip(batch, result.tokens, strict=True)):
-            if self._sequences.get(sequence.key) is sequence:
-                effects += self._on_tokens(sequence, tokens, result.logprobs.get(index, ()))
+            request = self._requests.get(sequence.key)
+            if request is not None and sequence in request.sequences:
+                logprobs = result.logprobs.get(index, ())
+                effects += self._on_tokens(request, sequence, tokens, logprobs)
+        self._copies.finish()
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
     def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
-        """The model raised because of `rows`: they fail, the rest of the batch runs again."""
+        """The model raised because of `rows`: they fail, the rest of the batch runs again.
+
+        A choice that fails fails its request.
+        """
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
-        for index, sequence in enumerate(batch):
-            if index in rows and self._sequences.get(sequence.key) is sequence:
-                effects += self._end(sequence)
+        for sequence in (batch[index] for index in rows):
+            request = self._requests.get(sequence.key)
+            if request is not None and sequence in request.sequences:
+                effects += self._end(request)
                 effects.append(
                     failed(
-                        sequence.route,
+                        request.route,
                         "the decode step failed; the worker's log has the cause",
                         pb.FAILURE_CODE_INTERNAL,
                     )
                 )
+        self._copies.retry()
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
 
     def _on_tokens(
         self,
+        request: DecodeRequest,
         sequence: DecodeSequence,
         sampled: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
@@ -466,21 +550,10 @@ class DecodeCore:
             reason = finish_reason(token, len(sequence.output), sequence.sampling)
             if reason:
                 break
-        tokens = pb.Tokens(
-            position=sequence.num_emitted,
-            token_ids=sequence.output[sequence.num_emitted :],
-            finish_reason=reason,
-        )
-        if sequence.sampling.num_logprobs is not None:
-            sequence.logprobs += map(logprobs_message, logprobs)
-            tokens.logprobs.extend(sequence.logprobs[: len(tokens.token_ids)])
-            sequence.logprobs.clear()
-        sequence.num_emitted = len(sequence.output)
-        effects: list[Effect] = [
-            Emit(event=pb.WorkerEvent(route=reply_route(sequence.route), tokens=tokens))
-        ]
+        sequence.logprobs += map(logprobs_message, logprobs)
+        effects: list[Effect] = [_tokens(sequence, reason)]
         if reason:
-            effects += self._end(sequence)
+            effects += self._end_choice(request, sequence)
         return effects
 
     # --- Time and state ---------------------------------------------------------------------------
@@ -493,7 +566,7 @@ class DecodeCore:
         self._closing_since = {
             holder: self._closing_since.get(holder, now)
             for holder in self.slots.holders_awaited()
-            if holder.key not in self._sequences
+            if holder.key not in self._requests
         }
         overdue = {
             holder.peer: None
@@ -509,7 +582,7 @@ class DecodeCore:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left: no attempt, no step, no slot that a frame may still reach."""
-        return not (self._sequences or self._batch) and self.slots.num_free == self.slots.num_slots
+        return not (self._requests or self._batch) and self.slots.num_free == self.slots.num_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""
@@ -532,29 +605,48 @@ class DecodeCore:
 
     # --- Shared -----------------------------------------------------------------------------------
 
-    def _fail_handoff(self, sequence: DecodeSequence, reason: RefuseReason) -> list[Effect]:
+    def _fail_handoff(self, request: DecodeRequest, reason: RefuseReason) -> list[Effect]:
         """What arrived cannot be used: tell the sender why, and the router."""
-        sequence.receiver.close()
-        refusal = Refused(id=sequence.receiver.id, reason=reason)
+        request.receiver.close()
+        refusal = Refused(id=request.receiver.id, reason=reason)
         text = "the decode worker rejected a hand-off that failed its checks"
         return [
             Send(message=refusal),
-            failed(sequence.route, text, pb.FAILURE_CODE_INTEGRITY),
-            *self._end(sequence),
+            failed(request.route, text, pb.FAILURE_CODE_INTEGRITY),
+            *self._end(request),
         ]
 
-    def _end(self, sequence: DecodeSequence) -> list[Effect]:
-        """Forget a sequence and release what it holds; what is in use becomes quarantined.
-
-        Its full pages stay in the prefix cache.
+    def _end(self, request: DecodeRequest) -> list[Effect]:
+        """Forget a request and release what it holds; what is in use becomes quarantined.
 
         Slots that the sender may still write to stay out of use until it answers with Closed.
         """
-        del self._sequences[sequence.key]
-        self._ended.add(sequence.key)
-        self._receiving.pop(sequence.key, None)
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
+        del self._requests[request.key]
+        self._ended.add(request.key)
+        self._receiving.pop(request.key, None)
+        if request in self._waiting:
+            self._waiting.remove(request)
+        for sequence in request.sequences:
+            self._release(sequence)
+        request.sequences = []
+        self.pool.release(request.pages)
+        if request.reservation is not None:
+            self.pool.cancel(request.reservation)
+        effects: list[Effect] = []
+        if request.receiver.is_open:
+            refusal = Refused(id=request.receiver.id, reason=RefuseReason.ABORTED)
+            effects.append(Send(message=refusal))
+        request.receiver.close()
+        return [*effects, *self._admit_waiting()]
+
+    def _end_choice(self, request: DecodeRequest, sequence: DecodeSequence) -> list[Effect]:
+        """Forget one sequence of a request, and the request with its last one."""
+        request.sequences.remove(sequence)
+        self._release(sequence)
+        return self._admit_waiting() if request.sequences else self._end(request)
+
+    def _release(self, sequence: DecodeSequence) -> None:
+        """Let go of all that a sequence holds. Its full pages stay in the prefix cache."""
         self._scheduler.remove(sequence)
         if sequence in self._batch:
             self._orphans.adopt(sequence.pages)
@@ -562,12 +654,20 @@ class DecodeCore:
         self.pool.release(sequence.pages)
         if sequence.reservation is not None:
             self.pool.cancel(sequence.reservation)
-        effects: list[Effect] = []
-        if sequence.receiver.is_open:
-            refusal = Refused(id=sequence.receiver.id, reason=RefuseReason.ABORTED)
-            effects.append(Send(message=refusal))
-        sequence.receiver.close()
-        return [*effects, *self._admit_waiting()]
+
+
+def _tokens(sequence: DecodeSequence, reason: "pb.FinishReason.ValueType") -> Emit:
+    """What the router has not been told of a sequence's output."""
+    tokens = pb.Tokens(
+        choice=sequence.choice,
+        position=sequence.num_emitted,
+        token_ids=sequence.output[sequence.num_emitted :],
+        finish_reason=reason,
+    )
+    tokens.logprobs.extend(sequence.logprobs[: len(tokens.token_ids)])
+    sequence.logprobs.clear()
+    sequence.num_emitted = len(sequence.output)
+    return Emit(event=pb.WorkerEvent(route=reply_route(sequence.route), tokens=tokens))
 
 
 def _credit(frame: Frame) -> SlotCredit:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from pagewire.decode_worker.sequence import DecodeSequence
-from pagewire.worker.identity import AttemptKey
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -31,7 +30,7 @@ class DecodeScheduler:
         self._max_batch_size = max_batch_size
         self._ageing_steps = ageing_steps
         self._num_steps = 0
-        self._entries: dict[AttemptKey, _Entry] = {}  # in order of becoming ready
+        self._entries: dict[DecodeSequence, _Entry] = {}  # in order of becoming ready
 
     @property
     def num_running(self) -> int:
@@ -42,11 +41,11 @@ class DecodeScheduler:
         return len(self._entries) - self.num_running
 
     def add(self, sequence: DecodeSequence) -> None:
-        self._entries[sequence.key] = _Entry(sequence=sequence, since=self._num_steps)
+        self._entries[sequence] = _Entry(sequence=sequence, since=self._num_steps)
 
     def remove(self, sequence: DecodeSequence) -> None:
         """Forget a sequence, whether it runs, waits or is unknown."""
-        self._entries.pop(sequence.key, None)
+        self._entries.pop(sequence, None)
 
     def schedule(self) -> list[DecodeSequence]:
         """The sequences of the next step, one token each, in order of becoming ready."""

@@ -1,10 +1,8 @@
-"""A request inside a decode worker."""
+"""One choice of a request inside a decode worker."""
 
 from dataclasses import dataclass, field
 
 from pagewire.decode_worker.drafting import Drafting
-from pagewire.decode_worker.receiver import Receiver
-from pagewire.decode_worker.slots import SlotHolder
 from pagewire.engine.batch import BatchRow
 from pagewire.engine.page_pool import Reservation
 from pagewire.engine.sampling_params import SamplingParams
@@ -16,17 +14,21 @@ from pagewire.worker.identity import AttemptKey
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class DecodeSequence:
-    """One attempt: its hand-off, then its tokens and the pages that hold their KV."""
+    """One choice of an attempt: its tokens and the pages that hold their KV.
+
+    It has pages from the end of the hand-off on. Full pages of the prompt may be those of other
+    choices too; what it writes is its own.
+    """
 
     key: AttemptKey
+    choice: int = 0
     route: pb.Route  # for events to the router that sent the request
     token_ids: tuple[int, ...]  # of the prompt
     sampling: SamplingParams
-    receiver: Receiver
     cache_salt: str = ""
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
     priority: int  # lower runs first
-    reservation: Reservation | None = None  # from Open to the end
+    reservation: Reservation | None = None  # its part of the request's
     pages: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)  # token 0 comes with the Seal
     history: TokenHistory | None = None  # where `sampling` has penalties
@@ -37,16 +39,6 @@ class DecodeSequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def holder(self) -> SlotHolder:
-        """What this sequence's slots are granted to."""
-        return SlotHolder(self.key, self.receiver.id.receiver)
-
-    @property
-    def num_reserved_tokens(self) -> int:
-        """KV slots for the longest life it can have; the last token's KV is never needed."""
-        return self.num_prompt_tokens + self.sampling.max_tokens - 1
 
     @property
     def num_kv_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.token_history import TokenHistory
@@ -30,6 +31,20 @@ class BatchRow:
     history: TokenHistory | None = None  # prompt and output; set where `sampling` has penalties
     num_drafts: int = 0  # how many of `token_ids`, the last ones, are proposed and not sampled
     draft_work: DraftWork | None = None  # for a draft model, which adds drafts to `token_ids`
+    # One more token for each, from the same logits: the other choices of a prompt. Without drafts.
+    siblings: tuple[SamplingParams, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens that the step samples for this row."""
+        return 1 + self.num_drafts + len(self.siblings) if self.sampling else 0
+
+
+class PageCopy(NamedTuple):
+    """One page's content, in all layers, from a page to another."""
+
+    source: int
+    destination: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +52,7 @@ class Batch:
     """Rows of one step, in the order in which its StepResult has their tokens."""
 
     rows: tuple[BatchRow, ...]
+    copies: tuple[PageCopy, ...] = ()  # made before any row runs
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +71,8 @@ class TokenLogprobs:
 class StepResult:
     """What a step sampled, in the order of its batch's rows."""
 
-    # Of each row: empty where nothing was to be sampled; more than one where drafts were right.
+    # Of each row: empty where nothing was to be sampled; more than one where drafts were right, or
+    # for siblings.
     tokens: tuple[tuple[int, ...], ...]
     # By index of the row, for the rows that asked: one entry a token.
     logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)

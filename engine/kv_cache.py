@@ -1,7 +1,10 @@
 """The memory of a worker's KV cache: one byte pool that the model and the transfer code share."""
 
+from collections.abc import Iterable
+
 import torch
 
+from pagewire.engine.batch import PageCopy
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kv_transfer.layout import KVLayout
 
@@ -33,6 +36,11 @@ class KVCache:
             page_size=layout.page_size,
             head_dim=layout.head_dim,
         )
+
+    def copy_pages(self, copies: Iterable[PageCopy]) -> None:
+        """Make copies of whole pages, one after another."""
+        for source, destination in copies:
+            self.pool[destination].copy_(self.pool[source])
 
     def buffer(self) -> memoryview:
         """The pool as the transfer code sees it: writable bytes, page after page.

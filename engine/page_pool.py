@@ -93,13 +93,14 @@ class PagePool:
 
     def take(self, reservation: Reservation, num_pages: int) -> tuple[int, ...]:
         """Turn part of a promise into pages with one owner. Raises OutOfPages beyond it."""
-        if num_pages > reservation.num_pages:
-            raise OutOfPages(
-                f"{num_pages} pages were asked of a reservation with {reservation.num_pages} left"
-            )
-        reservation.num_pages -= num_pages
+        _deduct(reservation, num_pages)
         self._promised -= num_pages
         return self._pop(num_pages)
+
+    def split(self, reservation: Reservation, num_pages: int) -> Reservation:
+        """Move part of a promise to a new one. Raises OutOfPages beyond it."""
+        _deduct(reservation, num_pages)
+        return Reservation(num_pages)
 
     def cancel(self, reservation: Reservation) -> None:
         """Give back what is left of a promise. Idempotent."""
@@ -236,3 +237,11 @@ class PagePool:
         if after is PageState.FREE:
             self._generations[page] += 1
             self._free.append(page)
+
+
+def _deduct(reservation: Reservation, num_pages: int) -> None:
+    if num_pages > reservation.num_pages:
+        raise OutOfPages(
+            f"{num_pages} pages were asked of a reservation with {reservation.num_pages} left"
+        )
+    reservation.num_pages -= num_pages

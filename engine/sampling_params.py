@@ -1,7 +1,9 @@
 """How the tokens of one request are chosen."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from pagewire.proto.choices import choice_seed
 
 MAX_LOGPROBS = 20
 
@@ -58,6 +60,10 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             if not -100.0 <= bias <= 100.0:
                 raise ValueError(f"logit_bias of {token} is {bias}; it must be -100 to 100")
+
+    def for_choice(self, choice: int) -> "SamplingParams":
+        """Those of one of several choices: they differ in their seeds alone."""
+        return replace(self, seed=choice_seed(self.seed, choice)) if choice else self
 
     @property
     def has_penalties(self) -> bool:

@@ -4,6 +4,7 @@ Every message is one bounded msgpack array in front of an optional raw payload. 
 only the declared fields with their declared types and ranges: these bytes come from a socket.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ import msgpack
 from pagewire.kv_transfer.layout import FrameRange
 
 MAX_HEADER_BYTES = 16 * 1024
-MAX_BYTES = 512  # of one field
+MAX_BYTES = 512  # of one value
+MAX_ITEMS = 32  # of one array
 ID_BYTES = 16  # incarnations, tickets, digests
 
 
@@ -58,8 +60,12 @@ def _bytes(length: int = ID_BYTES) -> Any:
     return field(metadata={"length": length})
 
 
-def _opaque(max_length: int) -> Any:
-    return field(default=b"", metadata={"max_length": max_length})
+def _uints(limit: int = 2**32) -> Any:
+    return field(metadata={"items": {"limit": limit}})
+
+
+def _opaques(max_length: int) -> Any:
+    return field(default=(), metadata={"items": {"max_length": max_length}})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +135,8 @@ class Seal:
     id: HandoffId
     num_frames: int = _uint()
     digest: int = _uint()  # of the frames' checksums, in order of seq
-    first_token: int = _uint()  # token 0, sampled by P
-    first_logprobs: bytes = _opaque(MAX_BYTES)  # of token 0, as the workers write them
+    first_tokens: tuple[int, ...] = _uints()  # token 0 of each choice, sampled by P
+    first_logprobs: tuple[bytes, ...] = _opaques(MAX_BYTES)  # of each, as the workers write them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +204,7 @@ def decode(header: bytes | memoryview) -> Message:
             use_list=True,
             max_str_len=256,
             max_bin_len=MAX_BYTES,
-            max_array_len=32,
+            max_array_len=MAX_ITEMS,
             max_map_len=0,
             max_ext_len=0,
         )
@@ -220,20 +226,29 @@ def decode(header: bytes | memoryview) -> Message:
         raise MessageError(f"{kind.__name__} has {len(values)} fields instead of {len(items)}")
     arguments: dict[str, Any] = {}
     for item, value in zip(items, values, strict=True):
-        if "limit" in item.metadata:
-            _check_uint(item.name, value, item.metadata["limit"])
-        elif "length" in item.metadata:
-            _check_bytes(item.name, value, item.metadata["length"])
-        elif "max_length" in item.metadata:
-            _check_opaque(item.name, value, item.metadata["max_length"])
-        else:
-            try:
-                value = item.metadata["enum"](value)
-            except ValueError as error:
-                raise MessageError(f"{item.name} is unknown") from error
-        arguments[item.name] = value
+        arguments[item.name] = _checked(item.name, value, item.metadata)
     identity = HandoffId(request_id=request_id, attempt=attempt, sender=sender, receiver=receiver)
     return kind(id=identity, **arguments)
+
+
+def _checked(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
+    """The value of a field, if it is as `metadata` declares it."""
+    if "items" in metadata:
+        if type(value) is not list:
+            raise MessageError(f"{name} is not an array")
+        return tuple(_checked(name, item, metadata["items"]) for item in value)
+    if "limit" in metadata:
+        _check_uint(name, value, metadata["limit"])
+    elif "length" in metadata:
+        _check_bytes(name, value, metadata["length"])
+    elif "max_length" in metadata:
+        _check_opaque(name, value, metadata["max_length"])
+    else:
+        try:
+            return metadata["enum"](value)
+        except ValueError as error:
+            raise MessageError(f"{name} is unknown") from error
+    return value
 
 
 def _check_uint(name: str, value: object, limit: int) -> None:

@@ -5,7 +5,7 @@ router. The shell (`pagewire.worker.shell`) carries the effects out and reports 
 drives the very same class.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from pagewire.engine.batch import Batch, BatchRow, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
@@ -156,7 +156,7 @@ class PrefillCore:
         self, key: AttemptKey, command: pb.WorkerCommand, now: float
     ) -> PrefillSequence:
         body = command.prefill
-        token_ids, sampling = read_work(
+        token_ids, (sampling, *siblings) = read_work(
             body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
         )
         num_pages = self.layout.num_pages(len(token_ids))
@@ -183,6 +183,7 @@ class PrefillCore:
             route=command.route,
             token_ids=token_ids,
             sampling=sampling,
+            siblings=tuple(siblings),
             history=TokenHistory.for_params(sampling, token_ids),
             sender=sender,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
@@ -349,17 +350,15 @@ class PrefillCore:
             return self._carry_out(
                 sequence, sequence.sender.on_computed(sequence.num_computed, now)
             )
-        (token,) = tokens
-        self._num_generated_tokens += 1
-        reason = finish_reason(token, 1, sequence.sampling)
-        message = logprobs_message(*logprobs) if logprobs else None
-        first_token = _first_token(sequence, token, reason, message)
-        if reason:
-            return [first_token, *self._end(sequence)]
+        self._num_generated_tokens += len(tokens)
+        values = [logprobs_message(each) for each in logprobs]
+        first_tokens = _first_tokens(sequence, tokens, values)
+        if all(finish_reason(token, 1, sequence.sampling) for token in tokens):
+            return [*first_tokens, *self._end(sequence)]
         messages = sequence.sender.on_computed(sequence.num_computed, now)
-        first_logprobs = b"" if message is None else message.SerializeToString()
-        messages += sequence.sender.finish(token, now, first_logprobs)
-        return [first_token, *self._carry_out(sequence, messages)]
+        first_logprobs = tuple(each.SerializeToString() for each in values)
+        messages += sequence.sender.finish(tokens, now, first_logprobs)
+        return [*first_tokens, *self._carry_out(sequence, messages)]
 
     def _cache_computed(self, sequence: PrefillSequence) -> None:
         """Let others share the full pages that are computed: now, not before."""
@@ -456,23 +455,27 @@ def _row(chunk: Chunk) -> BatchRow:
         start=start,
         page_table=sequence.pages,
         sampling=sequence.sampling if is_last else None,
+        siblings=sequence.siblings if is_last else (),
         history=sequence.history,
     )
 
 
-def _first_token(
-    sequence: PrefillSequence,
-    token_id: int,
-    reason: "pb.FinishReason.ValueType",
-    logprobs: pb.TokenLogprobs | None,
-) -> Emit:
-    body = pb.FirstToken(
-        token_id=token_id,
-        finish_reason=reason,
-        logprobs=logprobs,
-        cached_tokens=sequence.num_cached,
-    )
-    return Emit(event=pb.WorkerEvent(route=reply_route(sequence.route), first_token=body))
+def _first_tokens(
+    sequence: PrefillSequence, tokens: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
+) -> list[Emit]:
+    """Token 0 of each choice, with `logprobs` where they were asked for."""
+    bodies = [
+        pb.FirstToken(
+            choice=choice,
+            token_id=token,
+            finish_reason=finish_reason(token, 1, sequence.sampling),
+            logprobs=logprobs[choice] if logprobs else None,
+            cached_tokens=sequence.num_cached,
+        )
+        for choice, token in enumerate(tokens)
+    ]
+    route = reply_route(sequence.route)
+    return [Emit(event=pb.WorkerEvent(route=route, first_token=body)) for body in bodies]
 
 
 def _sealed(route: pb.Route) -> Emit:

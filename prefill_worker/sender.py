@@ -69,8 +69,8 @@ class Sender:
         self._checksums: dict[int, int] = {}  # by seq
         self._unacked: set[int] = set()  # seqs of frames that the peer has not answered
         self._progress_at = 0.0  # when a frame, an answer or the Seal last moved
-        self._first_token: int | None = None
-        self._first_logprobs = b""
+        self._first_tokens: tuple[int, ...] = ()
+        self._first_logprobs: tuple[bytes, ...] = ()
 
     @property
     def is_open(self) -> bool:
@@ -114,11 +114,19 @@ class Sender:
         self._num_planned_pages = num_hit_pages
         return [*self._pair_frames_with_credit(now), *self._seal_if_complete(now)]
 
-    def finish(self, first_token: int, now: float, first_logprobs: bytes = b"") -> list[Message]:
-        """Every page is computed and token 0 is sampled: seal as soon as the last frame is out."""
+    def finish(
+        self,
+        first_tokens: tuple[int, ...],
+        now: float,
+        first_logprobs: tuple[bytes, ...] = (),
+    ) -> list[Message]:
+        """Every page is computed and token 0 of each choice is sampled.
+
+        Seal as soon as the last frame is out.
+        """
         if self.state is not SenderState.STREAMING:
             return []
-        self._first_token = first_token
+        self._first_tokens = first_tokens
         self._first_logprobs = first_logprobs
         return self._seal_if_complete(now)
 
@@ -214,7 +222,7 @@ class Sender:
     def _seal_if_complete(self, now: float) -> list[Message]:
         if (
             self.state is not SenderState.STREAMING
-            or self._first_token is None
+            or not self._first_tokens
             or not self._is_accepted
             or self._ready
             or self._num_sending
@@ -228,7 +236,7 @@ class Sender:
                 id=self.id,
                 num_frames=self._num_frames,
                 digest=digest_of(self._checksums[seq] for seq in range(self._num_frames)),
-                first_token=self._first_token,
+                first_tokens=self._first_tokens,
                 first_logprobs=self._first_logprobs,
             )
         ]

@@ -22,6 +22,7 @@ class PrefillSequence:
     route: pb.Route  # for events to the router that sent the request
     token_ids: tuple[int, ...]
     sampling: SamplingParams
+    siblings: tuple[SamplingParams, ...] = ()  # of the other choices
     history: TokenHistory | None = None  # where `sampling` has penalties
     sender: Sender
     addresses: tuple[tuple[str, bytes], ...]  # transports of the decode worker

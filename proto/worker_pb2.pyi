@@ -451,6 +451,7 @@ class WorkerCommand(_message.Message):
     PREFILL_FIELD_NUMBER: _builtins.int
     ATTACH_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    STOP_CHOICE_FIELD_NUMBER: _builtins.int
     KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def route(self) -> Global___Route: ...
@@ -467,6 +468,10 @@ class WorkerCommand(_message.Message):
     @_builtins.property
     def abort(self) -> Global___Abort: ...
     @_builtins.property
+    def stop_choice(self) -> Global___StopChoice:
+        """to a decode worker"""
+
+    @_builtins.property
     def kv_snapshot(self) -> Global___KvSnapshot: ...
     def __init__(
         self,
@@ -476,13 +481,14 @@ class WorkerCommand(_message.Message):
         prefill: Global___Prefill | None = ...,
         attach: Global___Attach | None = ...,
         abort: Global___Abort | None = ...,
+        stop_choice: Global___StopChoice | None = ...,
         kv_snapshot: Global___KvSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort", "kv_snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort", "stop_choice", "kv_snapshot"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -534,6 +540,7 @@ class Prefill(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes, valid for one hand-off to `decode`"""
     decode: _builtins.bytes
@@ -544,6 +551,8 @@ class Prefill(_message.Message):
     """lower runs first"""
     seconds_left: _builtins.float
     """until the router gives the request up, when this was sent"""
+    n: _builtins.int
+    """choices, at most 16; absent: 1. Their seeds: see choices.py"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -563,12 +572,15 @@ class Prefill(_message.Message):
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
         seconds_left: _builtins.float = ...,
+        n: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode", b"decode", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "decode", b"decode", "n", b"n", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___Prefill: _TypeAlias = Prefill  # noqa: Y015
 
@@ -584,6 +596,7 @@ class Attach(_message.Message):
     PREFILL_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     prefill: _builtins.bytes
     """incarnation of the prefill worker that may use the ticket"""
@@ -591,6 +604,8 @@ class Attach(_message.Message):
     """as in Prefill"""
     priority: _builtins.int
     """lower runs first"""
+    n: _builtins.int
+    """as in Prefill"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -604,12 +619,15 @@ class Attach(_message.Message):
         prefill: _builtins.bytes = ...,
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
+        n: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "prefill", b"prefill", "priority", b"priority", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "n", b"n", "prefill", b"prefill", "priority", b"priority", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___Attach: _TypeAlias = Attach  # noqa: Y015
 
@@ -633,6 +651,27 @@ class Abort(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Abort: _TypeAlias = Abort  # noqa: Y015
+
+@_typing.final
+class StopChoice(_message.Message):
+    """The client has enough of one choice; the others go on. Idempotent, as Abort is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICE_FIELD_NUMBER: _builtins.int
+    choice: _builtins.int
+    def __init__(
+        self,
+        *,
+        choice: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopChoice: _TypeAlias = StopChoice  # noqa: Y015
 
 @_typing.final
 class WorkerEvents(_message.Message):
@@ -731,7 +770,7 @@ Global___Attached: _TypeAlias = Attached  # noqa: Y015
 
 @_typing.final
 class FirstToken(_message.Message):
-    """Prefill worker: token 0, sent before the hand-off ends."""
+    """Prefill worker: token 0 of one choice, sent before the hand-off ends."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -739,11 +778,13 @@ class FirstToken(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     finish_reason: Global___FinishReason.ValueType
-    """when set there is no hand-off"""
+    """when set for every choice there is no hand-off"""
     cached_tokens: _builtins.int
     """prompt tokens whose KV was in the prefix cache"""
+    choice: _builtins.int
     @_builtins.property
     def logprobs(self) -> Global___TokenLogprobs:
         """when asked for"""
@@ -755,10 +796,11 @@ class FirstToken(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         logprobs: Global___TokenLogprobs | None = ...,
         cached_tokens: _builtins.int = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -783,7 +825,7 @@ Global___Sealed: _TypeAlias = Sealed  # noqa: Y015
 
 @_typing.final
 class Ready(_message.Message):
-    """Decode worker: every page is here; the sequence joins the running batch at the next step."""
+    """Decode worker: every page is here; the choices join the running batch at the next step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -800,8 +842,8 @@ Global___Ready: _TypeAlias = Ready  # noqa: Y015
 
 @_typing.final
 class Tokens(_message.Message):
-    """Decode worker. The first message of an attempt starts at position 0, so that it does not matter
-    whether it or the prefill worker's FirstToken reaches the router first.
+    """Decode worker: tokens of one choice. Its first message starts at position 0, so that it does not
+    matter whether it or the prefill worker's FirstToken reaches the router first.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -810,9 +852,11 @@ class Tokens(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """of the first id, counted in output tokens"""
     finish_reason: Global___FinishReason.ValueType
+    choice: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -826,10 +870,11 @@ class Tokens(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "position", b"position", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "position", b"position", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,14 +120,17 @@ class RouterControl:
         self._streams.pop(request_id, None)
         self._carry_out(self._core.cancel(request_id, reason))
 
+    def stop_choice(self, request_id: str, choice: int) -> None:
+        self._carry_out(self._core.stop_choice(request_id, choice))
+
     def check_ready(self) -> None:
         self._core.check_ready()
 
     def counts(self) -> Mapping[str, int]:
         return self._core.counts()
 
-    def max_kv_tokens(self) -> int:
-        return self._core.max_kv_tokens()
+    def max_kv_tokens(self, *, num_prompt_tokens: int = 0, n: int = 1) -> int:
+        return self._core.max_kv_tokens(num_prompt_tokens=num_prompt_tokens, n=n)
 
     def max_model_len(self) -> int:
         """Tokens, prompt plus output, that every registered worker takes; 0 without any."""
@@ -197,11 +200,12 @@ class RouterControl:
                     session = self._sessions.get(command.route.receiver)
                     if session is not None:
                         session.send(command)
-                case Deliver(request_id=request_id, update=update):
+                case Deliver(request_id=request_id, update=update, is_last=is_last):
                     stream = self._streams.get(request_id)
                     if stream is not None:
                         stream.put(update)
-                        if update.finish_reason is not None:
+                        if is_last:
+                            stream.put(None)
                             del self._streams[request_id]
                 case Fail(request_id=request_id, error=error):
                     stream = self._streams.pop(request_id, None)
@@ -215,19 +219,20 @@ class _ControlStream:
     def __init__(self, control: RouterControl, request_id: str) -> None:
         self._control = control
         self._request_id = request_id
-        self._updates: asyncio.Queue[TokenUpdate | RequestFailed] = asyncio.Queue()
+        self._updates: asyncio.Queue[TokenUpdate | RequestFailed | None] = asyncio.Queue()
 
-    def put(self, update: TokenUpdate | RequestFailed) -> None:
+    def put(self, update: TokenUpdate | RequestFailed | None) -> None:
+        """None after the last update."""
         self._updates.put_nowait(update)
 
     async def __aiter__(self) -> AsyncIterator[TokenUpdate]:
-        while True:
-            update = await self._updates.get()
+        while (update := await self._updates.get()) is not None:
             if isinstance(update, RequestFailed):
                 raise update
             yield update
-            if update.finish_reason is not None:
-                return
+
+    def stop_choice(self, choice: int) -> None:
+        self._control.stop_choice(self._request_id, choice)
 
     def cancel(self, reason: str) -> None:
         self._control.cancel(self._request_id, reason)

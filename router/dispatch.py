@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.choices import max_context_tokens
 from pagewire.proto.page_hash import PageHasher
 from pagewire.router.lifecycle import Assignment, Effect, Lifecycle, SendCommand, State
 from pagewire.router.members import HEARTBEAT_S, Member, Members
@@ -49,14 +50,7 @@ class DispatchCore:
         """Admit a request. Raises RequestFailed when there is no room, or never will be."""
         self.check_ready()
         if not self._fits(request):
-            raise RequestFailed(
-                "the request needs more KV cache than any worker has; shorten the prompt or "
-                "lower max_tokens",
-                status=400,
-                kind="invalid_request_error",
-                code="context_length_exceeded",
-                param="max_tokens",
-            )
+            raise _too_large(request)
         if len(self._queue) >= self._max_queued:
             raise RequestFailed(
                 f"all workers are busy and {len(self._queue)} requests wait already; retry later",
@@ -77,6 +71,13 @@ class DispatchCore:
         if lifecycle is None:
             return []
         return self._after(lifecycle, lifecycle.cancel(reason))
+
+    def stop_choice(self, request_id: str, choice: int) -> list[Effect]:
+        """The client has enough of one choice. Idempotent."""
+        lifecycle = self._live.get(request_id)
+        if lifecycle is None:
+            return []
+        return self._after(lifecycle, lifecycle.stop_choice(choice))
 
     def refuse_all(self) -> list[Effect]:
         """The router is about to stop: fail every request, take no more. Idempotent."""
@@ -101,9 +102,23 @@ class DispatchCore:
                     retry_after_s=5,
                 )
 
-    def max_kv_tokens(self) -> int:
-        """Tokens, prompt plus output, that the largest decode worker can hold; 0 without any."""
-        return self._capacity(pb.ROLE_DECODE)
+    def max_kv_tokens(self, *, num_prompt_tokens: int = 0, n: int = 1) -> int:
+        """Tokens, prompt plus output, that the largest decode worker can hold; 0 without any.
+
+        With `n` choices that share a prompt of `num_prompt_tokens`: tokens of each choice.
+        """
+        return max(
+            (
+                max_context_tokens(
+                    num_pages=member.info.num_pages,
+                    page_size=member.page_size,
+                    num_prompt_tokens=num_prompt_tokens,
+                    n=n,
+                )
+                for member in self.members.of_role(pb.ROLE_DECODE)
+            ),
+            default=0,
+        )
 
     def counts(self) -> dict[str, int]:
         """Live requests by state."""
@@ -178,8 +193,7 @@ class DispatchCore:
             pair = choose_pair(
                 self.members.of_role(pb.ROLE_PREFILL),
                 self.members.of_role(pb.ROLE_DECODE),
-                num_prompt_tokens=len(lifecycle.request.token_ids),
-                num_tokens=_num_kv_tokens(lifecycle.request),
+                demand=lifecycle.request.page_demand,
                 page_hashes=lifecycle.page_hashes,
             )
             if pair is not None:
@@ -200,21 +214,18 @@ class DispatchCore:
 
     def _fits(self, request: Request) -> bool:
         """Whether the registered workers could hold a request if they were idle."""
-        return len(request.token_ids) <= self._capacity(pb.ROLE_PREFILL) and (
-            _num_kv_tokens(request) <= self._capacity(pb.ROLE_DECODE)
-        )
-
-    def _capacity(self, role: "pb.Role.ValueType") -> int:
-        """Tokens of KV that the largest worker of a role can hold; 0 without one."""
-        members = self.members.of_role(role)
-        return max(
-            (item.info.num_pages * item.info.layout.page_size for item in members), default=0
+        return any(
+            member.num_pages(len(request.token_ids)) <= member.info.num_pages
+            for member in self.members.of_role(pb.ROLE_PREFILL)
+        ) and any(
+            request.page_demand.num_pages(member.page_size) <= member.info.num_pages
+            for member in self.members.of_role(pb.ROLE_DECODE)
         )
 
     def _assign(self, request: Request, pair: Pair) -> Assignment:
         self._prefilling[request.request_id] = pair.num_uncached_tokens
         pair.prefill.num_projected_tokens += pair.num_uncached_tokens
-        pair.decode.num_projected_pages += pair.decode.num_pages(_num_kv_tokens(request))
+        pair.decode.num_projected_pages += request.page_demand.num_pages(pair.decode.page_size)
         return Assignment(
             attempt=1,
             prefill=pair.prefill.incarnation,
@@ -246,12 +257,20 @@ class DispatchCore:
         assert lifecycle.assignment is not None, "pages are promised with an assignment"
         member = self.members.get(lifecycle.assignment.decode)
         if member is not None:
-            member.num_projected_pages -= member.num_pages(_num_kv_tokens(lifecycle.request))
+            demand = lifecycle.request.page_demand
+            member.num_projected_pages -= demand.num_pages(member.page_size)
 
 
-def _num_kv_tokens(request: Request) -> int:
-    """KV slots that a request needs at most; the last token's KV is never computed."""
-    return len(request.token_ids) + request.sampling.max_tokens - 1
+def _too_large(request: Request) -> RequestFailed:
+    remedy = "shorten the prompt or lower max_tokens"
+    return RequestFailed(
+        "the request needs more KV cache than any worker has; "
+        + (remedy if request.n == 1 else f"lower n, which is {request.n}, {remedy}"),
+        status=400,
+        kind="invalid_request_error",
+        code="context_length_exceeded",
+        param="max_tokens" if request.n == 1 else "n",
+    )
 
 
 def _stopping() -> RequestFailed:

@@ -4,30 +4,39 @@ Whatever happens to the one who reads the text, leaving the block of a Generatio
 that the request had finished or cancels it on every worker.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 from pagewire.router.errors import ClientGone, internal
 from pagewire.router.metrics import RequestMetrics
 from pagewire.router.output import OutputText
-from pagewire.router.request import Dispatcher, Request
+from pagewire.router.request import Dispatcher, FinishReason, Request
+
+
+class Piece(NamedTuple):
+    """New text of one choice; it may be empty."""
+
+    choice: int
+    text: str
 
 
 class Generation:
-    """`with Generation(...) as generation: async for text in generation.texts(): ...`"""
+    """`with Generation(...) as generation: async for piece in generation.pieces(): ...`"""
 
     def __init__(
         self,
         *,
         dispatcher: Dispatcher,
         request: Request,
-        output: OutputText,
+        outputs: Sequence[OutputText],
         metrics: RequestMetrics,
     ) -> None:
+        """`outputs` are those of the choices, in order."""
         self._dispatcher = dispatcher
         self._request = request
         self._metrics = metrics
-        self.output = output
+        self.outputs = tuple(outputs)
 
     def __enter__(self) -> "Generation":
         """Submit the request. Raises RequestFailed when it cannot be taken."""
@@ -41,31 +50,54 @@ class Generation:
         traceback: TracebackType | None,
     ) -> None:
         outcome = self._outcome(error)
-        if self.output.cut:
-            self._stream.cancel("a stop string was found")
-        elif self.output.finish_reason is None:
+        if not self.is_finished:
             self._stream.cancel("the client is gone" if outcome == "abort" else "it failed")
+        elif any(output.cut for output in self.outputs):
+            self._stream.cancel("a stop string was found")
         self._metrics.finish(
             outcome,
             num_prompt_tokens=len(self._request.token_ids),
-            num_cached_tokens=self.output.num_cached_tokens,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
-    async def texts(self) -> AsyncIterator[str]:
-        """The output in pieces, empty ones among them, until its finish_reason is set.
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has its finish_reason."""
+        return all(output.finish_reason is not None for output in self.outputs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of all choices up to now."""
+        return sum(output.num_tokens for output in self.outputs)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt, which the choices share, that were in the prefix cache."""
+        return max(output.num_cached_tokens for output in self.outputs)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The outputs in pieces, until every one of them has its finish_reason.
 
         Raises RequestFailed.
         """
         async for update in self._stream:
+            output = self.outputs[update.choice]
+            if output.finish_reason is not None:  # it was on its way when the choice was stopped
+                continue
             if update.token_ids:
-                self._metrics.tokens(len(update.token_ids))
-            yield self.output.push(update)
-            if self.output.finish_reason is not None:
+                self._metrics.tokens(len(update.token_ids), update.choice)
+            piece = Piece(update.choice, output.push(update))
+            if output.cut and not self.is_finished:
+                self._stream.stop_choice(update.choice)
+            yield piece
+            if self.is_finished:
                 return
         raise internal()  # a stream ends with a reason or by an exception
 
     def _outcome(self, error: BaseException | None) -> str:
-        if self.output.finish_reason is not None:
-            return self.output.finish_reason
+        """Length if one choice was cut off: such an answer lacks something."""
+        if self.is_finished:
+            reasons = {output.finish_reason for output in self.outputs}
+            return FinishReason.LENGTH if FinishReason.LENGTH in reasons else FinishReason.STOP
         gone = isinstance(error, ClientGone) or not isinstance(error, Exception)
         return "abort" if gone else "error"

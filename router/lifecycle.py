@@ -5,18 +5,21 @@
     QUEUED      a pair has room                PREFILLING   Attach to D
     PREFILLING  Attached                       PREFILLING   Prefill to P
     PREFILLING  FirstToken                     HANDOFF      delivers token 0
-    PREFILLING  FirstToken, finished           DONE         delivers token 0, Abort to D
+    PREFILLING  FirstToken, all finished       DONE         delivers token 0, Abort to D
     PREFILLING  Ready or Tokens                DECODING     delivers the tokens, token 0 among them
     HANDOFF     Ready or Tokens                DECODING     delivers the tokens
     DECODING    Tokens                         DECODING     delivers them
-    DECODING    Tokens, finished               DONE         delivers them
+    DECODING    Tokens, all finished           DONE         delivers them
     DECODING    Failed by P, P lost            DECODING     nothing: D has all that it needs
     any live    Sealed                         the same     P's loss does no harm any more
     any live    Failed, worker lost, deadline  FAILED       tells the client, Abort to the others
     any live    cancel                         CANCELLED    Abort to both
+    any live    stop_choice                    the same     StopChoice to D; the last: as cancel
+
+A choice finishes with its finish_reason or when it is stopped; "all finished" is when none is left.
 
 An event that does not carry the current attempt and the incarnation of the worker that was chosen
-for it, or comes when the request has ended, changes nothing.
+for it, or comes when its choice or the request has ended, changes nothing.
 """
 
 from dataclasses import dataclass
@@ -61,10 +64,11 @@ class SendCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deliver:
-    """Give the client tokens; the last update of a stream has a finish_reason."""
+    """Give the client tokens."""
 
     request_id: str
     update: TokenUpdate
+    is_last: bool  # no choice is left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +98,10 @@ class Lifecycle:
         self.page_hashes = page_hashes
         self.state = State.ADMITTED
         self.assignment: Assignment | None = None
-        self.log = TokenLog()
+        self.logs = tuple(TokenLog() for _ in range(request.n))  # by choice
         self._router = router
         self._is_prefill_sent = False
+        self._unfinished = set(range(request.n))  # choices
         self._is_sealed = False  # from then on the decode worker answers for the attempt
 
     @property
@@ -119,6 +124,7 @@ class Lifecycle:
             prefill=assignment.prefill,
             priority=self.request.priority,
             cache_salt=self.request.cache_salt,
+            n=self.request.n,
         )
         route = self._route(assignment.decode)
         return [SendCommand(command=pb.WorkerCommand(route=route, attach=attach))]
@@ -137,6 +143,7 @@ class Lifecycle:
                 token = event.first_token
                 logprobs = (token.logprobs,) if token.HasField("logprobs") else ()
                 return self._on_tokens(
+                    token.choice,
                     0,
                     (token.token_id,),
                     logprobs,
@@ -153,6 +160,7 @@ class Lifecycle:
             case "tokens" if is_decode:
                 tokens = event.tokens
                 return self._on_tokens(
+                    tokens.choice,
                     tokens.position,
                     tuple(tokens.token_ids),
                     tuple(tokens.logprobs),
@@ -191,6 +199,18 @@ class Lifecycle:
         self.state = State.CANCELLED
         return self._aborts(reason)
 
+    def stop_choice(self, choice: int) -> list[Effect]:
+        """The client does not want more of one choice. Idempotent; the last cancels the request."""
+        if not self.is_live or choice not in self._unfinished:
+            return []
+        self._unfinished.remove(choice)
+        if not self._unfinished:
+            return self.cancel("every choice was stopped")
+        assert self.assignment is not None, "a choice is stopped for what it has said"
+        route = self._route(self.assignment.decode)
+        stop = pb.StopChoice(choice=choice)
+        return [SendCommand(command=pb.WorkerCommand(route=route, stop_choice=stop))]
+
     def fail(self, error: RequestFailed, gone: bytes | None = None) -> list[Effect]:
         """End the request with an error; `gone` is the worker that need not be told. Idempotent."""
         if not self.is_live:
@@ -217,12 +237,14 @@ class Lifecycle:
             priority=self.request.priority,
             seconds_left=self.request.deadline - now,
             cache_salt=self.request.cache_salt,
+            n=self.request.n,
         )
         route = self._route(assigned.prefill)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
 
     def _on_tokens(
         self,
+        choice: int,
         position: int,
         token_ids: tuple[int, ...],
         logprobs: tuple[pb.TokenLogprobs, ...],
@@ -231,26 +253,35 @@ class Lifecycle:
         num_cached_tokens: int = 0,
     ) -> list[Effect]:
         wants_logprobs = self.request.sampling.HasField("num_logprobs")
-        if len(logprobs) != (len(token_ids) if wants_logprobs else 0):
-            return self.fail(_stream_broken())
-        try:
-            new = self.log.append(position, token_ids)
-        except (TokenGap, TokenConflict):
+        if choice >= self.request.n or (len(logprobs) != (len(token_ids) if wants_logprobs else 0)):
             return self.fail(_stream_broken())
         if self.state is not State.DECODING:
             self.state = state
+        if choice not in self._unfinished:
+            return []
+        log = self.logs[choice]
+        try:
+            new = log.append(position, token_ids)
+        except (TokenGap, TokenConflict):
+            return self.fail(_stream_broken())
         finish = _FINISH.get(reason)
+        if finish:
+            self._unfinished.remove(choice)
         effects: list[Effect] = []
         if new or finish or num_cached_tokens:
             update = TokenUpdate(
-                position=len(self.log.token_ids) - len(new),
+                choice=choice,
+                position=len(log.token_ids) - len(new),
                 token_ids=new,
                 finish_reason=finish,
                 logprobs=logprobs[len(token_ids) - len(new) :] if wants_logprobs else (),
                 num_cached_tokens=num_cached_tokens,
             )
-            effects.append(Deliver(request_id=self.request.request_id, update=update))
-        if finish:
+            is_last = not self._unfinished
+            effects.append(
+                Deliver(request_id=self.request.request_id, update=update, is_last=is_last)
+            )
+        if not self._unfinished:
             ended_on_prefill = self.state is State.HANDOFF
             self.state = State.DONE
             if ended_on_prefill and self.assignment is not None:

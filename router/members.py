@@ -29,9 +29,14 @@ class Member:
     def incarnation(self) -> bytes:
         return self.info.incarnation
 
+    @property
+    def page_size(self) -> int:
+        """Tokens in one page."""
+        return self.info.layout.page_size
+
     def num_pages(self, num_tokens: int) -> int:
         """Pages of this worker that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.info.layout.page_size)
+        return -(-num_tokens // self.page_size)
 
     @property
     def num_unpromised_pages(self) -> int:

@@ -6,6 +6,7 @@ Labels come from fixed sets and worker names; nothing that a client wrote is amo
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -70,7 +71,7 @@ class RouterMetrics:
             "time_to_first_token_seconds", "From arrival to the first token.", _SECONDS
         )
         self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two updates of one stream.", _GAP_SECONDS
+            "inter_token_latency_seconds", "Between two updates of one choice.", _GAP_SECONDS
         )
         self.per_output_token = self._histogram(
             "time_per_output_token_seconds", "Mean time per token after the first.", _GAP_SECONDS
@@ -125,37 +126,46 @@ class RequestMetrics:
     def __init__(self, metrics: RouterMetrics, *, arrived: float) -> None:
         self._metrics = metrics
         self._arrived = arrived  # seconds on the clock of `metrics`
-        self._first_token: float | None = None
-        self._last_token = arrived
-        self._num_tokens = 0
+        self._choices: dict[int, _ChoiceTimes] = {}
 
-    def tokens(self, count: int) -> None:
-        """New tokens arrived."""
+    def tokens(self, count: int, choice: int = 0) -> None:
+        """New tokens of one choice arrived."""
         now = self._metrics.clock()
-        if self._first_token is None:
-            self._first_token = now
+        if not self._choices:
             self._metrics.first_token.observe(now - self._arrived)
-        else:
-            self._metrics.inter_token.observe(now - self._last_token)
-        self._last_token = now
-        self._num_tokens += count
+        if choice in self._choices:
+            self._metrics.inter_token.observe(now - self._choices[choice].last)
+        times = self._choices.setdefault(choice, _ChoiceTimes(first=now, last=now))
+        times.last = now
+        times.num_tokens += count
 
     def finish(self, reason: str, *, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
         """The request ended by stop, length, abort or error."""
         metrics = self._metrics
         metrics.count_finished(reason)
         metrics.prompt_tokens.inc(num_prompt_tokens)
-        metrics.generation_tokens.inc(self._num_tokens)
+        num_tokens = sum(times.num_tokens for times in self._choices.values())
+        metrics.generation_tokens.inc(num_tokens)
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
-        metrics.request_generation_tokens.observe(self._num_tokens)
+        metrics.request_generation_tokens.observe(num_tokens)
         metrics.latency.observe(metrics.clock() - self._arrived)
-        if self._first_token is None:
+        if not self._choices:
             return
         metrics.cache_queries.inc(num_prompt_tokens)
         metrics.cache_hits.inc(num_cached_tokens)
-        if self._num_tokens > 1:
-            decoding_s = self._last_token - self._first_token
-            metrics.per_output_token.observe(decoding_s / (self._num_tokens - 1))
+        for times in self._choices.values():
+            if times.num_tokens > 1:
+                decoding_s = times.last - times.first
+                metrics.per_output_token.observe(decoding_s / (times.num_tokens - 1))
+
+
+@dataclass(slots=True, kw_only=True)
+class _ChoiceTimes:
+    """When tokens of one choice arrived, in seconds on the clock of the metrics."""
+
+    first: float
+    last: float
+    num_tokens: int = 0
 
 
 class _Page(Collector):

@@ -17,7 +17,6 @@ from pagewire.router.chat import ChatTemplate
 from pagewire.router.detokenizer import Detokenizer
 from pagewire.router.errors import invalid
 from pagewire.router.generation import Generation
-from pagewire.router.logprobs import ChatLogprobs, CompletionLogprobs
 from pagewire.router.metrics import RequestMetrics, RouterMetrics
 from pagewire.router.output import OutputText
 from pagewire.router.request import Dispatcher, Request, RequestFailed
@@ -56,9 +55,7 @@ class OpenAIEndpoints:
             len(body), lambda: self._chat_token_ids(fields.messages)
         )
         request_id = secrets.token_hex(16)
-        shape = ChatShape(
-            self._envelope(f"chatcmpl-{request_id}"), ChatLogprobs(self.tokenizer.spelled)
-        )
+        shape = ChatShape(self._envelope(f"chatcmpl-{request_id}"), self.tokenizer.spelled)
         return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrived)
 
     async def completions(self, http: HTTPRequest) -> Response:
@@ -68,9 +65,7 @@ class OpenAIEndpoints:
         fields = validate.parse_completion(parse_object(body), self.settings)
         token_ids = await self._beside_loop(len(body), lambda: self._prompt_token_ids(fields))
         request_id = secrets.token_hex(16)
-        shape = CompletionShape(
-            self._envelope(f"cmpl-{request_id}"), CompletionLogprobs(self.tokenizer.spelled)
-        )
+        shape = CompletionShape(self._envelope(f"cmpl-{request_id}"), self.tokenizer.spelled)
         return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrived)
 
     async def models(self) -> Response:
@@ -120,7 +115,10 @@ class OpenAIEndpoints:
 
     def _request(self, fields: GenerationRequest, request_id: str, token_ids: list[int]) -> Request:
         max_tokens = validate.output_budget(
-            fields, num_prompt_tokens=len(token_ids), context_tokens=self._context_tokens()
+            fields,
+            num_prompt_tokens=len(token_ids),
+            context_tokens=self._context_tokens(len(token_ids), n=1),
+            choice_tokens=self._context_tokens(len(token_ids), n=fields.n),
         )
         now = self.clock()
         return Request(
@@ -136,11 +134,12 @@ class OpenAIEndpoints:
             deadline=now + self.settings.request_timeout_s,
             priority=fields.priority,
             cache_salt=fields.cache_salt,
+            n=fields.n,
         )
 
-    def _context_tokens(self) -> int:
+    def _context_tokens(self, num_prompt_tokens: int, *, n: int) -> int:
         """Longest prompt plus output; without workers the model's, and the dispatcher refuses."""
-        held = self.dispatcher.max_kv_tokens()
+        held = self.dispatcher.max_kv_tokens(num_prompt_tokens=num_prompt_tokens, n=n)
         limit = self.settings.max_model_len
         return min(limit, held) if held else limit
 
@@ -156,12 +155,7 @@ class OpenAIEndpoints:
             generation=Generation(
                 dispatcher=self.dispatcher,
                 request=request,
-                output=OutputText(
-                    detokenizer=Detokenizer(self.tokenizer.token_bytes),
-                    stop=StopChecker(fields.stop),
-                    stop_token_ids=frozenset(fields.stop_token_ids),
-                    min_tokens=fields.min_tokens,
-                ),
+                outputs=[self._output(fields) for _ in range(fields.n)],
                 metrics=RequestMetrics(self.metrics, arrived=arrived),
             ),
             shape=shape,
@@ -171,6 +165,14 @@ class OpenAIEndpoints:
             return WholeResponse(answer)
         return EventStreamResponse(
             answer, include_usage=fields.include_usage, settings=self.settings, clock=self.clock
+        )
+
+    def _output(self, fields: GenerationRequest) -> OutputText:
+        return OutputText(
+            detokenizer=Detokenizer(self.tokenizer.token_bytes),
+            stop=StopChecker(fields.stop),
+            stop_token_ids=frozenset(fields.stop_token_ids),
+            min_tokens=fields.min_tokens,
         )
 
     def _model_card(self) -> dict[str, Any]:

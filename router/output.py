@@ -1,4 +1,4 @@
-"""The output of one request: from token updates to text, tokens counted and stop strings cut.
+"""The output of one choice: from token updates to text, tokens counted and stop strings cut.
 
 Pure: it neither waits nor cancels. What ends the output, a stop string included, is found token
 by token, so that it does not depend on how tokens were grouped into updates.
@@ -11,7 +11,7 @@ from pagewire.router.stop import StopChecker
 
 
 class OutputText:
-    """Accumulates one stream until `finish_reason` is set."""
+    """Accumulates one choice until `finish_reason` is set."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from pagewire.proto.choices import PageDemand
 from pagewire.router.members import Member
 
 
@@ -18,8 +19,7 @@ def choose_pair(
     prefill: Iterable[Member],
     decode: Iterable[Member],
     *,
-    num_prompt_tokens: int,
-    num_tokens: int,
+    demand: PageDemand,
     page_hashes: Sequence[bytes] = (),
 ) -> Pair | None:
     """The least loaded pair that can hold the request; None while all are full.
@@ -27,19 +27,22 @@ def choose_pair(
     Prefill workers compare by the prompt tokens that they would have to compute up to the end of
     this prompt, without those in their prefix cache; decode workers by the share of their pages
     that is promised, and equals by the prefix that they have. Both are projected: what was sent
-    counts before the worker reports it. `num_tokens` is the KV that the request needs on the decode
-    worker at most, `page_hashes` those of the prompt's full pages.
+    counts before the worker reports it. `page_hashes` are those of the prompt's full pages.
     """
 
     def num_uncached(member: Member) -> int:
         num_hits = member.cached_pages.num_leading(page_hashes)
-        return max(1, num_prompt_tokens - num_hits * member.info.layout.page_size)
+        return max(1, demand.num_prompt_tokens - num_hits * member.page_size)
 
     prefills = [
-        member for member in prefill if member.num_pages(num_prompt_tokens) <= member.info.num_pages
+        member
+        for member in prefill
+        if member.num_pages(demand.num_prompt_tokens) <= member.info.num_pages
     ]
     decodes = [
-        member for member in decode if member.num_pages(num_tokens) <= member.num_unpromised_pages
+        member
+        for member in decode
+        if demand.num_pages(member.page_size) <= member.num_unpromised_pages
     ]
     if not prefills or not decodes:
         return None

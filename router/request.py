@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.choices import PageDemand
 
 
 class FinishReason(StrEnum):
@@ -26,17 +27,26 @@ class Request:
     deadline: float  # seconds on the router's clock; still running then: failed
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # only requests with the same salt share cached pages
+    n: int = 1  # choices
+
+    @property
+    def page_demand(self) -> PageDemand:
+        """What the request needs on a decode worker at most."""
+        return PageDemand(
+            num_prompt_tokens=len(self.token_ids), max_tokens=self.sampling.max_tokens, n=self.n
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenUpdate:
-    """New tokens of one stream, contiguous with those before them; there may be none."""
+    """New tokens of one choice, contiguous with those before them; there may be none."""
 
     position: int  # of the first id, counted in output tokens
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None  # set on the last update
+    finish_reason: FinishReason | None = None  # set on the last update of the choice
     logprobs: tuple[pb.TokenLogprobs, ...] = ()  # one for each id when asked for, else none
     num_cached_tokens: int = 0  # of the prompt; set on the update that token 0 brings
+    choice: int = 0
 
 
 class RequestFailed(Exception):
@@ -67,7 +77,10 @@ class Stream(Protocol):
     """The tokens of one request."""
 
     def __aiter__(self) -> AsyncIterator[TokenUpdate]:
-        """Updates until the one with a finish_reason. Raises RequestFailed."""
+        """Updates until each choice had one with a finish_reason. Raises RequestFailed."""
+
+    def stop_choice(self, choice: int) -> None:
+        """Have no more generated for one choice, while others go on. Idempotent."""
 
     def cancel(self, reason: str) -> None:
         """Free everything that the request holds on every worker. Idempotent."""
@@ -102,5 +115,8 @@ class Dispatcher(Protocol):
     def counts(self) -> Mapping[str, int]:
         """Requests by lifecycle state (queued, prefilling, handoff, decoding)."""
 
-    def max_kv_tokens(self) -> int:
-        """The longest prompt plus output that the registered workers can hold; 0 without any."""
+    def max_kv_tokens(self, *, num_prompt_tokens: int = 0, n: int = 1) -> int:
+        """The longest prompt plus output that the registered workers can hold; 0 without any.
+
+        With `n` choices that share a prompt of `num_prompt_tokens`: of each choice.
+        """

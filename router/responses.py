@@ -15,8 +15,9 @@ from starlette.types import Receive, Scope, Send
 from pagewire.router.disconnect import DisconnectScope
 from pagewire.router.errors import ClientGone, as_failure, error_body, error_response
 from pagewire.router.generation import Generation
+from pagewire.router.output import OutputText
 from pagewire.router.settings import RouterSettings
-from pagewire.router.shapes import ResponseShape, Usage
+from pagewire.router.shapes import ChoiceShape, ResponseShape, Usage
 from pagewire.router.sse import EventWriter
 
 
@@ -32,8 +33,8 @@ class Answer:
         """Tokens up to now."""
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
-            completion_tokens=self.generation.output.num_tokens,
-            cached_tokens=self.generation.output.num_cached_tokens,
+            completion_tokens=self.generation.num_tokens,
+            cached_tokens=self.generation.num_cached_tokens,
         ).as_dict()
 
 
@@ -57,10 +58,35 @@ class WholeResponse(Response):
             return error_response(as_failure(error))
 
     async def _collect(self) -> dict[str, Any]:
+        shape = self._answer.shape
         with self._answer.generation as generation:
-            text = "".join([piece async for piece in generation.texts()])
-        whole = self._answer.shape.whole(text, generation.output)
-        return whole | {"usage": self._answer.usage()}
+            texts: list[list[str]] = [[] for _ in generation.outputs]
+            async for piece in generation.pieces():
+                texts[piece.choice].append(piece.text)
+        choices = [
+            shape.choice(index).whole("".join(text), output)
+            for index, (text, output) in enumerate(zip(texts, generation.outputs, strict=True))
+        ]
+        return shape.whole(choices) | {"usage": self._answer.usage()}
+
+
+class _StreamedChoice:
+    """One choice as the items of a stream's events."""
+
+    def __init__(self, shape: ChoiceShape, output: OutputText) -> None:
+        self._shape = shape
+        self._output = output
+        self._opening: list[dict[str, Any]] | None = shape.opening()
+
+    def text(self, text: str) -> list[dict[str, Any]]:
+        """New text, behind what opens the choice; nothing if there is no news."""
+        items, self._opening = self._opening or [], None
+        logprobs = self._output.take_logprobs()
+        return [*items, self._shape.text(text, logprobs)] if text or logprobs else items
+
+    def ending(self) -> list[dict[str, Any]]:
+        """The end of the choice, once it has come to it."""
+        return [] if self._output.finish_reason is None else [self._shape.ending(self._output)]
 
 
 class EventStreamResponse(Response):
@@ -97,21 +123,26 @@ class EventStreamResponse(Response):
 
     async def _stream(self, writer: EventWriter) -> None:
         shape = self._answer.shape
+        last: list[dict[str, Any]] = []
         # The keep-alive is the outer block: an end of the generation must not wait for a write.
         async with writer.keep_alive(self._settings.keep_alive_s):
             with self._answer.generation as generation:
-                opening = shape.opening()
-                async for text in generation.texts():
-                    logprobs = generation.output.take_logprobs()
-                    has_news = bool(text or logprobs)
-                    events = [*opening, shape.text(text, logprobs)] if has_news else opening
-                    opening = []
-                    if events:
-                        await writer.write(*map(self._event, events))
-        closing = [self._event(shape.ending(generation.output))]
+                choices = [
+                    _StreamedChoice(shape.choice(index), output)
+                    for index, output in enumerate(generation.outputs)
+                ]
+                async for piece in generation.pieces():
+                    items = choices[piece.choice].text(piece.text)
+                    last = choices[piece.choice].ending()
+                    if not generation.is_finished:
+                        items += last
+                    if items:
+                        await writer.write(*map(self._event, items))
+        closing = [*map(self._event, last)]
         if self._include_usage:
-            closing.append(shape.usage() | {"usage": self._answer.usage()})
+            closing.append(shape.chunk([]) | {"usage": self._answer.usage()})
         await writer.finish(*closing)
 
-    def _event(self, chunk: dict[str, Any]) -> dict[str, Any]:
+    def _event(self, item: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._answer.shape.chunk([item])
         return chunk | {"usage": None} if self._include_usage else chunk

@@ -123,6 +123,8 @@ class GenerationRequest(RequestModel):
     """What chat and plain completions have in common."""
 
     model: Text
+    n: int = Field(1, ge=1, le=_MAX_INT32)
+    best_of: int | None = Field(None, ge=1, le=_MAX_INT32)  # as n only: nothing ranks the choices
     max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)

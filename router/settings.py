@@ -5,6 +5,8 @@ Every limit on what a client may send, and every time-out of a connection, is a 
 
 from dataclasses import dataclass
 
+from pagewire.proto.choices import MAX_CHOICES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
@@ -18,6 +20,7 @@ class RouterSettings:
     max_stop_strings: int = 16
     max_stop_chars: int = 256  # of one stop string
     max_stop_token_ids: int = 128
+    max_n: int = MAX_CHOICES  # choices of one request
 
     queue_timeout_s: float = 60.0  # a request still waiting then fails
     request_timeout_s: float = 600.0  # a request still running then fails
@@ -33,12 +36,15 @@ class RouterSettings:
         for name in self._positive_fields():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.max_n > MAX_CHOICES:
+            raise ValueError(f"max_n is {self.max_n}; workers take at most {MAX_CHOICES} choices")
 
     @staticmethod
     def _positive_fields() -> tuple[str, ...]:
         return (
             "max_model_len",
             "max_body_bytes",
+            "max_n",
             "queue_timeout_s",
             "request_timeout_s",
             "body_timeout_s",

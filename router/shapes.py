@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pagewire.router.logprobs import LogprobsFormat, TokenLogprob
+from pagewire.router.logprobs import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    LogprobsFormat,
+    Spell,
+    TokenLogprob,
+)
 from pagewire.router.output import OutputText
 
 
@@ -48,78 +54,115 @@ class Envelope:
         }
 
 
+class ChoiceShape(Protocol):
+    """How one endpoint writes one choice: the items of `choices` in its responses."""
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What is streamed in front of the first text."""
+
+    def text(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Streamed text, with the logprobs of the tokens behind it where they were asked for."""
+
+    def ending(self, output: OutputText) -> dict[str, Any]:
+        """What is streamed last, with the finish_reason."""
+
+    def whole(self, text: str, output: OutputText) -> dict[str, Any]:
+        """The choice that is not streamed."""
+
+
 class ResponseShape(Protocol):
     """How one endpoint writes its responses."""
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Chunks in front of the first text."""
+    def choice(self, index: int) -> ChoiceShape:
+        """One of the choices."""
 
-    def text(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """A chunk of text, with the logprobs of the tokens behind it where they were asked for."""
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """An event of a stream."""
 
-    def ending(self, output: OutputText) -> dict[str, Any]:
-        """The chunk with the finish_reason."""
-
-    def usage(self) -> dict[str, Any]:
-        """The chunk without choices to which the usage is added."""
-
-    def whole(self, text: str, output: OutputText) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The response that is not streamed, without its usage."""
 
 
 class ChatShape:
     """/v1/chat/completions."""
 
-    def __init__(self, envelope: Envelope, logprobs: LogprobsFormat) -> None:
+    def __init__(self, envelope: Envelope, spell: Spell) -> None:
         self._envelope = envelope
+        self._spell = spell
+
+    def choice(self, index: int) -> ChoiceShape:
+        return _ChatChoice(index, ChatLogprobs(self._spell))
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._envelope.wrap("chat.completion.chunk", choices)
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._envelope.wrap("chat.completion", choices)
+
+
+class _ChatChoice:
+    """Implements ChoiceShape."""
+
+    def __init__(self, index: int, logprobs: LogprobsFormat) -> None:
+        self._index = index
         self._logprobs = logprobs
 
     def opening(self) -> list[dict[str, Any]]:
-        return [self._chunk({"role": "assistant", "content": ""}, _unfinished())]
+        return [self._item({"role": "assistant", "content": ""}, _unfinished())]
 
     def text(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         end = _unfinished(self._logprobs(logprobs) if logprobs else None)
-        return self._chunk({"content": text}, end)
+        return self._item({"content": text}, end)
 
     def ending(self, output: OutputText) -> dict[str, Any]:
-        return self._chunk({}, _finished(output, self._logprobs))
-
-    def usage(self) -> dict[str, Any]:
-        return self._envelope.wrap("chat.completion.chunk", [])
+        return self._item({}, _finished(output, self._logprobs))
 
     def whole(self, text: str, output: OutputText) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, **_finished(output, self._logprobs)}
-        return self._envelope.wrap("chat.completion", [choice])
+        return {"index": self._index, "message": message, **_finished(output, self._logprobs)}
 
-    def _chunk(self, delta: dict[str, str], end: dict[str, Any]) -> dict[str, Any]:
-        return self._envelope.wrap("chat.completion.chunk", [{"index": 0, "delta": delta, **end}])
+    def _item(self, delta: dict[str, str], end: dict[str, Any]) -> dict[str, Any]:
+        return {"index": self._index, "delta": delta, **end}
 
 
 class CompletionShape:
     """/v1/completions."""
 
-    def __init__(self, envelope: Envelope, logprobs: LogprobsFormat) -> None:
+    def __init__(self, envelope: Envelope, spell: Spell) -> None:
         self._envelope = envelope
+        self._spell = spell
+
+    def choice(self, index: int) -> ChoiceShape:
+        return _CompletionChoice(index, CompletionLogprobs(self._spell))
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._envelope.wrap("text_completion", choices)
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._envelope.wrap("text_completion", choices)
+
+
+class _CompletionChoice:
+    """Implements ChoiceShape."""
+
+    def __init__(self, index: int, logprobs: LogprobsFormat) -> None:
+        self._index = index
         self._logprobs = logprobs
 
     def opening(self) -> list[dict[str, Any]]:
         return []
 
     def text(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return self._choice(text, _unfinished(self._logprobs(logprobs) if logprobs else None))
+        return self._item(text, _unfinished(self._logprobs(logprobs) if logprobs else None))
 
     def ending(self, output: OutputText) -> dict[str, Any]:
-        return self._choice("", _finished(output, self._logprobs))
-
-    def usage(self) -> dict[str, Any]:
-        return self._envelope.wrap("text_completion", [])
+        return self._item("", _finished(output, self._logprobs))
 
     def whole(self, text: str, output: OutputText) -> dict[str, Any]:
-        return self._choice(text, _finished(output, self._logprobs))
+        return self._item(text, _finished(output, self._logprobs))
 
-    def _choice(self, text: str, end: dict[str, Any]) -> dict[str, Any]:
-        return self._envelope.wrap("text_completion", [{"index": 0, "text": text, **end}])
+    def _item(self, text: str, end: dict[str, Any]) -> dict[str, Any]:
+        return {"index": self._index, "text": text, **end}
 
 
 def _unfinished(logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the client of one stream has been told: the authority on its tokens. Pure."""
+"""What a client has been told of one choice: the authority on its tokens. Pure."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ class TokenConflict(Exception):
 
 
 class TokenLog:
-    """Output tokens of one stream, by position.
+    """Output tokens of one choice, by position.
 
     The prefill worker tells token 0 and the decode worker starts at position 0 too, so the same
     token may arrive twice, in either order; it is delivered once.

@@ -33,8 +33,6 @@ _Neutral = dict[str, tuple[object, ...]]
 # Parameters of OpenAI's API and of vLLM's that are not served, with the values (beside null) that
 # ask for nothing. Everything else in them is refused rather than silently ignored.
 _NEUTRAL: _Neutral = {
-    "n": (1,),
-    "best_of": (1,),
     "length_penalty": (1,),
     "prompt_logprobs": (),
     "use_beam_search": (False,),
@@ -117,13 +115,20 @@ def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) ->
         )
 
 
-def output_budget(fields: GenerationRequest, *, num_prompt_tokens: int, context_tokens: int) -> int:
-    """How many tokens to generate at most.
+def output_budget(
+    fields: GenerationRequest,
+    *,
+    num_prompt_tokens: int,
+    context_tokens: int,
+    choice_tokens: int,
+) -> int:
+    """How many tokens to generate at most, for each choice.
 
     Args:
         fields: the request.
         num_prompt_tokens: length of its prompt.
         context_tokens: longest prompt plus output that can be served.
+        choice_tokens: the same, for each of as many choices as the request asks for.
     """
     prompt_param = "messages" if isinstance(fields, ChatCompletionRequest) else "prompt"
     details = {"n_prompt_tokens": num_prompt_tokens, "n_ctx": context_tokens}
@@ -138,7 +143,8 @@ def output_budget(fields: GenerationRequest, *, num_prompt_tokens: int, context_
             code="context_length_exceeded",
             details=details,
         )
-    param, asked = _asked_tokens(fields, room)
+    choice_room = choice_tokens - num_prompt_tokens
+    param, asked = _asked_tokens(fields, max(1, choice_room))
     if asked > room:
         raise invalid(
             f"{num_prompt_tokens} tokens of prompt and {asked} of '{param}' are more than the "
@@ -147,6 +153,14 @@ def output_budget(fields: GenerationRequest, *, num_prompt_tokens: int, context_
             param=param,
             code="context_length_exceeded",
             details=details,
+        )
+    if asked > choice_room:
+        raise invalid(
+            f"The KV cache has no room for {fields.n} choices of {asked} tokens behind "
+            f"{num_prompt_tokens} tokens of prompt. Reduce 'n' or '{param}'.",
+            param="n",
+            code="context_length_exceeded",
+            details=details | {"n_ctx": choice_tokens},
         )
     return asked
 
@@ -197,6 +211,7 @@ def _parse(
     except ValidationError as error:
         raise _invalid_field(error) from None
     check_model(fields.model, settings)
+    _check_choices(fields, settings)
     _check_stop(fields, settings)
     _check_stream_options(fields)
     _check_top_logprobs(fields)
@@ -234,6 +249,13 @@ def _invalid_field(error: ValidationError) -> RequestFailed:
     for part in first["loc"]:
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
     return invalid(f"Invalid '{param}': {first['msg']}.", param=param)
+
+
+def _check_choices(fields: GenerationRequest, settings: RouterSettings) -> None:
+    if fields.n > settings.max_n:
+        raise invalid(f"Invalid 'n': at most {settings.max_n} choices are allowed.", param="n")
+    if fields.best_of not in (None, fields.n):
+        raise _unsupported(f"'best_of' other than 'n', {fields.n},", param="best_of")
 
 
 def _check_stop(fields: GenerationRequest, settings: RouterSettings) -> None:

@@ -16,14 +16,22 @@ class Outcome(Enum):
 
 
 @dataclass(slots=True, kw_only=True)
+class ClientChoice:
+    """One choice of a request, seen from outside."""
+
+    expected: list[int]
+    finish_reason: FinishReason
+    tokens: list[int] = field(default_factory=list)
+    has_ended: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
 class ClientStream:
     """One request, seen from outside."""
 
     request_id: str
     router: str  # name of its process
-    expected: list[int]
-    finish_reason: FinishReason
-    tokens: list[int] = field(default_factory=list)
+    choices: list[ClientChoice]
     outcome: Outcome | None = None
     error: RequestFailed | None = None
 
@@ -47,18 +55,34 @@ class Clients:
 
     def on_update(self, request_id: str, update: TokenUpdate) -> None:
         stream = self.streams[request_id]
-        require(stream.outcome is None, f"{request_id} got tokens after its end")
+        choice = stream.choices[update.choice]
+        name = f"choice {update.choice} of {request_id}"
+        require(stream.outcome is None and not choice.has_ended, f"{name} got tokens after its end")
         require(
-            update.position == len(stream.tokens),
-            f"{request_id} got position {update.position} after {len(stream.tokens)} tokens",
+            update.position == len(choice.tokens),
+            f"{name} got position {update.position} after {len(choice.tokens)} tokens",
         )
-        stream.tokens += update.token_ids
+        choice.tokens += update.token_ids
         require(
-            stream.tokens == stream.expected[: len(stream.tokens)],
-            f"{request_id} got a wrong token among its first {len(stream.tokens)}",
+            choice.tokens == choice.expected[: len(choice.tokens)],
+            f"{name} got a wrong token among its first {len(choice.tokens)}",
         )
         if update.finish_reason is not None:
-            self._on_finished(stream, update.finish_reason)
+            require(
+                (choice.tokens, update.finish_reason) == (choice.expected, choice.finish_reason),
+                f"{name} ended with {update.finish_reason} after {len(choice.tokens)} of "
+                f"{len(choice.expected)} tokens",
+            )
+            self._end_choice(stream, choice)
+
+    def on_stopped(self, request_id: str, index: int) -> bool:
+        """The client has enough of one choice; whether that has begun and goes on."""
+        stream = self.streams[request_id]
+        choice = stream.choices[index]
+        if stream.outcome is not None or choice.has_ended or not choice.tokens:
+            return False
+        self._end_choice(stream, choice)
+        return True
 
     def on_failed(self, request_id: str, error: RequestFailed) -> None:
         self._end(request_id, Outcome.FAILED, error)
@@ -77,13 +101,10 @@ class Clients:
             if stream.router == router and stream.outcome is None:
                 self._end(stream.request_id, Outcome.ROUTER_LOST)
 
-    def _on_finished(self, stream: ClientStream, reason: FinishReason) -> None:
-        require(
-            (stream.tokens, reason) == (stream.expected, stream.finish_reason),
-            f"{stream.request_id} ended with {reason} after {len(stream.tokens)} of "
-            f"{len(stream.expected)} tokens",
-        )
-        self._end(stream.request_id, Outcome.DONE)
+    def _end_choice(self, stream: ClientStream, choice: ClientChoice) -> None:
+        choice.has_ended = True
+        if all(each.has_ended for each in stream.choices):
+            self._end(stream.request_id, Outcome.DONE)
 
     def _end(self, request_id: str, outcome: Outcome, error: RequestFailed | None = None) -> None:
         stream = self.streams[request_id]

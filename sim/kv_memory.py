@@ -32,6 +32,12 @@ class KvMemory:
             self._bytes[offset : offset + length] = payload[position : position + length]
             position += length
 
+    def copy(self, source: int, destination: int) -> None:
+        """Copy a whole page."""
+        size = LAYOUT.page_bytes
+        content = self._bytes[source * size : (source + 1) * size]
+        self._bytes[destination * size : (destination + 1) * size] = content
+
     def write(self, page_table: Sequence[int], position: int, lane: int, word: int) -> None:
         self._words[self._index(page_table, position, lane)] = word
 

@@ -1,4 +1,4 @@
-"""A model that a simulation can check: its tokens depend on every byte of KV, and nothing else.
+"""A model that a simulation can check: its tokens depend on every byte of KV and on the seed alone.
 
 Attention is a weighted sum over all words of the sequence's pages. A page that is stale, missing,
 in the wrong place or somebody else's changes the token.
@@ -22,7 +22,9 @@ class SimModel:
         self._memory = memory
 
     def execute(self, batch: Batch) -> StepResult:
-        """Write the KV of every row; sample where the row says so."""
+        """Copy pages and write the KV of every row; sample where the row says so."""
+        for source, destination in batch.copies:
+            self._memory.copy(source, destination)
         return StepResult(tokens=tuple(self._run(row) for row in batch.rows))
 
     def _run(self, row: BatchRow) -> tuple[int, ...]:
@@ -34,7 +36,9 @@ class SimModel:
                 self._memory.write(row.page_table, position, lane, word)
         if row.sampling is None:
             return ()
-        return (self._attend(row.page_table, row.start + len(row.token_ids)) % VOCAB_SIZE,)
+        attended = self._attend(row.page_table, row.start + len(row.token_ids))
+        params = (row.sampling, *row.siblings)
+        return tuple(_mix(attended ^ (each.seed & _MASK)) % VOCAB_SIZE for each in params)
 
     def _attend(self, page_table: Sequence[int], num_tokens: int) -> int:
         total = 0

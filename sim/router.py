@@ -61,6 +61,11 @@ class SimRouter:
         self._clients.on_cancelled(request_id)
         self._carry_out(self.core.cancel(request_id, "the client is gone"))
 
+    def stop_choice(self, request_id: str, choice: int) -> None:
+        """The client has seen enough of one choice."""
+        if self._clients.on_stopped(request_id, choice):
+            self._carry_out(self.core.stop_choice(request_id, choice))
+
     # --- Workers ----------------------------------------------------------------------------------
 
     def register(self, worker: RegisteringWorker) -> None:

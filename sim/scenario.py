@@ -26,8 +26,10 @@ class Scenario:
     arrival_s: float = 4.0  # requests and faults come in this time
     max_prompt_tokens: int = 96
     max_output_tokens: int = 16
+    max_choices: int = 3  # of one request
     shared_prefix_probability: float = 0.6  # a prompt begins like an earlier one
     cancel_probability: float = 0.0
+    stop_probability: float = 0.2  # that the client stops one of several choices
     max_queued: int = 64
     queue_deadline_s: float = 30.0
     deadline_s: float = 60.0

@@ -1,10 +1,12 @@
 """What clients ask for, and when."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.proto.choices import PageDemand
+from pagewire.sim.kv_memory import LAYOUT
 from pagewire.sim.model import VOCAB_SIZE, reference_tokens
 from pagewire.sim.scenario import Scenario
 
@@ -20,8 +22,9 @@ class Arrival:
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
-    expected: list[int]  # the tokens that it must get
+    expected: list[list[int]]  # the tokens that it must get, by choice
     hangs_up_after: float | None  # seconds from its arrival
+    stops_after: float | None  # the same, when it has enough of its last choice
 
 
 def random_workload(scenario: Scenario, random: Random, start: float) -> Iterator[Arrival]:
@@ -30,15 +33,16 @@ def random_workload(scenario: Scenario, random: Random, start: float) -> Iterato
     for index in range(scenario.num_requests):
         prompt = _random_prompt(scenario, random, conversations)
         sampling = SamplingParams(max_tokens=random.randint(1, scenario.max_output_tokens))
-        expected = reference_tokens(prompt, sampling)
         if random.random() < _EARLY_STOP:
-            stop = random.choice(expected)
-            sampling = SamplingParams(
-                max_tokens=sampling.max_tokens, stop_token_ids=frozenset({stop})
-            )
-            expected = expected[: expected.index(stop) + 1]
-        conversations.append((*prompt, *expected))
+            stop = random.choice(reference_tokens(prompt, sampling))
+            sampling = replace(sampling, stop_token_ids=frozenset({stop}))
+        expected = [
+            reference_tokens(prompt, sampling.for_choice(choice))
+            for choice in range(_num_choices(scenario, random, prompt, sampling))
+        ]
+        conversations.append((*prompt, *expected[0]))
         hangs_up = random.random() < scenario.cancel_probability
+        stops = len(expected) > 1 and random.random() < scenario.stop_probability
         yield Arrival(
             time=start + random.uniform(0.0, scenario.arrival_s),
             request_id=f"request-{index}",
@@ -46,7 +50,19 @@ def random_workload(scenario: Scenario, random: Random, start: float) -> Iterato
             sampling=sampling,
             expected=expected,
             hangs_up_after=random.uniform(0.0, _PATIENCE_S) if hangs_up else None,
+            stops_after=random.uniform(0.0, _PATIENCE_S) if stops else None,
         )
+
+
+def _num_choices(
+    scenario: Scenario, random: Random, prompt: tuple[int, ...], sampling: SamplingParams
+) -> int:
+    """Mostly one; never more than a decode worker can hold."""
+    n = random.choice((1, 1, random.randint(1, scenario.max_choices)))
+    demand = PageDemand(num_prompt_tokens=len(prompt), max_tokens=sampling.max_tokens, n=n)
+    while demand.num_pages(LAYOUT.page_size) > scenario.decode_pages:
+        demand = replace(demand, n=demand.n - 1)
+    return demand.n
 
 
 def _random_prompt(

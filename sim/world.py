@@ -9,7 +9,7 @@ from random import Random
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason, Request
-from pagewire.sim.clients import Clients, ClientStream
+from pagewire.sim.clients import ClientChoice, Clients, ClientStream
 from pagewire.sim.cluster import Cluster, RouterDesk
 from pagewire.sim.costs import Range
 from pagewire.sim.environment import Environment
@@ -71,13 +71,11 @@ class World:
     def _arrive(self, arrival: Arrival, desk: RouterDesk) -> None:
         """A client sends its request, and may hang up."""
         router = desk.router()
-        stopped = arrival.expected[-1] in arrival.sampling.stop_token_ids
         self.clients.add(
             ClientStream(
                 request_id=arrival.request_id,
                 router=router.process.name,
-                expected=arrival.expected,
-                finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                choices=[_choice(arrival, expected) for expected in arrival.expected],
             )
         )
         if not router.process.is_alive:
@@ -86,6 +84,10 @@ class World:
         router.process.do(partial(router.submit, self._request(arrival)))
         if arrival.hangs_up_after is not None:
             router.process.after(arrival.hangs_up_after, partial(router.cancel, arrival.request_id))
+        if arrival.stops_after is not None:
+            last = len(arrival.expected) - 1
+            stop = partial(router.stop_choice, arrival.request_id, last)
+            router.process.after(arrival.stops_after, stop)
 
     def _request(self, arrival: Arrival) -> Request:
         return Request(
@@ -98,6 +100,7 @@ class World:
             ),
             queue_deadline=self._environment.now + self._scenario.queue_deadline_s,
             deadline=self._environment.now + self._scenario.deadline_s,
+            n=len(arrival.expected),
         )
 
     def _settle(self, horizon: float) -> None:
@@ -117,3 +120,9 @@ class World:
         lines = [f"{self._scenario}", f"at {self._environment.now:.4f} s, after:"]
         lines += [f"{time:9.4f}  {who}  {what}" for time, who, what in self._environment.trace]
         return "\n".join(lines)
+
+
+def _choice(arrival: Arrival, expected: list[int]) -> ClientChoice:
+    stopped = expected[-1] in arrival.sampling.stop_token_ids
+    reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+    return ClientChoice(expected=expected, finish_reason=reason)

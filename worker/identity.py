@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.messages import ID_BYTES, HandoffId
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.choices import MAX_CHOICES
 
 
 class CommandError(ValueError):
@@ -42,8 +43,8 @@ def reply_route(route: pb.Route) -> pb.Route:
 
 def read_work(
     body: pb.Prefill | pb.Attach, *, vocab_size: int, max_model_len: int
-) -> tuple[tuple[int, ...], SamplingParams]:
-    """Prompt and sampling of a command, checked again where they are used.
+) -> tuple[tuple[int, ...], tuple[SamplingParams, ...]]:
+    """Prompt of a command, and how each choice is sampled; checked again where they are used.
 
     The router has validated the request, but a limit that is checked on one path only is the
     classic way to bring an engine down. Raises CommandError.
@@ -56,6 +57,9 @@ def read_work(
     for name in ("stop_token_ids", "logit_bias"):
         if any(token >= vocab_size for token in getattr(body.sampling, name)):
             raise CommandError(f"{name} holds an id outside the vocabulary of {vocab_size}")
+    n = body.n if body.HasField("n") else 1
+    if not 1 <= n <= MAX_CHOICES:
+        raise CommandError(f"n is {n}; it must be 1 to {MAX_CHOICES}")
     if len(body.ticket) != ID_BYTES:
         raise CommandError(f"ticket is not {ID_BYTES} bytes")
     try:
@@ -67,7 +71,7 @@ def read_work(
             f"{len(token_ids)} prompt tokens and max_tokens {sampling.max_tokens} exceed the "
             f"model's {max_model_len}"
         )
-    return token_ids, sampling
+    return token_ids, tuple(sampling.for_choice(choice) for choice in range(n))
 
 
 def _sampling_params(message: pb.SamplingParams) -> SamplingParams:

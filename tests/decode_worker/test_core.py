@@ -92,7 +92,7 @@ def frame(grant: Grant, seq: int, request_id: str = "request") -> Frame:
 
 def seal(request_id: str = "request", first_token: int = 7) -> Seal:
     digest = extend_digest(extend_digest(EMPTY_DIGEST, CHECKSUM), CHECKSUM)
-    return Seal(id=handoff_id(request_id), num_frames=2, digest=digest, first_token=first_token)
+    return Seal(id=handoff_id(request_id), num_frames=2, digest=digest, first_tokens=(first_token,))
 
 
 def begin(core: DecodeCore, request_id: str = "request", max_tokens: int = 3) -> list[Effect]:
@@ -131,7 +131,7 @@ def check_nothing_is_left(core: DecodeCore) -> None:
         (attach_command([100]), "token_ids holds an id outside the vocabulary of 100"),
         (attach_command([1] * 255), "255 prompt tokens and max_tokens 3 exceed"),
         (attach_command([1], ticket=b""), "ticket is not 16 bytes"),
-        (attach_command([1] * 63), "prompt and max_tokens take 5 pages of KV cache; .* has 4"),
+        (attach_command([1] * 63), "prompt, max_tokens and n take 5 pages of KV cache; .* has 4"),
         (prefill_command([1]), "a decode worker takes no prefill"),
     ],
 )
@@ -463,5 +463,5 @@ def test_logprobs_in_a_seal_that_cannot_be_read_are_not_believed(opaque: bytes) 
     params = pb.SamplingParams(max_tokens=3, top_p=1.0, num_logprobs=1)
     core.on_command(attach_command(PROMPT, params=params), 0.0)
     core.on_message(PREFILL, opening(), 0.0)
-    effects = core.on_message(PREFILL, replace(seal(), first_logprobs=opaque), 0.0)
+    effects = core.on_message(PREFILL, replace(seal(), first_logprobs=(opaque,)), 0.0)
     assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY

@@ -68,7 +68,7 @@ def make_seal(frames: list[Frame]) -> Seal:
     digest = EMPTY_DIGEST
     for frame in frames:
         digest = extend_digest(digest, frame.checksum)
-    return Seal(id=ID, num_frames=len(frames), digest=digest, first_token=7)
+    return Seal(id=ID, num_frames=len(frames), digest=digest, first_tokens=(7,))
 
 
 def receive(receiver: Receiver, frame: Frame) -> RefuseReason | None:

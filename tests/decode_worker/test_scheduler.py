@@ -1,33 +1,23 @@
 """Continuous batching: who runs in a step."""
 
 import pytest
-from handoff_pair import LAYOUT, route
+from handoff_pair import route
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagewire.decode_worker.receiver import Receiver
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.kv_transfer.messages import HandoffId
 from pagewire.worker.identity import AttemptKey
 
 
 def sequence(name: str, priority: int = 0) -> DecodeSequence:
-    identity = HandoffId(request_id=name, attempt=1, sender=b"d" * 16, receiver=b"p" * 16)
     return DecodeSequence(
         key=AttemptKey(name, 1),
         route=route(b"d" * 16, name),
         token_ids=(1,) * 5,
         sampling=SamplingParams(),
         priority=priority,
-        receiver=Receiver(
-            id=identity,
-            ticket=b"t" * 16,
-            prefix_hash=b"h" * 16,
-            num_prompt_tokens=5,
-            layout=LAYOUT,
-        ),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.batch import Batch, BatchRow, PageCopy
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
@@ -130,3 +130,31 @@ def test_right_drafts_give_the_tokens_of_as_many_steps(
     result = runner.execute(Batch(rows=(other, step, row(page_table=[2], sampling=None))))
     assert result.tokens == ((first,), tuple(following[: num_right + 1]), ())
     assert [len(result.logprobs[index]) for index in (0, 1)] == [1, num_right + 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_siblings_get_the_tokens_of_rows_of_their_own(
+    runner: ModelRunner, temperature: float
+) -> None:
+    sampling = SamplingParams(temperature=temperature, seed=7, num_logprobs=1)
+    choices = [sampling.for_choice(choice) for choice in range(4)]
+    rows = [row(sampling=each) for each in choices]
+    expected = runner.execute(Batch(rows=tuple(rows)))
+    together = row(sampling=choices[0], siblings=tuple(choices[1:]))
+    others = (row(page_table=[1]), row(page_table=[2], sampling=None))
+    result = runner.execute(Batch(rows=(others[0], together, others[1], rows[1])))
+    tokens = tuple(token for (token,) in expected.tokens)
+    assert result.tokens[1:] == (tokens, (), tokens[1:2])
+    assert result.logprobs[1] == tuple(expected.logprobs[index][0] for index in range(4))
+    assert (len(set(tokens)) == 1) is (temperature == 0.0)
+
+
+def test_copies_are_made_before_the_rows_run(runner: ModelRunner) -> None:
+    """Two sequences go on behind one prompt; the second reads a copy of its page."""
+    runner.execute(Batch(rows=(row(page_table=[0]),)))
+    follow = [row(start=3, token_ids=[9], page_table=[page]) for page in (0, 3)]
+    copies = (PageCopy(source=0, destination=3),)
+    tokens = runner.execute(Batch(rows=tuple(follow), copies=copies)).tokens
+    assert tokens[0] == tokens[1]
+    pages = runner.kv_cache.pages
+    assert torch.equal(pages[0, :, :, :, :4], pages[3, :, :, :, :4])

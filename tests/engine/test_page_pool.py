@@ -79,6 +79,18 @@ class PoolMachine(RuleBasedStateMachine):
         assert reservation.num_pages == before - num_pages
         return self._own(pages, num_pages)
 
+    @rule(target=reservations, reservation=reservations, num_pages=st.integers(0, NUM_PAGES + 1))
+    def split(self, reservation: Reservation, num_pages: int) -> object:
+        before = reservation.num_pages
+        if num_pages > before:
+            with pytest.raises(OutOfPages):
+                self.pool.split(reservation, num_pages)
+            return multiple()
+        part = self.pool.split(reservation, num_pages)
+        assert (part.num_pages, reservation.num_pages) == (num_pages, before - num_pages)
+        self.promises.append(part)
+        return part
+
     @rule(reservation=reservations)
     def cancel(self, reservation: Reservation) -> None:
         self.pool.cancel(reservation)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pagewire.kv_transfer.messages import (
     ID_BYTES,
     MAX_HEADER_BYTES,
+    MAX_ITEMS,
     Accepted,
     Closed,
     Committed,
@@ -49,6 +50,8 @@ ids = st.builds(
 
 
 def _values(metadata: Any) -> st.SearchStrategy[object]:
+    if "items" in metadata:
+        return st.lists(_values(metadata["items"]), max_size=MAX_ITEMS // 2).map(tuple)
     if "limit" in metadata:
         return st.integers(0, metadata["limit"] - 1)
     if "length" in metadata:

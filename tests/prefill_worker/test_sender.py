@@ -48,7 +48,7 @@ def sealed() -> Sender:
         sender.on_grant(grant(sender, slot), 0.0)
     for seq in range(3):
         sender.on_sent(seq, 5, 0.0)
-    assert len(sender.finish(7, 0.0)) == 1
+    assert len(sender.finish((7,), 0.0)) == 1
     return sender
 
 
@@ -177,14 +177,14 @@ def test_the_seal_covers_every_frame() -> None:
     sender.on_computed(NUM_TOKENS, 0.0)
     for slot in range(3):
         sender.on_grant(grant(sender, slot), 0.0)
-    assert sender.finish(7, 0.0) == []
+    assert sender.finish((7,), 0.0) == []
     assert sender.on_sent(2, 30, 0.0) == []
     assert sender.on_sent(0, 10, 0.0) == []
     (seal,) = sender.on_sent(1, 20, 0.0)
     digest = EMPTY_DIGEST
     for checksum in (10, 20, 30):
         digest = extend_digest(digest, checksum)
-    assert seal == Seal(id=sender.id, num_frames=3, digest=digest, first_token=7)
+    assert seal == Seal(id=sender.id, num_frames=3, digest=digest, first_tokens=(7,))
 
 
 def is_stalled(sender: Sender, now: float) -> bool:
@@ -229,7 +229,7 @@ def test_a_frame_that_was_not_sent_is_not_sealed() -> None:
     sender.on_computed(NUM_TOKENS, 0.0)
     for slot in range(3):
         sender.on_grant(grant(sender, slot), 0.0)
-    assert sender.finish(7, 0.0) == []
+    assert sender.finish((7,), 0.0) == []
     for seq, checksum in enumerate((5, None, 5)):
         assert sender.on_sent(seq, checksum, 0.0) == []
     assert sender.state is SenderState.STREAMING
@@ -248,7 +248,7 @@ def test_nothing_is_sent_or_sealed_before_the_peer_has_accepted() -> None:
     sender.open()
     sender.on_computed(NUM_TOKENS, 0.0)
     assert sender.on_grant(grant(sender, 0), 0.0) == []
-    assert sender.finish(7, 0.0) == []
+    assert sender.finish((7,), 0.0) == []
     (frame,) = sender.on_accepted(2, 0.0)
     assert isinstance(frame, Frame) and (frame.first_page, frame.num_pages) == (2, 1)
     assert sender.on_accepted(0, 0.0) == []
@@ -259,6 +259,6 @@ def test_a_prompt_that_the_peer_has_is_sealed_without_a_frame() -> None:
     sender = make_sender()
     sender.open()
     sender.on_computed(NUM_TOKENS, 0.0)
-    sender.finish(7, 0.0)
+    sender.finish((7,), 0.0)
     (seal,) = sender.on_accepted(3, 0.0)
     assert isinstance(seal, Seal) and (seal.num_frames, seal.digest) == (0, EMPTY_DIGEST)

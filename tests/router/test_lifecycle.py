@@ -119,6 +119,7 @@ EVENTS: dict[str, Happen] = {
         RequestFailed("late", status=408, kind="timeout_error", code="timeout")
     ),
     "cancel": lambda lifecycle: lifecycle.cancel("test"),
+    "the only choice stopped": lambda lifecycle: lifecycle.stop_choice(0),
 }
 
 FAILED_BY_P = (State.FAILED, ["Abort to D", "Fail"])
@@ -131,10 +132,12 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
     admitted: {
         "deadline": (State.FAILED, ["Fail"]),
         "cancel": (State.CANCELLED, []),
+        "the only choice stopped": (State.CANCELLED, []),
     },
     queued: {
         "deadline": (State.FAILED, ["Fail"]),
         "cancel": (State.CANCELLED, []),
+        "the only choice stopped": (State.CANCELLED, []),
     },
     prefilling: {
         "Attached": (State.PREFILLING, ["Prefill to P"]),
@@ -149,6 +152,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "D lost": FAILED_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
+        "the only choice stopped": CANCELLED,
     },
     prefill_sent: {
         "FirstToken": (State.HANDOFF, ["Deliver [5]"]),
@@ -162,6 +166,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "D lost": FAILED_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
+        "the only choice stopped": CANCELLED,
     },
     handing_off: {
         "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to D"]),
@@ -174,6 +179,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "D lost": FAILED_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
+        "the only choice stopped": CANCELLED,
     },
     handed_over: {
         "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to D"]),
@@ -185,6 +191,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "D lost": FAILED_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
+        "the only choice stopped": CANCELLED,
     },
     decoding: {
         "FirstToken, finished": (State.DONE, ["Deliver [] stop"]),
@@ -194,6 +201,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "D lost": FAILED_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
+        "the only choice stopped": CANCELLED,
     },
     done: {},
     cancelled: {},

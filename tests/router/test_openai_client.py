@@ -173,3 +173,32 @@ def test_logprobs_whole_and_streamed(client: OpenAI, served: ScriptedDispatcher)
     completion = client.completions.create(model="default", prompt="x", logprobs=1)
     assert completion.choices[0].logprobs is not None
     assert completion.choices[0].logprobs.token_logprobs == [-1.0]
+
+
+@pytest.fixture
+def two_answers(served: ScriptedDispatcher, tokenizer: Tokenizer) -> list[str]:
+    texts = [ANSWER, "Another one."]
+    scripts = [
+        updates([*tokenizer.encode(text), END], FinishReason.STOP, choice)
+        for choice, text in enumerate(texts)
+    ]
+    served.script = [each for script in scripts for each in script]
+    return texts
+
+
+def test_several_choices(client: OpenAI, two_answers: list[str]) -> None:
+    response = client.completions.create(model="default", prompt="Once", n=2)
+    assert [choice.text for choice in response.choices] == two_answers
+    assert [choice.index for choice in response.choices] == [0, 1]
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="default", prompt="Once", n=17)
+    assert refusal.value.param == "n"
+
+
+def test_several_streamed_choices(client: OpenAI, two_answers: list[str]) -> None:
+    with client.chat.completions.stream(
+        model="default", messages=[{"role": "user", "content": "hi"}], n=2
+    ) as stream:
+        completion = stream.get_final_completion()
+    assert [choice.message.content for choice in completion.choices] == two_answers
+    assert [choice.finish_reason for choice in completion.choices] == ["stop", "stop"]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from routing import registration
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.choices import PageDemand
 from pagewire.router.members import Member
 from pagewire.router.policy import choose_pair
 
@@ -20,12 +21,18 @@ def decode(name: str, *, num_pages: int = 10, projected: int = 0) -> Member:
     return Member(info=info, last_seen=0.0, num_projected_pages=projected)
 
 
+def demand(num_prompt_tokens: int, num_tokens: int, n: int = 1) -> PageDemand:
+    """`num_tokens`: KV of one choice at most."""
+    return PageDemand(
+        num_prompt_tokens=num_prompt_tokens, max_tokens=num_tokens - num_prompt_tokens + 1, n=n
+    )
+
+
 def test_the_least_loaded_of_each_role() -> None:
     pair = choose_pair(
         [prefill("p0", projected=50), prefill("p1", projected=49)],
         [decode("d0", num_pages=100, projected=40), decode("d1", num_pages=10, projected=5)],
-        num_prompt_tokens=16,
-        num_tokens=32,
+        demand=demand(16, 32),
     )
     assert pair is not None
     assert (pair.prefill.info.name, pair.decode.info.name) == ("p1", "d0")
@@ -35,8 +42,7 @@ def test_equals_are_chosen_by_name() -> None:
     pair = choose_pair(
         [prefill("p1"), prefill("p0")],
         [decode("d1"), decode("d0")],
-        num_prompt_tokens=1,
-        num_tokens=1,
+        demand=demand(1, 1),
     )
     assert pair is not None
     assert (pair.prefill.info.name, pair.decode.info.name) == ("p0", "d0")
@@ -50,7 +56,7 @@ def test_a_cached_prefix_counts_against_the_queue() -> None:
         workers = [prefill("p0"), prefill("p1", projected=projected)], [decode("d0"), decode("d1")]
         for with_cache in (workers[0][1], workers[1][1]):
             with_cache.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[:4]))
-        pair = choose_pair(*workers, num_prompt_tokens=80, num_tokens=90, page_hashes=hashes)
+        pair = choose_pair(*workers, demand=demand(80, 90), page_hashes=hashes)
         assert pair is not None
         return pair.prefill.info.name, pair.decode.info.name, pair.num_uncached_tokens
 
@@ -69,7 +75,14 @@ def test_a_cached_prefix_counts_against_the_queue() -> None:
     ids=["no prefill", "no decode", "prompt too long", "decode full"],
 )
 def test_no_pair(prefills: list[Member], decodes: list[Member]) -> None:
-    assert choose_pair(prefills, decodes, num_prompt_tokens=17, num_tokens=33) is None
+    assert choose_pair(prefills, decodes, demand=demand(17, 33)) is None
+
+
+def test_choices_share_the_full_pages_of_the_prompt_only() -> None:
+    """A prompt of 17 tokens fills one page; each choice needs two more."""
+    workers = [prefill("p0")], [decode("d0", num_pages=9)]
+    assert choose_pair(*workers, demand=demand(17, 33, n=4)) is not None
+    assert choose_pair(*workers, demand=demand(17, 33, n=5)) is None
 
 
 Loads = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=4)
@@ -93,9 +106,7 @@ def test_whoever_is_chosen_has_room(
     fitting_decodes = [
         member for member in decode_members if member.num_unpromised_pages * 16 >= prompt + output
     ]
-    pair = choose_pair(
-        prefill_members, decode_members, num_prompt_tokens=prompt, num_tokens=prompt + output
-    )
+    pair = choose_pair(prefill_members, decode_members, demand=demand(prompt, prompt + output))
     assert (pair is None) is not bool(fitting_prefills and fitting_decodes)
     if pair is not None:
         assert pair.prefill in fitting_prefills

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
-from pagewire.decode_worker.sequence import DecodeSequence
+from pagewire.decode_worker.request import DecodeRequest
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Message, RefuseReason
 from pagewire.prefill_worker.sender import Sender, SenderState
@@ -15,6 +16,7 @@ from pagewire.router.lifecycle import Lifecycle
 from pagewire.router.token_log import TokenLog
 from pagewire.sim.costs import SLOW_STEPS, Costs, Range
 from pagewire.sim.faults import Faults, MessageFaults
+from pagewire.sim.kv_memory import KvMemory
 from pagewire.sim.scenario import Scenario, random_scenario
 from pagewire.sim.violation import InvariantViolation
 from pagewire.sim.world import World
@@ -105,13 +107,26 @@ def nobody_ends_a_refused_handoff(patch: pytest.MonkeyPatch) -> None:
 def a_running_step_loses_its_pages(patch: pytest.MonkeyPatch) -> None:
     end = DecodeCore._end
 
-    def end_carelessly(core: DecodeCore, sequence: DecodeSequence) -> list[Effect]:
+    def end_carelessly(core: DecodeCore, request: DecodeRequest) -> list[Effect]:
         batch, core._batch = core._batch, []
-        effects = end(core, sequence)
+        effects = end(core, request)
         core._batch = batch
         return effects
 
     patch.setattr(DecodeCore, "_end", end_carelessly)
+
+
+def copies_are_not_made(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KvMemory, "copy", lambda memory, source, destination: None)
+
+
+def copies_are_made_once_only(patch: pytest.MonkeyPatch) -> None:
+    """Not again when the step that was to make them has failed."""
+    patch.setattr(PageCopies, "retry", PageCopies.finish)
+
+
+def stopped_choices_run_on(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Lifecycle, "stop_choice", lambda lifecycle, choice: [])
 
 
 def busy_scenario(seed: int, costs: Costs) -> Scenario:
@@ -127,6 +142,19 @@ def busy_scenario(seed: int, costs: Costs) -> Scenario:
         max_output_tokens=24,
         cancel_probability=0.6,
         costs=costs,
+    )
+
+
+def crowded_scenario(seed: int) -> Scenario:
+    """Steps fail in which many requests run, and of these only one fails with it."""
+    return Scenario(
+        seed=seed,
+        num_decode=1,
+        decode_pages=96,
+        max_batch_size=16,
+        num_requests=40,
+        arrival_s=0.5,
+        faults=Faults(step_failure=0.05),
     )
 
 
@@ -149,6 +177,16 @@ def test_a_page_that_is_freed_too_early_is_noticed(
             World(busy_scenario(seed, costs)).run()
 
 
+@pytest.mark.parametrize("plant", [copies_are_not_made, copies_are_made_once_only])
+def test_a_missing_copy_of_a_shared_page_is_noticed(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(InvariantViolation, match="wrong token"):
+        for seed in range(MAX_RUNS):
+            World(crowded_scenario(seed)).run()
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -162,6 +200,7 @@ def test_a_page_that_is_freed_too_early_is_noticed(
         a_seal_is_believed,
         checksums_are_not_compared,
         nobody_ends_a_refused_handoff,
+        stopped_choices_run_on,
     ],
 )
 def test_a_planted_bug_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:

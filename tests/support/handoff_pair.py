@@ -40,7 +40,7 @@ def sampling(max_tokens: int = 3, stop_token_ids: Sequence[int] = ()) -> pb.Samp
 
 def step_result(batch: Batch, token: int = TOKEN) -> StepResult:
     """A step in which every row that samples gets `token`."""
-    return StepResult(tokens=tuple((token,) if row.sampling else () for row in batch.rows))
+    return StepResult(tokens=tuple((token,) * row.num_samples for row in batch.rows))
 
 
 def prefill_command(
@@ -50,6 +50,7 @@ def prefill_command(
     attempt: int = 1,
     ticket: bytes = TICKET,
     params: pb.SamplingParams | None = None,
+    n: int | None = None,
 ) -> pb.WorkerCommand:
     body = pb.Prefill(
         token_ids=prompt,
@@ -57,6 +58,7 @@ def prefill_command(
         ticket=ticket,
         decode=DECODE,
         transports=[pb.TransportAddress(kind="local", address=b"here")],
+        n=n,
     )
     return pb.WorkerCommand(route=route(PREFILL, request_id, attempt), prefill=body)
 
@@ -68,9 +70,10 @@ def attach_command(
     attempt: int = 1,
     ticket: bytes = TICKET,
     params: pb.SamplingParams | None = None,
+    n: int | None = None,
 ) -> pb.WorkerCommand:
     body = pb.Attach(
-        token_ids=prompt, sampling=params or sampling(), ticket=ticket, prefill=PREFILL
+        token_ids=prompt, sampling=params or sampling(), ticket=ticket, prefill=PREFILL, n=n
     )
     return pb.WorkerCommand(route=route(DECODE, request_id, attempt), attach=body)
 
@@ -80,6 +83,12 @@ def abort_command(
 ) -> pb.WorkerCommand:
     return pb.WorkerCommand(
         route=route(receiver, request_id, attempt), abort=pb.Abort(reason="test")
+    )
+
+
+def stop_command(choice: int, request_id: str = "request") -> pb.WorkerCommand:
+    return pb.WorkerCommand(
+        route=route(DECODE, request_id), stop_choice=pb.StopChoice(choice=choice)
     )
 
 
@@ -134,6 +143,7 @@ class HandoffPair:
         self.to_decode: deque[Message] = deque()
         self.to_prefill: deque[Message] = deque()
         self.events: list[pb.WorkerEvent] = []
+        self.sample = step_result  # what the model gives
         self.bad_frames: set[int] = set()  # by seq: those that fail their checksum
         self._sending: deque[SendFrame] = deque()
         self._landing: deque[Frame] = deque()
@@ -225,7 +235,7 @@ class HandoffPair:
         if self._prefill_batch is None:
             self._prefill_batch, effects = self.prefill.next_batch(0.0)
         else:
-            result = step_result(self._prefill_batch)
+            result = self.sample(self._prefill_batch)
             self._prefill_batch = None
             effects = self.prefill.on_batch_done(result, 0.0)
         self.carry_out(effects)
@@ -235,10 +245,16 @@ class HandoffPair:
         if self._decode_batch is None:
             self._decode_batch, effects = self.decode.next_batch(0.0)
         else:
-            result = step_result(self._decode_batch)
+            result = self.sample(self._decode_batch)
             self._decode_batch = None
             effects = self.decode.on_batch_done(result, 0.0)
         self.carry_out(effects)
+
+    def fail_decode_step(self, row: int) -> None:
+        """The decode step that runs raises because of one of its rows."""
+        assert self._decode_batch is not None
+        self._decode_batch = None
+        self.carry_out(self.decode.on_batch_failed({row}))
 
     def running_batches(self) -> tuple[Batch | None, Batch | None]:
         """What the prefill and the decode worker compute now."""

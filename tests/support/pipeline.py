@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
-from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.draft_length import DraftCosts
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
 from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport
@@ -54,14 +54,23 @@ class Pipeline:
         self, prompt: Sequence[int], sampling: pb.SamplingParams
     ) -> tuple[list[int], FinishReason]:
         """All tokens of one request; checks that positions are contiguous."""
-        tokens: list[int] = []
+        [choice] = await self.generate_choices(prompt, sampling, 1)
+        return choice
+
+    async def generate_choices(
+        self, prompt: Sequence[int], sampling: pb.SamplingParams, n: int
+    ) -> list[tuple[list[int], FinishReason]]:
+        """The same for each of `n` choices."""
+        tokens: list[list[int]] = [[] for _ in range(n)]
+        reasons: dict[int, FinishReason] = {}
         async with asyncio.timeout(60):
-            async for update in self.control.submit(request(prompt, sampling)):
-                assert update.position == len(tokens)
-                tokens += update.token_ids
+            async for update in self.control.submit(request(prompt, sampling, n)):
+                assert update.choice not in reasons
+                assert update.position == len(tokens[update.choice])
+                tokens[update.choice] += update.token_ids
                 if update.finish_reason is not None:
-                    return tokens, update.finish_reason
-        raise AssertionError("the stream ended without a reason")
+                    reasons[update.choice] = update.finish_reason
+        return [(tokens[choice], reasons[choice]) for choice in range(n)]
 
     async def until_idle(self, names: Iterable[str] | None = None) -> None:
         """Wait until every page of the workers is free and nothing is queued or running."""
@@ -80,13 +89,14 @@ class Pipeline:
                 await asyncio.sleep(0.01)
 
 
-def request(prompt: Sequence[int], sampling: pb.SamplingParams) -> Request:
+def request(prompt: Sequence[int], sampling: pb.SamplingParams, n: int = 1) -> Request:
     return Request(
         request_id=secrets.token_hex(8),
         token_ids=tuple(prompt),
         sampling=sampling,
         queue_deadline=float("inf"),
         deadline=float("inf"),
+        n=n,
     )
 
 

@@ -39,6 +39,7 @@ def make_request(
     queue_deadline: float = 30.0,
     deadline: float = 60.0,
     priority: int = 0,
+    n: int = 1,
 ) -> Request:
     return Request(
         request_id=request_id,
@@ -47,6 +48,7 @@ def make_request(
         queue_deadline=queue_deadline,
         deadline=deadline,
         priority=priority,
+        n=n,
     )
 
 
@@ -64,8 +66,9 @@ def first_token(
     finish: "pb.FinishReason.ValueType" = pb.FINISH_REASON_UNSPECIFIED,
     request_id: str = "request",
     attempt: int = 1,
+    choice: int = 0,
 ) -> pb.WorkerEvent:
-    body = pb.FirstToken(token_id=token_id, finish_reason=finish)
+    body = pb.FirstToken(token_id=token_id, finish_reason=finish, choice=choice)
     return pb.WorkerEvent(route=_route(sender, request_id, attempt), first_token=body)
 
 
@@ -84,8 +87,9 @@ def tokens(
     finish: "pb.FinishReason.ValueType" = pb.FINISH_REASON_UNSPECIFIED,
     request_id: str = "request",
     attempt: int = 1,
+    choice: int = 0,
 ) -> pb.WorkerEvent:
-    body = pb.Tokens(position=position, token_ids=token_ids, finish_reason=finish)
+    body = pb.Tokens(position=position, token_ids=token_ids, finish_reason=finish, choice=choice)
     return pb.WorkerEvent(route=_route(sender, request_id, attempt), tokens=body)
 
 

@@ -25,6 +25,7 @@ class ScriptedStream:
     def __init__(self, script: Sequence[Step]) -> None:
         self._script = script
         self.cancelled: list[str] = []
+        self.stopped: list[int] = []  # choices
 
     async def __aiter__(self) -> AsyncIterator[TokenUpdate]:
         for step in self._script:
@@ -35,6 +36,9 @@ class ScriptedStream:
                     raise step
                 case _:
                     await step()
+
+    def stop_choice(self, choice: int) -> None:
+        self.stopped.append(choice)
 
     def cancel(self, reason: str) -> None:
         self.cancelled.append(reason)
@@ -70,17 +74,21 @@ class ScriptedDispatcher:
     def counts(self) -> Mapping[str, int]:
         return self.states
 
-    def max_kv_tokens(self) -> int:
-        return self.capacity
+    def max_kv_tokens(self, *, num_prompt_tokens: int = 0, n: int = 1) -> int:
+        """As with pages of one token."""
+        return num_prompt_tokens + (self.capacity - num_prompt_tokens) // n if self.capacity else 0
 
 
 def updates(
-    token_ids: Sequence[int], finish: FinishReason | None = FinishReason.LENGTH
+    token_ids: Sequence[int],
+    finish: FinishReason | None = FinishReason.LENGTH,
+    choice: int = 0,
 ) -> list[TokenUpdate]:
     """One update for each token, the last with `finish`."""
     last = len(token_ids) - 1
     return [
         TokenUpdate(
+            choice=choice,
             position=position,
             token_ids=(token_id,),
             finish_reason=finish if position == last else None,

@@ -168,6 +168,28 @@ def test_answer_goes_through_both_workers(server: Server) -> None:
     assert received > sum(each["bytes_received"] for each in before["decode-0"]["transfers"])
 
 
+def test_several_choices_are_prefilled_once(server: Server) -> None:
+    before = server.workers()["prefill-0"]["prompt_tokens"]
+    with server.client() as client:
+        stream = client.completions.create(
+            model="default",
+            prompt="Three colours of the rainbow are",
+            n=3,
+            max_tokens=24,
+            seed=1,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        *chunks, last = list(stream)
+    texts = ["", "", ""]
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+    assert len(set(texts)) == 3
+    assert last.usage is not None and last.usage.completion_tokens <= 3 * 24
+    assert server.workers()["prefill-0"]["prompt_tokens"] - before == last.usage.prompt_tokens
+
+
 def test_the_printed_curl_line_answers(server: Server) -> None:
     command, url, *_, body = shlex.split(server.line("  try ").removeprefix("  try "))
     assert command == "curl"

@@ -55,7 +55,7 @@ def test_the_attempts_that_ended_last_are_remembered() -> None:
 
 def read_sampling(params: pb.SamplingParams) -> SamplingParams:
     body = attach_command([1, 2], params=params).attach
-    return read_work(body, vocab_size=100, max_model_len=50)[1]
+    return read_work(body, vocab_size=100, max_model_len=50)[1][0]
 
 
 def test_sampling_parameters_of_a_command() -> None:

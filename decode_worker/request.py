@@ -1,0 +1,49 @@
+"""A request inside a decode worker: its hand-off, then the sequences of its choices."""
+
+from dataclasses import dataclass, field
+
+from pagewire.decode_worker.receiver import Receiver
+from pagewire.decode_worker.sequence import DecodeSequence
+from pagewire.decode_worker.slots import SlotHolder
+from pagewire.engine.page_pool import Reservation
+from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.choices import PageDemand
+from pagewire.proto.page_hash import PageKey
+from pagewire.worker.identity import AttemptKey
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DecodeRequest:
+    """One attempt. Owns the prompt's pages while they arrive; its sequences own them from then on.
+
+    It lasts as long as one of its sequences does.
+    """
+
+    key: AttemptKey
+    route: pb.Route  # for events to the router that sent the request
+    token_ids: tuple[int, ...]  # of the prompt
+    max_tokens: int  # of each choice
+    num_choices: int
+    receiver: Receiver
+    page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
+    sequences: list[DecodeSequence] = field(default_factory=list)  # those that have not ended
+    reservation: Reservation | None = None  # from Open on; the sequences take their parts of it
+    pages: list[int] = field(default_factory=list)  # of the prompt, until the hand-off is complete
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def holder(self) -> SlotHolder:
+        """What the slots of the hand-off are granted to."""
+        return SlotHolder(self.key, self.receiver.id.receiver)
+
+    @property
+    def demand(self) -> PageDemand:
+        """KV for the longest life that the choices can have, without those that have ended."""
+        return PageDemand(
+            num_prompt_tokens=self.num_prompt_tokens,
+            max_tokens=self.max_tokens,
+            n=len(self.sequences),
+        )
