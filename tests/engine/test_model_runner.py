@@ -156,5 +156,5 @@ def test_copies_are_made_before_the_rows_run(runner: ModelRunner) -> None:
     copies = (PageCopy(source=0, destination=3),)
     tokens = runner.execute(Batch(rows=tuple(follow), copies=copies)).tokens
     assert tokens[0] == tokens[1]
-    pages = runner.kv_cache.pages
+    pages = runner.kv_cache.pages.values
     assert torch.equal(pages[0, :, :, :, :4], pages[3, :, :, :, :4])

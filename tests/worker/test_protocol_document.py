@@ -45,7 +45,7 @@ FRAME = Frame(
     prefix_hash=PREFIX,
     checksum=CHECKSUM,
 )
-SEAL = Seal(id=ID, num_frames=1, digest=digest_of([CHECKSUM]), first_token=3)
+SEAL = Seal(id=ID, num_frames=1, digest=digest_of([CHECKSUM]), first_tokens=(3,))
 SEAL_OF_HITS = replace(SEAL, num_frames=0, digest=digest_of([]))
 
 Table = Mapping[str, Mapping[str, str]]  # row → column → cell
@@ -62,7 +62,7 @@ def table(heading: str) -> Table:
 
 
 def finish(sender: Sender) -> list[Message]:
-    return [*sender.on_computed(NUM_TOKENS, 0.0), *sender.finish(3, 0.0)]
+    return [*sender.on_computed(NUM_TOKENS, 0.0), *sender.finish((3,), 0.0)]
 
 
 SENDER_EVENTS: dict[str, SenderEvent] = {
