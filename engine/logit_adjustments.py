@@ -3,7 +3,9 @@
 All of it is sparse: (row, token) pairs of the whole batch, gathered, changed and scattered at once.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,21 +39,34 @@ class LogitAdjustments:
         self._repetition = self._floats([row.repetition_penalty for row in params])
         self.is_empty = not (biases or early or self._penalized)
 
-    def apply(
+    @contextmanager
+    def applied(
         self, logits: Tensor, positions: Tensor, histories: Sequence[TokenHistory | None]
-    ) -> None:
-        """Change `logits` in place: bias, then penalties, then the stop tokens that come too early.
+    ) -> Iterator[None]:
+        """Within it `logits` have bias, then penalties, and no stop tokens that come too early.
 
-        logits: float32 [num_rows, vocab_size]; positions: int64 [num_rows], counted in output
-        tokens; histories: of each row, not None for one with penalties.
+        Afterwards they have the values that they had before: to put few numbers back is cheaper
+        than a copy of all. logits: float32 [num_rows, vocab_size]; positions: int64 [num_rows],
+        counted in output tokens; histories: of each row, not None for one with penalties.
         """
-        logits.index_put_((self._bias_rows, self._bias_tokens), self._bias, accumulate=True)
-        if self._penalized:
-            self._penalize(logits, [histories[index] for index in self._penalized])
-        is_early = positions[self._stop_rows] < self._stop_from
-        logits[self._stop_rows[is_early], self._stop_tokens[is_early]] = float("-inf")
+        edits = _Edits(logits)
+        try:
+            if len(self._bias):
+                biased = logits[self._bias_rows, self._bias_tokens] + self._bias
+                edits.write(self._bias_rows, self._bias_tokens, biased)
+            if self._penalized:
+                self._penalize(logits, [histories[index] for index in self._penalized], edits)
+            if len(self._stop_rows):
+                is_early = positions[self._stop_rows] < self._stop_from
+                never = self._floats([-math.inf])
+                edits.write(self._stop_rows[is_early], self._stop_tokens[is_early], never)
+            yield
+        finally:
+            edits.undo()
 
-    def _penalize(self, logits: Tensor, histories: Sequence[TokenHistory | None]) -> None:
+    def _penalize(
+        self, logits: Tensor, histories: Sequence[TokenHistory | None], edits: "_Edits"
+    ) -> None:
         """Penalties as OpenAI defines the first two, and Keskar et al. 2019 repetition's."""
         known = [history for history in histories if history is not None]
         assert len(known) == len(histories), "a row with penalties has a history"
@@ -62,10 +77,28 @@ class LogitAdjustments:
         values, repetition = logits[rows, tokens], self._repetition[rows]
         values = torch.where(values > 0, values / repetition, values * repetition)
         values -= self._frequency[rows] * counts + self._presence[rows] * (counts > 0)
-        logits[rows, tokens] = values
+        edits.write(rows, tokens, values)
 
     def _ints(self, values: Sequence[int] | np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)
 
     def _floats(self, values: Sequence[float] | np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32, device=self._device)
+
+
+class _Edits:
+    """Single logits that were overwritten, and what they were."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def write(self, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
+        """Overwrite distinct (row, token) pairs; rows, tokens: int64 [num_pairs]."""
+        self._before.append((rows, tokens, self._logits[rows, tokens]))
+        self._logits[rows, tokens] = values
+
+    def undo(self) -> None:
+        """Put everything back, the last edit first."""
+        for rows, tokens, values in reversed(self._before):
+            self._logits[rows, tokens] = values

@@ -31,7 +31,7 @@ class ModelRunner:
             page_size=kv_cache.layout.page_size,
             max_model_len=max_model_len,
         )
-        self._sampler = Sampler()
+        self._sampler = Sampler(model.ops)
 
     @property
     def layout(self) -> KVLayout:
