@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pagewire.engine.batch import TokenLogprobs
 from pagewire.engine.logit_adjustments import LogitAdjustments
 from pagewire.engine.logprobs import token_logprobs
-from pagewire.engine.random_numbers import signed_seeds, uniform
+from pagewire.engine.random_numbers import uniform
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.token_history import TokenHistory
 from pagewire.kernels.ops import Ops, SamplingRows
@@ -55,9 +56,8 @@ class Sampler:
         LogitsError.
         """
         plan = self._plan_for(params, logits)
-        position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
-        with plan.adjusted(logits, position, histories):
-            tokens = plan.choose(logits, position)
+        with plan.adjusted(logits, positions, histories):
+            tokens = plan.choose(logits, positions)
         return SampledTokens(token_ids=tokens.tolist(), logprobs=plan.logprobs(logits, tokens))
 
     def _plan_for(self, params: tuple[SamplingParams, ...], logits: Tensor) -> "_Plan":
@@ -76,9 +76,9 @@ class _Plan:
     ) -> None:
         self._key = (params, vocab_size, device)
         self._ops = ops
-        self._adjustments = LogitAdjustments(params, device)
+        self._adjustments = LogitAdjustments(params, vocab_size, device)
         self._choice = ops.plan_sampling(_sampling_rows(params, vocab_size, device))
-        self._seeds = signed_seeds([row.seed for row in params]).to(device)
+        self._seeds = np.array([row.seed for row in params], dtype=np.uint64)
         # For a batch in which nothing is drawn: it uses no random number.
         self._zeros = torch.zeros(len(params), dtype=torch.float64, device=device)
         self._is_greedy = all(row.temperature == 0 for row in params)
@@ -95,18 +95,19 @@ class _Plan:
         return self._key == (params, vocab_size, device)
 
     def adjusted(
-        self, logits: Tensor, position: Tensor, histories: Sequence[TokenHistory | None]
+        self, logits: Tensor, positions: Sequence[int], histories: Sequence[TokenHistory | None]
     ) -> AbstractContextManager[None]:
         """Within this context bias, penalties and minimum length are in the logits."""
         if self._adjustments.is_empty:
             return nullcontext()
-        return self._adjustments.applied(logits, position, histories)
+        return self._adjustments.applied(logits, positions, histories)
 
-    def choose(self, logits: Tensor, position: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
         """int64 [num_rows]."""
-        return self._choice.run(
-            logits, self._zeros if self._is_greedy else uniform(self._seeds, position)
-        )
+        if self._is_greedy:
+            return self._choice.run(logits, self._zeros)
+        numbers = uniform(self._seeds, positions)
+        return self._choice.run(logits, torch.from_numpy(numbers).to(logits.device))
 
     def logprobs(self, logits: Tensor, tokens: Tensor) -> Mapping[int, tuple[TokenLogprobs, ...]]:
         """By index of the rows that asked. logits: as the model gave them, of all rows."""
