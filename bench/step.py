@@ -7,6 +7,7 @@ that thread: what other processes do on the machine disturbs them less.
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class StepCost:
     scheduling_ms: float  # the core: what runs next, and what became of it
     runner_ms: float  # inputs and sampling
     events_ms: float  # as bytes for the router
+    page_faults: float  # memory that the whole step got from the operating system, in pages
 
     @property
     def outside_ms(self) -> float:
@@ -101,23 +103,25 @@ def measure(
     clock = Clock(runner.model.forward)
     with patch.object(runner.model, "forward", clock):
         steps = [run_step(core, runner, clock, prompt) for _ in range(WARM_UP + num_steps)]
-    model, scheduling, rest, events = (
-        statistics.median(column) * 1e3 for column in zip(*steps[WARM_UP:], strict=True)
+    model, scheduling, rest, events, faults = (
+        statistics.median(column) for column in zip(*steps[WARM_UP:], strict=True)
     )
     return StepCost(
         kind=kind,
         batch_size=batch_size,
-        model_ms=model,
-        scheduling_ms=scheduling,
-        runner_ms=rest,
-        events_ms=events,
+        model_ms=model * 1e3,
+        scheduling_ms=scheduling * 1e3,
+        runner_ms=rest * 1e3,
+        events_ms=events * 1e3,
+        page_faults=faults,
     )
 
 
 def run_step(
     core: DecodeCore, runner: ModelRunner, clock: Clock, prompt: list[int]
-) -> tuple[float, float, float, float]:
-    """Seconds of the model, the core, the rest of the runner, and the events."""
+) -> tuple[float, float, float, float, int]:
+    """Seconds of the model, the core, the rest of the runner and the events; page faults."""
+    faults = page_faults()
     times = [time.thread_time()]
     batch, _ = core.next_batch(0.0)
     times.append(time.thread_time())
@@ -133,7 +137,12 @@ def run_step(
     pb.WorkerEvents(events=emitted).SerializeToString()
     times.append(time.thread_time())
     begin, execute, done, events = (after - before for before, after in pairwise(times))
-    return clock.seconds, begin + done, execute - clock.seconds, events
+    return clock.seconds, begin + done, execute - clock.seconds, events, page_faults() - faults
+
+
+def page_faults() -> int:
+    """Of this process, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def fill_pages(runner: ModelRunner, batch: Batch, prompt: list[int]) -> None:
@@ -147,7 +156,16 @@ def fill_pages(runner: ModelRunner, batch: Batch, prompt: list[int]) -> None:
 
 
 def table(costs: list[StepCost]) -> str:
-    header = ("sampling", "batch", "model ms", "core ms", "runner ms", "events ms", "outside")
+    header = (
+        "sampling",
+        "batch",
+        "model ms",
+        "core ms",
+        "runner ms",
+        "events ms",
+        "outside",
+        "faults",
+    )
     rows = [
         (
             cost.kind,
@@ -157,6 +175,7 @@ def table(costs: list[StepCost]) -> str:
             number(cost.runner_ms, 2),
             number(cost.events_ms, 2),
             f"{cost.outside_ms:.2f} ms, {cost.share:.1%}",
+            number(cost.page_faults, 0),
         )
         for cost in costs
     ]

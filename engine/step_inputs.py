@@ -71,7 +71,8 @@ def prepare(rows: Sequence[BatchRow], limits: InputLimits, memory: StepMemory) -
         row_of_token = np.arange(len(rows)).repeat(lengths)
         np.add(np.arange(num_tokens), (contexts - ends)[row_of_token], out=arrays.positions)
     page_index, offset = np.divmod(arrays.positions, limits.page_size)
-    np.multiply(page_table[row_of_token, page_index], limits.page_size, out=arrays.slots)
+    arrays.slots[:] = page_table[row_of_token, page_index]
+    arrays.slots *= limits.page_size  # in 64 bits, unlike page_table
     arrays.slots += offset
     if num_tokens == len(num_logits) == sum(num_logits):
         arrays.logits_of[:] = row_of_token

@@ -24,26 +24,33 @@ float float_of(int32_t bits) {
     return value;
 }
 
-// The largest bound whose Mass `reaches` accepts, or 0; what it accepts it must accept of more mass
-// too. Weights are 0 to 1, and such floats are in the order of their bits, so this bisects integers.
-// Once a quarter of the weights is left between the two ends, only these are looked at: they are
-// copied to `between` [size].
+int32_t bits_of(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// The largest bound whose Mass `reaches` accepts; what it accepts it must accept of more mass too,
+// and `floor`, below which it does not look, it must accept. Weights are 0 to 1, and such floats are
+// in the order of their bits, so this bisects integers. Once half of the weights are not between the
+// two ends, only the others are looked at: they are copied to `between` [size].
 template <typename Reaches>
-float largest_bound(const float* weights, int64_t size, float* between, Reaches reaches) {
+float largest_bound(const float* weights, int64_t size, float* between, float floor,
+                    Reaches reaches) {
     constexpr int64_t kFew = 2048;
-    int32_t low = 0, high = 0x3f800000 + 1;  // 0, and what comes behind 1
-    int64_t num_low = size, num_high = 0;    // weights that reach them
-    Mass copied = {};                        // those of num_high that are not in `weights` any more
+    int32_t low = bits_of(floor), high = bits_of(1.0f) + 1;
+    Mass from_low = {size, 0.0}, from_high = {};  // of the weights that reach them
+    Mass copied = {};  // of those weights that reach `high` and are not in `weights` any more
     while (high - low > 1) {
         const int32_t middle = low + (high - low) / 2;
         const Mass mass = copied + mass_at_least(weights, size, float_of(middle));
         const bool is_low = reaches(mass);
         (is_low ? low : high) = middle;
-        (is_low ? num_low : num_high) = mass.count;
-        if (size > kFew && (num_low - num_high) * 4 <= size) {
-            copied = copied + mass_at_least(weights, size, float_of(high));
+        (is_low ? from_low : from_high) = mass;
+        if (size > kFew && (from_low.count - from_high.count) * 2 <= size) {
             size = copy_between(weights, size, float_of(low), float_of(high), between);
             weights = between;
+            copied = from_high;
         }
     }
     return float_of(low);
@@ -56,31 +63,35 @@ struct TopK {
 };
 
 TopK find_top_k(const float* weights, int64_t size, float* between, int64_t k) {
-    const float least = largest_bound(weights, size, between,
+    const float least = largest_bound(weights, size, between, 0.0f,
                                       [&](const Mass& mass) { return mass.count >= k; });
     const Mass above = mass_at_least(weights, size, std::nextafter(least, kInfinity));
     return {least, above.sum + static_cast<double>(k - above.count) * least};
 }
 
 // The smallest weight that top-p keeps: a token is kept while those before it weigh less than
-// `wanted`.
-float find_top_p(const float* weights, int64_t size, float* between, double wanted) {
-    return largest_bound(weights, size, between,
+// `wanted`. `sum` is at most what all weights weigh together.
+float find_top_p(const float* weights, int64_t size, float* between, double wanted, double sum) {
+    // All weights below the mean of what is not wanted cannot be more than that, so they are not
+    // needed; half of that mean, as sums are rounded.
+    const double floor = std::max(0.0, sum - wanted) / (2 * size);
+    return largest_bound(weights, size, between, static_cast<float>(floor),
                          [&](const Mass& mass) { return mass.sum >= wanted; });
 }
 
 // The smallest weight that both keep, top-p over what top-k left. The weights are all of the row's,
-// which sum to `total`, or the largest of them, enough to tell.
+// or the largest of them, enough to tell, and weigh `sum`; without top-k all of the row's weigh
+// `total`.
 float find_least(const float* weights, int64_t size, float* between, const Choice& choice,
-                 bool has_top_k, double total) {
+                 bool has_top_k, double sum, double total) {
     float least = 0.0f;
     if (has_top_k) {
         const TopK top_k = find_top_k(weights, size, between, choice.top_k);
         least = top_k.least;
-        total = top_k.sum;
+        sum = total = top_k.sum;
     }
     if (choice.top_p < 1.0)
-        least = std::max(least, find_top_p(weights, size, between, choice.top_p * total));
+        least = std::max(least, find_top_p(weights, size, between, choice.top_p * total, sum));
     return least;
 }
 
@@ -134,13 +145,14 @@ int64_t draw_row(const float* logits, int64_t size, float highest, const Choice&
         const int64_t count = copy_largest(logits, size, scratch.maxima.get(), rank, listed,
                                            scratch.ids.get());
         weigh(listed, count, highest, choice.temperature, listed);
-        if (has_top_k || mass_at_least(listed, count, 0.0f).sum >= choice.top_p * total) {
-            const float least = find_least(listed, count, between, choice, has_top_k, total);
+        const double sum = mass_at_least(listed, count, 0.0f).sum;
+        if (has_top_k || sum >= choice.top_p * total) {
+            const float least = find_least(listed, count, between, choice, has_top_k, sum, total);
             return scratch.ids[draw(listed, count, std::max(least, choice.min_p), choice.uniform)];
         }
     }
     if (has_top_k) weigh(logits, size, highest, choice.temperature, weights);
-    const float least = find_least(weights, size, between, choice, has_top_k, total);
+    const float least = find_least(weights, size, between, choice, has_top_k, total, total);
     return draw(weights, size, std::max(least, choice.min_p), choice.uniform);
 }
 

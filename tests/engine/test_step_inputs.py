@@ -1,7 +1,7 @@
 """The tensors of a step, and the memory that they share with those of other steps."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagewire.engine.batch import BatchRow
@@ -66,6 +66,7 @@ def expected(rows: list[BatchRow]) -> list[object]:
     return [tokens, starts, contexts, padded, positions, slots, logits_of]
 
 
+@settings(max_examples=40)
 @given(steps)
 def test_steps_that_share_memory_leave_nothing_behind(batches: list[list[BatchRow]]) -> None:
     memory = StepMemory(CPU)

@@ -79,6 +79,34 @@ def test_the_token_is_where_the_cumulative_distribution_says(
         assert token == token_at(distribution, share) or is_near_a_boundary(distribution, share)
 
 
+@settings(max_examples=25)
+@given(
+    vocab_size=st.sampled_from([30, 1025, 3000]),
+    top_k=st.sampled_from([5, 600, 2000, 10**6]),
+    top_p=st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0]),
+    scale=st.sampled_from([0.5, 1.5, 4.0]),
+    seed=st.integers(0, 1000),
+)
+def test_the_least_likely_that_are_kept_have_their_share(
+    ops: Ops, vocab_size: int, top_k: int, top_p: float, scale: float, seed: int
+) -> None:
+    """One token more or less would show: each is drawn by the number in the middle of its share."""
+    torch.manual_seed(seed)
+    logits = (torch.randn(vocab_size) * scale * 16).round() / 16
+    distribution = reference.next_token_distribution(
+        logits, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0
+    )
+    ranked = distribution.argsort(descending=True)
+    kept = ranked[distribution[ranked] > 1e-5][-16:]
+    uniform = distribution.cumsum(dim=0)[kept] - distribution[kept] / 2
+    count = len(kept)
+    rows = rows_of(vocab_size, [1.0] * count, [top_k] * count, [top_p] * count, [0.0] * count)
+
+    tokens = ops.plan_sampling(rows).run(logits.repeat(count, 1), uniform)
+
+    assert torch.equal(tokens, kept)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, 4.0], ids=["flat", "even", "peaked"])
 def test_every_implementation_chooses_the_same_tokens(ops: Ops, scale: float) -> None:
     """But for one draw in a thousand, whose random number lies between two roundings."""
@@ -98,6 +126,7 @@ def test_every_implementation_chooses_the_same_tokens(ops: Ops, scale: float) ->
     assert int((tokens != expected).sum()) <= 1
 
 
+@settings(max_examples=40)
 @given(
     vocab_size=st.sampled_from(VOCAB_SIZES),
     num_top=st.integers(0, 20),
