@@ -3,7 +3,9 @@
 All of it is sparse: (row, token) pairs of the whole batch, gathered, changed and scattered at once.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,13 +16,15 @@ from pagewire.engine.token_history import TokenHistory
 
 
 class LogitAdjustments:
-    """The adjustments of a batch's rows, as tensors."""
+    """The adjustments of a batch's rows, as tensors; a place is row * vocab_size + token id."""
 
-    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
+    def __init__(
+        self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+    ) -> None:
         self._device = device
+        self._vocab_size = vocab_size
         biases = [(i, *pair) for i, row in enumerate(params) for pair in row.logit_bias]
-        self._bias_rows = self._ints([row for row, _, _ in biases])  # [num_biases]
-        self._bias_tokens = self._ints([token for _, token, _ in biases])
+        self._bias_places = self._places((row, token) for row, token, _ in biases)  # [num_biases]
         self._bias = self._floats([bias for _, _, bias in biases])
         early = [
             (index, token, row.min_tokens)
@@ -28,8 +32,8 @@ class LogitAdjustments:
             if row.min_tokens
             for token in sorted(row.stop_token_ids)
         ]
-        self._stop_rows = self._ints([row for row, _, _ in early])  # [num_stops]
-        self._stop_tokens = self._ints([token for _, token, _ in early])
+        self._stop_places = self._places((row, token) for row, token, _ in early)  # [num_stops]
+        self._stop_rows = self._ints([row for row, _, _ in early])
         self._stop_from = self._ints([num_tokens for _, _, num_tokens in early])
         self._penalized = [index for index, row in enumerate(params) if row.has_penalties]
         self._presence = self._floats([row.presence_penalty for row in params])  # [num_rows]
@@ -37,35 +41,74 @@ class LogitAdjustments:
         self._repetition = self._floats([row.repetition_penalty for row in params])
         self.is_empty = not (biases or early or self._penalized)
 
-    def apply(
-        self, logits: Tensor, positions: Tensor, histories: Sequence[TokenHistory | None]
-    ) -> None:
-        """Change `logits` in place: bias, then penalties, then the stop tokens that come too early.
+    @contextmanager
+    def applied(
+        self, logits: Tensor, positions: Sequence[int], histories: Sequence[TokenHistory | None]
+    ) -> Iterator[None]:
+        """Within it `logits` have bias, then penalties, and no stop tokens that come too early.
 
-        logits: float32 [num_rows, vocab_size]; positions: int64 [num_rows], counted in output
-        tokens; histories: of each row, not None for one with penalties.
+        Afterwards they have the values that they had before: to put few numbers back is cheaper
+        than a copy of all. logits: float32 [num_rows, vocab_size], contiguous; positions: counted
+        in output tokens; histories: of each row, not None for one with penalties.
         """
-        logits.index_put_((self._bias_rows, self._bias_tokens), self._bias, accumulate=True)
-        if self._penalized:
-            self._penalize(logits, [histories[index] for index in self._penalized])
-        is_early = positions[self._stop_rows] < self._stop_from
-        logits[self._stop_rows[is_early], self._stop_tokens[is_early]] = float("-inf")
+        edits = _Edits(logits)
+        try:
+            if len(self._bias):
+                values = edits.read(self._bias_places)
+                edits.write(self._bias_places, values, values + self._bias)
+            if self._penalized:
+                self._penalize(edits, [histories[index] for index in self._penalized])
+            if len(self._stop_places):
+                is_early = self._ints(positions)[self._stop_rows] < self._stop_from
+                places = self._stop_places[is_early]
+                values = edits.read(places)
+                edits.write(places, values, torch.full_like(values, -math.inf))
+            yield
+        finally:
+            edits.undo()
 
-    def _penalize(self, logits: Tensor, histories: Sequence[TokenHistory | None]) -> None:
+    def _penalize(self, edits: "_Edits", histories: Sequence[TokenHistory | None]) -> None:
         """Penalties as OpenAI defines the first two, and Keskar et al. 2019 repetition's."""
         known = [history for history in histories if history is not None]
         assert len(known) == len(histories), "a row with penalties has a history"
         lengths = [len(history.token_ids) for history in known]
-        rows = self._ints(np.repeat(self._penalized, lengths))  # [num_pairs]
-        tokens = self._ints(np.concatenate([history.token_ids for history in known]))
+        row_of_pair = np.repeat(self._penalized, lengths)
+        token_ids = np.concatenate([history.token_ids for history in known])
+        places = self._ints(row_of_pair * self._vocab_size + token_ids)  # [num_pairs]
+        rows = self._ints(row_of_pair)
         counts = self._floats(np.concatenate([history.output_counts for history in known]))
-        values, repetition = logits[rows, tokens], self._repetition[rows]
-        values = torch.where(values > 0, values / repetition, values * repetition)
-        values -= self._frequency[rows] * counts + self._presence[rows] * (counts > 0)
-        logits[rows, tokens] = values
+        values, repetition = edits.read(places), self._repetition[rows]
+        changed = torch.where(values > 0, values / repetition, values * repetition)
+        changed -= self._frequency[rows] * counts + self._presence[rows] * (counts > 0)
+        edits.write(places, values, changed)
+
+    def _places(self, pairs: Iterable[tuple[int, int]]) -> Tensor:
+        return self._ints([row * self._vocab_size + token for row, token in pairs])
 
     def _ints(self, values: Sequence[int] | np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)
 
     def _floats(self, values: Sequence[float] | np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32, device=self._device)
+
+
+class _Edits:
+    """Single logits that were overwritten, and what they were."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits.view(-1)
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, places: Tensor) -> Tensor:
+        """places: int64 [num_places]."""
+        return self._logits.index_select(0, places)
+
+    def write(self, places: Tensor, before: Tensor, after: Tensor) -> None:
+        """Overwrite distinct places, which hold `before`."""
+        self._before.append((places, before))
+        self._logits.index_copy_(0, places, after)
+
+    def undo(self) -> None:
+        """Put everything back, the last edit first."""
+        for places, values in reversed(self._before):
+            self._logits.index_copy_(0, places, values)

@@ -12,6 +12,7 @@ from pagewire.engine.sampler import SampledTokens, Sampler
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.speculative import num_accepted
 from pagewire.engine.step_inputs import InputLimits, prepare
+from pagewire.engine.step_memory import StepMemory
 from pagewire.kv_transfer.layout import KVLayout
 
 
@@ -27,14 +28,14 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.digest = digest
         self._pages = kv_cache.pages
-        self._device = torch.device(model.device)
+        self._step_memory = StepMemory(torch.device(model.device))
         self._limits = InputLimits(
             vocab_size=model.config.vocab_size,
             num_pages=kv_cache.num_pages,
             page_size=kv_cache.layout.page_size,
             max_model_len=max_model_len,
         )
-        self._sampler = Sampler()
+        self._sampler = Sampler(model.ops)
 
     @property
     def layout(self) -> KVLayout:
@@ -72,7 +73,7 @@ class ModelRunner:
         token and of those before its drafts; the LM head is not computed for the others. Raises
         ValueError as `prepare` does, before anything is written.
         """
-        inputs = prepare(batch.rows, self._limits, self._device)
+        inputs = prepare(batch.rows, self._limits, self._step_memory)
         return self.model.forward(inputs.token_ids, inputs.attention, self._pages, inputs.logits_of)
 
 

@@ -9,14 +9,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from pagewire.engine.batch import BatchRow
-from pagewire.kernels.ops import AttentionBatch
-
-IntArray = npt.NDArray[np.int64]
+from pagewire.engine.step_memory import IntArray, StepInputs, StepMemory, StepShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +24,8 @@ class InputLimits:
     max_model_len: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StepInputs:
-    """What one forward step reads besides weights and KV."""
-
-    token_ids: Tensor  # int64 [num_tokens]
-    attention: AttentionBatch
-    # int64 [num_logits]: of each row that samples the last token, and those before its drafts
-    logits_of: Tensor
-
-
-def prepare(rows: Sequence[BatchRow], limits: InputLimits, device: torch.device) -> StepInputs:
-    """Check and lay out the rows of a step.
+def prepare(rows: Sequence[BatchRow], limits: InputLimits, memory: StepMemory) -> StepInputs:
+    """Check and lay out the rows of a step; void once `memory` is used for the next one.
 
     Raises ValueError, which names the request, for an empty row, a token id or page out of range, a
     page table that is too short and a position beyond max_model_len. Pages behind those that a row
@@ -51,7 +36,6 @@ def prepare(rows: Sequence[BatchRow], limits: InputLimits, device: torch.device)
     contexts = starts + lengths
     num_pages = -(-contexts // limits.page_size)
     _require_extents(rows, starts, lengths, num_pages, limits)
-
     ends = lengths.cumsum()
     num_tokens = int(ends[-1])
     token_ids = _array(chain.from_iterable(row.token_ids for row in rows), num_tokens)
@@ -63,29 +47,38 @@ def prepare(rows: Sequence[BatchRow], limits: InputLimits, device: torch.device)
         int(num_pages.sum()),
     )
     _require_below(limits.num_pages, "page", pages, num_pages, rows)
+    num_logits = [row.num_drafts + 1 if row.sampling else 0 for row in rows]
 
-    page_table = np.zeros((len(rows), int(num_pages.max())), dtype=np.int32)
+    arrays = memory.arrays(
+        StepShape(
+            num_rows=len(rows),
+            num_tokens=num_tokens,
+            max_pages=int(num_pages.max()),
+            num_logits=sum(num_logits),
+            page_size=limits.page_size,
+        )
+    )
+    arrays.token_ids[:] = token_ids
+    arrays.cu_seqlens[1:] = ends
+    arrays.context_lens[:] = contexts
+    page_table = arrays.page_table
+    page_table.fill(0)
     page_table[np.arange(page_table.shape[1]) < num_pages[:, None]] = pages
     if num_tokens == len(rows):  # a decode step: one token a row
-        positions, row_of_token = starts, np.arange(len(rows))
+        row_of_token = np.arange(len(rows))
+        arrays.positions[:] = starts
     else:
-        row_of_token = np.repeat(np.arange(len(rows)), lengths)
-        positions = np.arange(num_tokens) + (contexts - ends)[row_of_token]
-    page_index, offset = np.divmod(positions, limits.page_size)
-    slots = page_table[row_of_token, page_index].astype(np.int64) * limits.page_size + offset
-    num_logits = _array((row.num_drafts + 1 if row.sampling else 0 for row in rows), len(rows))
-    return StepInputs(
-        token_ids=_tensor(token_ids, device),
-        attention=AttentionBatch(
-            cu_seqlens=_tensor(np.concatenate(([0], ends)).astype(np.int32), device),
-            context_lens=_tensor(contexts.astype(np.int32), device),
-            page_table=_tensor(page_table, device),
-            positions=_tensor(positions, device),
-            slots=_tensor(slots, device),
-            page_size=limits.page_size,
-        ),
-        logits_of=_tensor(_last_tokens(ends, num_logits), device),
-    )
+        row_of_token = np.arange(len(rows)).repeat(lengths)
+        np.add(np.arange(num_tokens), (contexts - ends)[row_of_token], out=arrays.positions)
+    page_index, offset = np.divmod(arrays.positions, limits.page_size)
+    arrays.slots[:] = page_table[row_of_token, page_index]
+    arrays.slots *= limits.page_size  # in 64 bits, unlike page_table
+    arrays.slots += offset
+    if num_tokens == len(num_logits) == sum(num_logits):
+        arrays.logits_of[:] = row_of_token
+    else:
+        arrays.logits_of[:] = _last_tokens(ends, np.array(num_logits))
+    return arrays.inputs()
 
 
 def _last_tokens(ends: IntArray, counts: IntArray) -> IntArray:
@@ -104,20 +97,19 @@ def _require_extents(
     """Each row runs tokens, inside the model's context, and has the pages for them."""
     held = _array((len(row.page_table) for row in rows), len(rows))
     misplaced = (lengths < 1) | (starts < 0) | (starts + lengths > limits.max_model_len)
-    short = held < num_pages
-    if misplaced.any():
-        index = int(misplaced.argmax())
+    refused = misplaced | (held < num_pages)
+    if not refused.any():
+        return
+    index = int(refused.argmax())
+    row, end = rows[index].request_id, starts[index] + lengths[index]
+    if misplaced[index]:
         raise ValueError(
-            f"request {rows[index].request_id} runs positions {starts[index]} to "
-            f"{starts[index] + lengths[index]}; they must be at least one and lie below "
-            f"max_model_len, {limits.max_model_len}"
+            f"request {row} runs positions {starts[index]} to {end}; they must be at least one "
+            f"and lie below max_model_len, {limits.max_model_len}"
         )
-    if short.any():
-        index = int(short.argmax())
-        raise ValueError(
-            f"request {rows[index].request_id} has {held[index]} pages for "
-            f"{starts[index] + lengths[index]} tokens; it needs {num_pages[index]}"
-        )
+    raise ValueError(
+        f"request {row} has {held[index]} pages for {end} tokens; it needs {num_pages[index]}"
+    )
 
 
 def _require_below(
@@ -137,7 +129,3 @@ def _require_below(
 
 def _array(values: Iterable[int], count: int) -> IntArray:
     return np.fromiter(values, np.int64, count)
-
-
-def _tensor(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device)

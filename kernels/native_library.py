@@ -43,6 +43,10 @@ SIGNATURES = {
     "attention_sizes": (_P,),
     # step, q, token_stride, pool, layer, out
     "paged_attention": (_P, _P, _I, _P, _I, _P),
+    # logits, temperature, top_k, top_p, min_p, uniform, tokens, rows, size
+    "sample": (*(_P,) * 7, _I, _I),
+    # logits, rows, tokens, sampled, top_ids, top, count, size, num_top
+    "logprobs": (*(_P,) * 6, _I, _I, _I),
     # dtype, x, x_scale, weight, scale, bias, out, rows, in_features, out_features
     "linear_int8": (_I, _P, _P, _P, _P, _P, _P, _I, _I, _I),
     # dtype, x, x_scale, blocks, bias, out, rows, in_features, out_features

@@ -12,7 +12,16 @@ from torch import Tensor
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.native_attention import NativeAttentionPlan
 from pagewire.kernels.native_library import DTYPE_CODES, NativeLibrary
-from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, QuantizedActivation
+from pagewire.kernels.native_sampling import NativeSamplingPlan, native_logprobs
+from pagewire.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    AttentionPlan,
+    Logprobs,
+    QuantizedActivation,
+    SamplingPlan,
+    SamplingRows,
+)
 
 
 class NativeOps:
@@ -137,6 +146,12 @@ class NativeOps:
         self, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> AttentionPlan:
         return NativeAttentionPlan(self._functions, batch, scale=scale, window=window)
+
+    def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
+        return NativeSamplingPlan(self._functions, rows)
+
+    def logprobs(self, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        return native_logprobs(self._functions, logits, rows, tokens, num_top)
 
 
 def _code(first: Tensor, *others: Tensor) -> int:

@@ -5,6 +5,7 @@ a model calls nothing else. Shapes are ragged: the tokens of all rows of a step 
 another in dimension 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
@@ -72,6 +73,55 @@ class AttentionPlan(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SamplingRows:
+    """How the next token of each row of logits is chosen; in the logits' memory.
+
+    Top-p counts among what top-k keeps. Each of the three keeps the tokens above a threshold, so a
+    token as likely as the last that is kept is kept too.
+    """
+
+    temperature: Tensor  # float32 [num_rows], 0: the first of the most likely tokens, else >= 1e-30
+    top_k: Tensor  # int64 [num_rows], 1 to vocab_size, which keeps all
+    top_p: Tensor  # float64 [num_rows], above 0; 1 keeps all
+    min_p: Tensor  # float32 [num_rows], of the most likely token's probability, 0 to 1
+    vocab_size: int
+
+
+class LogitsError(ValueError):
+    """From some logits no token can be chosen: they hold NaN, or no finite maximum."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        super().__init__(
+            f"the logits of rows {', '.join(map(str, rows))} hold NaN or have no finite maximum: "
+            "the model overflowed or its weights are damaged; try dtype float32, or fetch the "
+            "model again"
+        )
+        self.rows = rows
+
+
+class SamplingPlan(Protocol):
+    """The choice of tokens for a batch of the same composition, prepared once for many steps."""
+
+    def run(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """The token of each row, int64 [num_rows].
+
+        logits: float32 [num_rows, vocab_size], contiguous; uniform: float64 [num_rows], a random
+        number of [0, 1) a row, which says at which share of the cumulative probability, in the
+        order of token ids, the token lies. Implementations agree unless that share, or a threshold,
+        lies within the rounding of float32 sums. Raises LogitsError.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Logprobs:
+    """Natural logarithms of probabilities, of single tokens and of the most likely ones."""
+
+    sampled: Tensor  # float64 [num_rows]
+    top_ids: Tensor  # int64 [num_rows, num_top], the most likely first
+    top: Tensor  # float64 [num_rows, num_top]
+
+
 class Ops(Protocol):
     """What a decoder computes with, matrices aside: those are `Linear`.
 
@@ -127,4 +177,14 @@ class Ops(Protocol):
         """Prepare attention with scores q·k * scale.
 
         With a `window` a token sees itself and the window - 1 positions before it.
+        """
+
+    def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
+        """Prepare the choice of one token a row."""
+
+    def logprobs(self, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        """The log-softmax of some rows, at one token each and at the `num_top` most likely.
+
+        logits: float32 [.., vocab_size], contiguous; rows: int64 [num_rows], indices of those that
+        are asked for; tokens: int64 [num_rows].
         """

@@ -56,3 +56,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
             weights = torch.softmax(keys @ q[i, head].double() * scale, dim=0)
             out[i, head] = weights @ values
     return out
+
+
+def next_token_distribution(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
+    """What is left of softmax(logits / temperature), one token after another; both [vocab_size].
+
+    Top-k keeps the k most likely; of these a token stays while those before it have less than
+    top-p of their mass; of all, those with min-p of the highest probability. Who is as likely as
+    the last of top-k or top-p stays too. temperature is above 0.
+    """
+    probabilities = torch.softmax(logits.double() / temperature, dim=0)
+    ranked = sorted(probabilities.tolist(), reverse=True)[:top_k]
+    before, least = 0.0, 0.0
+    for probability in ranked:
+        if before >= top_p * sum(ranked):
+            break
+        before, least = before + probability, probability
+    is_kept = probabilities >= max(least, min_p * ranked[0])
+    kept = torch.where(is_kept, probabilities, 0.0)
+    return kept / kept.sum()

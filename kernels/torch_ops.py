@@ -12,8 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagewire.kernels import torch_sampling
 from pagewire.kernels.kv_pool import KVPool
-from pagewire.kernels.ops import Activation, AttentionBatch, QuantizedActivation
+from pagewire.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    Logprobs,
+    QuantizedActivation,
+    SamplingRows,
+)
+from pagewire.kernels.torch_sampling import TorchSamplingPlan
 
 # Decode rows share a call while the longest has at most this many times the pages of the shortest.
 MAX_PADDING = 1.25
@@ -98,6 +106,12 @@ class TorchOps:
                 chunks.append(_Chunk(row=row, visible=_visible_to_chunk(row, window)))
         groups = tuple(_group(rows, batch.page_size, window) for rows in _similar_lengths(decode))
         return TorchAttentionPlan(chunks=tuple(chunks), groups=groups, scale=scale)
+
+    def plan_sampling(self, rows: SamplingRows) -> TorchSamplingPlan:
+        return TorchSamplingPlan(rows)
+
+    def logprobs(self, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        return torch_sampling.logprobs(logits[rows], tokens, num_top)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

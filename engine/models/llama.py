@@ -66,7 +66,7 @@ class LlamaModel:
         self.config = config
         self._weights = weights
         self._inverse_frequencies = inverse_frequencies
-        self._ops = ops
+        self.ops = ops
 
     @property
     def device(self) -> str:
@@ -88,7 +88,7 @@ class LlamaModel:
         token_ids: int64 [num_tokens]; logits_of: int64 [num_logits], indices into the tokens.
         Returns float32 [num_logits, vocab_size].
         """
-        ops, config, weights = self._ops, self.config, self._weights
+        ops, config, weights = self.ops, self.config, self._weights
         step = _Step(
             attention=ops.plan_attention(
                 batch, scale=config.head_dim**-0.5, window=config.sliding_window
@@ -117,20 +117,20 @@ class LlamaModel:
         layer = self._weights.layers[index]
         out = self._attend(x, index, layer, step)
         x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.gate_up)
-        gated = self._ops.silu_mul(layer.gate_up(x), quantize=layer.down.takes_quantized)
+        gated = self.ops.silu_mul(layer.gate_up(x), quantize=layer.down.takes_quantized)
         return layer.down(gated), residual
 
     def _add_norm(
         self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear
     ) -> tuple[Activation, Tensor]:
         """Add a block's output to the residual and normalise the sum, as `reader` takes it."""
-        return self._ops.add_rms_norm(
+        return self.ops.add_rms_norm(
             out, residual, norm, self.config.rms_norm_eps, quantize=reader.takes_quantized
         )
 
     def _attend(self, x: Activation, index: int, layer: LayerWeights, step: _Step) -> Tensor:
         """Project to q, k and v, store k and v, attend, project back; [num_tokens, hidden]."""
-        ops, config = self._ops, self.config
+        ops, config = self.ops, self.config
         qkv = layer.qkv(x)
         heads = qkv.view(len(qkv), -1, config.head_dim)
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]

@@ -3,41 +3,27 @@
 Each keeps the tokens above a threshold, so a token as likely as the last that is kept is kept too.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from pagewire.engine import vocabulary_blocks
-from pagewire.engine.sampling_params import SamplingParams
+from pagewire.kernels import vocabulary_blocks
 
 # Sorting is what costs. Nearly every top-k and top-p is decided among so many tokens.
 _SHORTLISTS = (64, 1024)
 
 
 class Truncation:
-    """Top-k, top-p and min-p of a batch's rows, as tensors."""
+    """Top-k, top-p and min-p of some rows."""
 
-    def __init__(
-        self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device
-    ) -> None:
-        sorted_rows = [
-            index for index, row in enumerate(params) if row.top_p < 1 or 0 < row.top_k < vocab_size
-        ]
-        self.is_empty = not sorted_rows and all(row.min_p == 0 for row in params)
+    def __init__(self, *, top_k: Tensor, top_p: Tensor, min_p: Tensor, vocab_size: int) -> None:
+        """All [num_rows], as in `pagewire.kernels.ops.SamplingRows`."""
+        is_sorted = (top_p < 1) | (top_k < vocab_size)
         self._vocab_size = vocab_size
-        self._rows = torch.tensor(sorted_rows, dtype=torch.int64, device=device)
-        self._top_k = torch.tensor(  # [num_sorted, 1]
-            [[min(params[index].top_k or vocab_size, vocab_size)] for index in sorted_rows],
-            dtype=torch.int64,
-            device=device,
-        )
-        self._top_p = torch.tensor(
-            [[params[index].top_p] for index in sorted_rows], dtype=torch.float64, device=device
-        )
-        self._min_p = torch.tensor(  # [num_rows, 1]
-            [[row.min_p] for row in params], dtype=torch.float32, device=device
-        )
+        self._rows = is_sorted.nonzero()[:, 0]  # int64 [num_sorted]
+        self._top_k = top_k[self._rows, None]
+        self._top_p = top_p[self._rows, None]
+        self._min_p = min_p[:, None]
+        self.is_empty = not len(self._rows) and not bool((min_p > 0).any())
 
     def apply(self, weights: Tensor) -> None:
         """Set to 0, in place, the weights of what is left out.

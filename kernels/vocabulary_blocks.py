@@ -11,14 +11,14 @@ from torch import Tensor
 _BLOCK = 256  # tokens
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """The first of the most likely tokens of each row, int64 [num_rows].
+def maximum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row, NaN where one is, and the first index of it; both [num_rows].
 
     logits: [num_rows, vocab_size].
     """
     blocks = _in_blocks(logits, fill=float("-inf"))
-    block = blocks.amax(dim=-1).argmax(dim=-1, keepdim=True)
-    return block[:, 0] * _BLOCK + _select(blocks, block).argmax(dim=-1)
+    highest, block = blocks.amax(dim=-1).max(dim=-1, keepdim=True)
+    return highest[:, 0], block[:, 0] * _BLOCK + _select(blocks, block).argmax(dim=-1)
 
 
 def total(weights: Tensor) -> Tensor:

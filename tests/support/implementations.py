@@ -1,0 +1,24 @@
+"""The implementations of the operations that this machine can run."""
+
+import platform
+
+import pytest
+
+from pagewire.kernels.cpu_flags import cpu_flags
+from pagewire.kernels.native_library import NativeLibraryError, load_library, runnable_sets
+from pagewire.kernels.native_ops import NativeOps
+from pagewire.kernels.ops import Ops
+from pagewire.kernels.torch_ops import TorchOps
+
+_NATIVE = {each.name: each for each in runnable_sets(platform.machine(), cpu_flags())}
+IMPLEMENTATIONS = ("torch", *_NATIVE)
+
+
+def load_implementation(name: str) -> Ops:
+    """One of IMPLEMENTATIONS; skips the test where it was not built."""
+    if name == "torch":
+        return TorchOps()
+    try:
+        return NativeOps(load_library(_NATIVE[name]))
+    except NativeLibraryError as error:
+        pytest.skip(str(error))
