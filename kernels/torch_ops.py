@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagewire.kernels.ops import Activation, AttentionBatch, QuantizedActivation
+from pagewire.kernels.quantized import quantize as quantized
 
 # Decode rows share a call while the longest has at most this many times the pages of the shortest.
 MAX_PADDING = 1.25
@@ -22,11 +23,7 @@ class TorchOps:
     """Implements `pagewire.kernels.ops.Ops`."""
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
-        x = x.float()
-        scales = x.abs().amax(dim=-1) / 127
-        scales.masked_fill_(scales == 0, 1)
-        values = (x / scales[:, None]).round_().to(torch.int8)
-        return QuantizedActivation(values=values, scales=scales)
+        return quantized(x)
 
     @overload
     def rms_norm(
