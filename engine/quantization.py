@@ -7,5 +7,5 @@ class Quantization(StrEnum):
     """What `--quantization` takes. Activations of quantised matrices have 8 bits."""
 
     NONE = "none"  # in the model's dtype
-    INT8 = "int8"  # 8 bits, a scale per output channel
+    INT8 = "int8"  # 8 bits, a scale and a minimum per group of 32 inputs
     INT4 = "int4"  # the 4-bit blocks of a GGUF file; its other quantised matrices in 8 bits

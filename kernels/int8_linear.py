@@ -1,7 +1,7 @@
-"""W8A8: weights in 8 bits with a scale per output channel, activations with one per token.
+"""W8A8: weights in 8 bits with a scale and a minimum per group of 32, activations in 8 bits.
 
-The C++ kernel reads the weights in panels of 16 channels and applies both scales and the bias while
-the sums are still in registers. Without it oneDNN multiplies and torch scales.
+The C++ kernel multiplies them as integers. Without it torch restores both and multiplies in
+floating point: slower than a dense matrix, in a quarter of its memory.
 """
 
 from dataclasses import dataclass
@@ -10,51 +10,93 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagewire.kernels.native_library import DTYPE_CODES, NativeLibrary
-from pagewire.kernels.ops import Activation, Linear
-from pagewire.kernels.quantized import PANEL, padded_bias, quantized
+from pagewire.kernels.native_library import NativeLibrary
+from pagewire.kernels.native_quantized_linear import NativeQuantizedLinear, packed, padded_bias
+from pagewire.kernels.ops import GROUP, Activation, Linear
+from pagewire.kernels.quantized import as_quantized, dequantize
 
-_GROUP = 4  # input features that the kernel multiplies in one instruction
-_OFFSET = 128  # makes weights unsigned
+_LEVELS = 255
+_CHUNK = 1 << 16  # weights quantised at a time, so that they stay in the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Int8Groups:
+    """A matrix in 8 bits: weight = quant * scale + minimum of its group.
+
+    The last group of a channel is filled up with weights of 0.
+    """
+
+    quants: Tensor  # uint8 [out_features, num_groups, 32]
+    scales: Tensor  # float16 [out_features, num_groups]
+    minima: Tensor  # float16 [out_features, num_groups]
+
+    def dequantized(self) -> Tensor:
+        """float32 [out_features, num_groups * 32]."""
+        scales, minima = self.scales.float()[..., None], self.minima.float()[..., None]
+        return torch.addcmul(minima, self.quants.float(), scales).flatten(1)
 
 
 def int8_linear(
     weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, library: NativeLibrary | None
 ) -> Linear:
-    """Quantise a matrix symmetrically per output channel.
+    """Quantise a matrix; the result gives `dtype`, with the C++ kernel where there is a library.
 
-    weight: [out_features, in_features], of any floating dtype; bias: [out_features]. The result
-    gives `dtype`, with the C++ kernel where there is a library.
+    weight: [out_features, in_features], of any floating dtype; bias: [out_features].
     """
-    values, scales = quantize_weight(weight)
+    groups = quantize_weight(weight)
+    out_features, in_features = weight.shape
     if library is None:
-        return TorchInt8Linear(weight=values.T, scales=scales, bias=bias, dtype=dtype)
-    return NativeInt8Linear(
-        weight=_packed(values),
-        scales=F.pad(scales, (0, -len(scales) % PANEL)),
-        bias=padded_bias(bias, len(values)),
-        in_features=values.shape[1],
-        out_features=len(values),
+        return TorchInt8Linear(groups=groups, bias=bias, in_features=in_features, dtype=dtype)
+    return NativeQuantizedLinear(
+        bits=8,
+        groups=packed(groups.quants, groups.scales, groups.minima),
+        bias=padded_bias(bias, out_features),
+        in_features=in_features,
+        out_features=out_features,
         dtype=dtype,
         library=library,
     )
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [out_features, in_features] and float32 [out_features]; 1 for a channel of zeros."""
-    weight = weight.float()
-    scales = weight.abs().amax(dim=1) / 127
-    scales.masked_fill_(scales == 0, 1)
-    return (weight / scales[:, None]).round_().to(torch.int8), scales
+def quantize_weight(weight: Tensor) -> Int8Groups:
+    """Round each weight to one of 256 levels of its group.
+
+    The levels lie between the smallest and the largest weight, or symmetrically around 0, whichever
+    loses less: so what a file stores in blocks of Q4_1 or Q8_0 keeps its values.
+    """
+    rows = max(1, _CHUNK // weight.shape[1])
+    chunks = [_quantize(chunk) for chunk in torch.split(weight, rows)]
+    quants, scales, minima = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return Int8Groups(quants=quants, scales=scales, minima=minima)
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quants, scales and minima of a few channels, as Int8Groups has them."""
+    padded = F.pad(weight.float(), (0, -weight.shape[1] % GROUP))
+    groups = padded.view(len(weight), -1, GROUP)
+    low, high = groups.aminmax(dim=-1)  # [out_features, num_groups]
+    symmetric = (torch.maximum(-low, high) / 127).half()
+    # Of both candidates: [2, out_features, num_groups].
+    scales = torch.stack((((high - low) / _LEVELS).half(), symmetric))
+    minima = torch.stack((low.half(), symmetric * -128))
+    steps, starts = scales.float()[..., None], minima.float()[..., None]
+    quants = ((groups - starts) / steps.masked_fill(steps == 0, 1)).round_().clamp_(0, _LEVELS)
+    errors = torch.addcmul(starts, quants, steps).sub_(groups).square_().sum(dim=-1)
+    second = errors[1] < errors[0]
+    return (
+        torch.where(second[..., None], quants[1], quants[0]).to(torch.uint8),
+        torch.where(second, scales[1], scales[0]),
+        torch.where(second, minima[1], minima[0]),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TorchInt8Linear:
-    """Implements `pagewire.kernels.ops.Linear` with oneDNN's integer product."""
+    """Implements `pagewire.kernels.ops.Linear` without integer products."""
 
-    weight: Tensor  # int8 [in_features, out_features], a view: output channels lie apart
-    scales: Tensor  # float32 [out_features]
+    groups: Int8Groups
     bias: Tensor | None  # [out_features]
+    in_features: int
     dtype: torch.dtype
 
     @property
@@ -63,69 +105,13 @@ class TorchInt8Linear:
 
     @property
     def num_bytes(self) -> int:
-        return (
-            self.weight.nbytes
-            + self.scales.nbytes
-            + (self.bias.nbytes if self.bias is not None else 0)
-        )
+        parts = (self.groups.quants, self.groups.scales, self.groups.minima, self.bias)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def __call__(self, x: Activation) -> Tensor:
-        x = quantized(x)
-        sums = torch._int_mm(x.values, self.weight)  # int32 [num_tokens, out_features]
-        out = sums.float().mul_(self.scales).mul_(x.scales[:, None])
+        x = as_quantized(x, self.in_features)
+        weight = self.groups.dequantized()[:, : self.in_features]
+        out = F.linear(dequantize(x), weight)
         if self.bias is not None:
             out.add_(self.bias)
         return out.to(self.dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class NativeInt8Linear:
-    """Implements `pagewire.kernels.ops.Linear` with kernels/cpu/linear_int8.cpp."""
-
-    weight: Tensor  # uint8 [num_panels, in_features / 4, 16, 4], offset by 128
-    scales: Tensor  # float32 [num_panels * 16]
-    bias: Tensor  # float32 [num_panels * 16]
-    in_features: int  # a multiple of 4
-    out_features: int
-    dtype: torch.dtype
-    library: NativeLibrary
-
-    @property
-    def takes_quantized(self) -> bool:
-        return True
-
-    @property
-    def num_bytes(self) -> int:
-        return self.weight.nbytes + self.scales.nbytes + self.bias.nbytes
-
-    def __call__(self, x: Activation) -> Tensor:
-        x = quantized(x)
-        num_tokens, in_features = x.values.shape
-        if in_features != self.in_features:
-            raise ValueError(f"x has {in_features} features; the matrix takes {self.in_features}")
-        values = x.values.contiguous()
-        out = torch.empty(num_tokens, self.out_features, dtype=self.dtype)
-        self.library.functions.linear_int8(
-            DTYPE_CODES[self.dtype],
-            values.data_ptr(),
-            x.scales.data_ptr(),
-            self.weight.data_ptr(),
-            self.scales.data_ptr(),
-            self.bias.data_ptr(),
-            out.data_ptr(),
-            num_tokens,
-            in_features,
-            self.out_features,
-        )
-        return out
-
-
-def _packed(values: Tensor) -> Tensor:
-    """int8 [out_features, in_features] to uint8 [num_panels, in_features / 4, 16, 4]."""
-    out_features, in_features = values.shape
-    if in_features % _GROUP:
-        raise ValueError(f"in_features is {in_features}; it must be a multiple of {_GROUP}")
-    unsigned = (values.to(torch.int16) + _OFFSET).to(torch.uint8)
-    rows = F.pad(unsigned, (0, 0, 0, -out_features % PANEL), value=_OFFSET)
-    panels = rows.view(-1, PANEL, in_features // _GROUP, _GROUP)
-    return panels.transpose(1, 2).contiguous()

@@ -24,17 +24,17 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P = ctypes.c_void_p
 _I = ctypes.c_int64
 _F = ctypes.c_float
-_OUTPUT = (_P, _P, _P)  # the result, or null and the 8-bit values and scales in its place
+_OUTPUT = (_P, _P)  # the result, or null and its groups in 8 bits in its place
 
 # The arguments of each function, in the order of its definition in kernels/cpu/*.cpp.
 SIGNATURES = {
-    # dtype, x, values, scales, rows, dim
-    "quantize": (_I, _P, _P, _P, _I, _I),
-    # dtype, x, outer_stride, inner_stride, weight, output (3), outer, inner, dim, eps
+    # dtype, x, groups, rows, dim
+    "quantize": (_I, _P, _P, _I, _I),
+    # dtype, x, outer_stride, inner_stride, weight, output (2), outer, inner, dim, eps
     "rms_norm": (_I, _P, _I, _I, _P, *_OUTPUT, _I, _I, _I, _F),
-    # dtype, x, residual, weight, output (3), rows, dim, eps
+    # dtype, x, residual, weight, output (2), rows, dim, eps
     "add_rms_norm": (_I, _P, _P, _P, *_OUTPUT, _I, _I, _F),
-    # dtype, gate_up, output (3), rows, dim
+    # dtype, gate_up, output (2), rows, dim
     "silu_mul": (_I, _P, *_OUTPUT, _I, _I),
     # dtype, q, q_stride, k, k_stride, v, v_stride, cosine, sine, pool, slots, out, num_tokens,
     # num_heads, num_kv_heads, head_dim, num_layers, layer, page_size, segment_bytes, quantized
@@ -47,10 +47,9 @@ SIGNATURES = {
     "sample": (*(_P,) * 7, _I, _I),
     # logits, rows, tokens, sampled, top_ids, top, count, size, num_top
     "logprobs": (*(_P,) * 6, _I, _I, _I),
-    # dtype, x, x_scale, weight, scale, bias, out, rows, in_features, out_features
-    "linear_int8": (_I, _P, _P, _P, _P, _P, _P, _I, _I, _I),
-    # dtype, x, x_scale, blocks, bias, out, rows, in_features, out_features
-    "linear_int4": (_I, _P, _P, _P, _P, _P, _I, _I, _I),
+    # dtype, x, weights, bias, out, rows, num_groups, out_features
+    "linear_int8": (_I, _P, _P, _P, _P, _I, _I, _I),
+    "linear_int4": (_I, _P, _P, _P, _P, _I, _I, _I),
 }
 
 

@@ -22,6 +22,7 @@ from pagewire.kernels.ops import (
     SamplingPlan,
     SamplingRows,
 )
+from pagewire.kernels.quantized import GROUP_BYTES, num_groups
 
 
 class NativeOps:
@@ -36,11 +37,9 @@ class NativeOps:
     def quantize(self, x: Tensor) -> QuantizedActivation:
         rows, dim = x.shape
         x = x.contiguous()
-        values, scales = _quantized(rows, dim)
-        self._functions.quantize(
-            _code(x), x.data_ptr(), values.data_ptr(), scales.data_ptr(), rows, dim
-        )
-        return QuantizedActivation(values=values, scales=scales)
+        quantized = _empty_activation(rows, dim)
+        self._functions.quantize(_code(x), x.data_ptr(), quantized.groups.data_ptr(), rows, dim)
+        return quantized
 
     @overload
     def rms_norm(
@@ -167,18 +166,18 @@ def _code(first: Tensor, *others: Tensor) -> int:
 
 def _output(
     shape: tuple[int, ...], dtype: torch.dtype, quantize: bool
-) -> tuple[Activation, tuple[int | None, int | None, int | None]]:
+) -> tuple[Activation, tuple[int | None, int | None]]:
     """Memory for a result, and its addresses as `Output` of rows.h takes them."""
     if not quantize:
         out = torch.empty(shape, dtype=dtype)
-        return out, (out.data_ptr(), None, None)
-    values, scales = _quantized(*shape)
-    activation = QuantizedActivation(values=values, scales=scales)
-    return activation, (None, values.data_ptr(), scales.data_ptr())
+        return out, (out.data_ptr(), None)
+    activation = _empty_activation(*shape)
+    return activation, (None, activation.groups.data_ptr())
 
 
-def _quantized(rows: int, dim: int) -> tuple[Tensor, Tensor]:
-    return torch.empty((rows, dim), dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
+def _empty_activation(rows: int, dim: int) -> QuantizedActivation:
+    groups = torch.empty((rows, num_groups(dim), GROUP_BYTES), dtype=torch.uint8)
+    return QuantizedActivation(groups=groups, num_features=dim)
 
 
 def _with_whole_tokens(x: Tensor) -> Tensor:

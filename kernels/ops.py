@@ -13,17 +13,21 @@ from torch import Tensor
 
 from pagewire.kernels.kv_pool import KVPool
 
+GROUP = 32  # input features with a scale of their own, in activations and in quantised weights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedActivation:
-    """Activations in 8 bits with a scale per token: x ≈ values * scales[:, None].
+    """Activations in 8 bits with a scale per group of features, padded with 0 to whole groups.
 
-    Symmetric: a scale is the token's largest magnitude / 127, or 1 where all are 0, and halves are
-    rounded to even, so that every implementation gives the same bytes.
+    x ≈ scale * (value + remainder / 128) with int8 values of -127 .. 127. A group has remainders
+    other than 0 only where its scale is well above its token's mean: few features of a decoder are
+    far larger than the others (Dettmers et al., 2022), and these would lose most in one byte.
+    Every implementation gives the same bytes.
     """
 
-    values: Tensor  # int8 [num_tokens, dim], -127 .. 127
-    scales: Tensor  # float32 [num_tokens]
+    groups: Tensor  # uint8 [num_tokens, num_groups, 72]: 32 values, 32 remainders, scale, sum
+    num_features: int
 
 
 Activation = Tensor | QuantizedActivation

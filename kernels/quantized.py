@@ -1,23 +1,60 @@
-"""What the quantised matrices have in common."""
+"""Activations in 8 bits: how they are made, and what they stand for, in plain torch.
+
+The layout of a group is that of `ActivationGroup` in kernels/cpu/activation_group.h.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pagewire.kernels.ops import Activation, QuantizedActivation
+from pagewire.kernels.ops import GROUP, Activation, QuantizedActivation
 
-PANEL = 16  # output channels that the C++ kernels compute side by side
+GROUP_BYTES = 2 * GROUP + 8  # values, remainders, float32 scale, float32 sum of the group
+
+_REFINEMENT = 128  # steps of a remainder in one of a value
+_REFINE_ABOVE = 1.5  # times the mean scale of a token
 
 
-def quantized(x: Activation) -> QuantizedActivation:
-    """x as a quantised matrix takes it. Raises TypeError for a Tensor."""
+def num_groups(num_features: int) -> int:
+    return -(-num_features // GROUP)
+
+
+def quantize(x: Tensor) -> QuantizedActivation:
+    """x: [num_tokens, num_features]. Halves are rounded to even, NaN reaches the scale."""
+    groups = _in_groups(x.float())
+    scales = groups.abs().amax(dim=-1) / 127  # [num_tokens, num_groups]
+    exact = groups / scales.masked_fill(scales == 0, 1)[..., None]
+    values = exact.round()
+    limits = scales.double().sum(dim=1, keepdim=True) / scales.shape[1] * _REFINE_ABOVE
+    remainders = ((exact - values) * _REFINEMENT).round() * (scales > limits)[..., None]
+    sums = (values * _REFINEMENT + remainders).sum(dim=-1) * (scales / _REFINEMENT)
+    parts = (values.to(torch.int8), remainders.to(torch.int8), scales[..., None], sums[..., None])
+    return QuantizedActivation(
+        groups=torch.cat([part.view(torch.uint8) for part in parts], dim=-1),
+        num_features=x.shape[1],
+    )
+
+
+def dequantize(x: QuantizedActivation) -> Tensor:
+    """float32 [num_tokens, num_features]."""
+    terms = x.groups[..., : 2 * GROUP].view(torch.int8).float()
+    scales = x.groups[..., 2 * GROUP : 2 * GROUP + 4].view(torch.float32)
+    values = (terms[..., :GROUP] + terms[..., GROUP:] / _REFINEMENT) * scales
+    return values.flatten(1)[:, : x.num_features]
+
+
+def as_quantized(x: Activation, num_features: int) -> QuantizedActivation:
+    """x as a quantised matrix with so many inputs takes it.
+
+    Raises TypeError for a Tensor and ValueError for another number of features.
+    """
     if isinstance(x, Tensor):
         raise TypeError("a quantised matrix takes a QuantizedActivation; see Ops.quantize")
+    if x.num_features != num_features:
+        raise ValueError(f"x has {x.num_features} features; the matrix takes {num_features}")
     return x
 
 
-def padded_bias(bias: Tensor | None, out_features: int) -> Tensor:
-    """float32 [out_features, filled up to whole panels with 0]; 0 without a bias."""
-    padded = torch.zeros(-(-out_features // PANEL) * PANEL)
-    if bias is not None:
-        padded[:out_features] = bias
-    return padded
+def _in_groups(x: Tensor) -> Tensor:
+    """[rows, num_features] to [rows, num_groups, GROUP], filled up with 0."""
+    return F.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)

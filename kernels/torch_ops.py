@@ -21,6 +21,7 @@ from pagewire.kernels.ops import (
     QuantizedActivation,
     SamplingRows,
 )
+from pagewire.kernels.quantized import quantize as quantized
 from pagewire.kernels.torch_sampling import TorchSamplingPlan
 
 # Decode rows share a call while the longest has at most this many times the pages of the shortest.
@@ -31,11 +32,7 @@ class TorchOps:
     """Implements `pagewire.kernels.ops.Ops`."""
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
-        x = x.float()
-        scales = x.abs().amax(dim=-1) / 127
-        scales.masked_fill_(scales == 0, 1)
-        values = (x / scales[:, None]).round_().to(torch.int8)
-        return QuantizedActivation(values=values, scales=scales)
+        return quantized(x)
 
     @overload
     def rms_norm(

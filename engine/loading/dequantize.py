@@ -13,7 +13,8 @@ from torch import Tensor
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.gguf_header import TensorEntry
-from pagewire.kernels.int4_linear import BLOCK, Int4Blocks
+from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.ops import GROUP
 
 _PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 _LIBRARY = (
@@ -61,7 +62,7 @@ def dequantize(raw: Tensor, entry: TensorEntry) -> Tensor:
 def int4_blocks(raw: Tensor, entry: TensorEntry) -> Int4Blocks:
     """The blocks of a matrix of type Q4_0 or Q4_1, unchanged; raw: uint8 [entry.num_bytes]."""
     rows, columns = entry.shape
-    blocks = raw.view(rows, columns // BLOCK, -1)
+    blocks = raw.view(rows, columns // GROUP, -1)
     scales = _halves(blocks, 0)
     if entry.type == Type.Q4_0:
         return Int4Blocks(quants=blocks[..., 2:], scales=scales, minima=scales * -8)

@@ -36,11 +36,12 @@ using namespace pagewire;
 // x: [outer, inner, dim] with strides, the last one 1; weight: [dim]; one row of output for each
 // of its outer * inner.
 PAGEWIRE_EXPORT void rms_norm(int64_t dtype, const void* x, int64_t outer_stride,
-                              int64_t inner_stride, const void* weight, void* out, int8_t* values,
-                              float* scales, int64_t outer, int64_t inner, int64_t dim, float eps) {
+                              int64_t inner_stride, const void* weight, void* out, void* groups,
+                              int64_t outer, int64_t inner, int64_t dim, float eps) {
+    const Output output{out, static_cast<ActivationGroup*>(groups)};
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        for_each_row<T>(outer * inner, dim, {out, values, scales}, [&](int64_t row, T* to) {
+        for_each_row<T>(outer * inner, dim, output, [&](int64_t row, T* to) {
             const T* from = static_cast<const T*>(x) + row / inner * outer_stride +
                             row % inner * inner_stride;
             norm_row(from, static_cast<const T*>(weight), to, dim, eps);
@@ -50,11 +51,12 @@ PAGEWIRE_EXPORT void rms_norm(int64_t dtype, const void* x, int64_t outer_stride
 
 // residual += x, output = rms_norm(residual); x, residual: [rows, dim].
 PAGEWIRE_EXPORT void add_rms_norm(int64_t dtype, const void* x, void* residual, const void* weight,
-                                  void* out, int8_t* values, float* scales, int64_t rows,
-                                  int64_t dim, float eps) {
+                                  void* out, void* groups, int64_t rows, int64_t dim,
+                                  float eps) {
+    const Output output{out, static_cast<ActivationGroup*>(groups)};
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        for_each_row<T>(rows, dim, {out, values, scales}, [&](int64_t row, T* to) {
+        for_each_row<T>(rows, dim, output, [&](int64_t row, T* to) {
             T* total = static_cast<T*>(residual) + row * dim;
             add_row(static_cast<const T*>(x) + row * dim, total, dim);
             norm_row(total, static_cast<const T*>(weight), to, dim, eps);

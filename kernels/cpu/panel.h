@@ -9,14 +9,14 @@
 namespace pagewire {
 
 constexpr int64_t kPanel = 16;  // output channels
-constexpr int64_t kGroup = 4;   // input features of one step
+constexpr int64_t kStep = 4;    // input features of one step
 
 // Products that one thread computes sooner than a second one is woken.
 constexpr int64_t kSerialProducts = 1 << 18;
 
 typedef int32_t PanelInts __attribute__((vector_size(kPanel * 4)));
 typedef float PanelFloats __attribute__((vector_size(kPanel * 4)));
-typedef uint8_t PanelBytes __attribute__((vector_size(kPanel * kGroup)));
+typedef uint8_t PanelBytes __attribute__((vector_size(kPanel * kStep)));
 
 inline PanelBytes load_bytes(const uint8_t* from) {
     PanelBytes bytes;
@@ -47,7 +47,7 @@ inline void store_panel(T* to, PanelFloats values, int64_t count) {
     }
 }
 
-// sums[n] += Σ_j weights[n, j] x[j]; weights: [kPanel, kGroup]; x: [kGroup].
+// sums[n] += Σ_j weights[n, j] x[j]; weights: [kPanel, kStep]; x: [kStep].
 inline PanelInts dot(PanelInts sums, PanelBytes weights, const int8_t* x) {
 #if defined(__AVX512VNNI__)
     int32_t group;
@@ -55,23 +55,17 @@ inline PanelInts dot(PanelInts sums, PanelBytes weights, const int8_t* x) {
     return (PanelInts)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(group));
 #else
     for (int64_t n = 0; n < kPanel; ++n)
-        for (int64_t j = 0; j < kGroup; ++j) sums[n] += weights[n * kGroup + j] * x[j];
+        for (int64_t j = 0; j < kStep; ++j) sums[n] += weights[n * kStep + j] * x[j];
     return sums;
 #endif
 }
 
-inline int32_t sum_of(const int8_t* x, int64_t count) {
-    int32_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += x[i];
-    return total;
-}
-
-// Calls body(row, integral_constant) for tiles of up to Max rows that together cover `rows`: the
-// number of rows is then known to the compiler, and their sums stay in registers.
+// Calls body(start, integral_constant) for tiles of up to Max items that together cover start .. end:
+// the number of items is then known to the compiler, and their sums stay in registers.
 template <int64_t Max, typename Body>
-inline void for_each_row_tile(int64_t rows, int64_t row, const Body& body) {
-    for (; row + Max <= rows; row += Max) body(row, std::integral_constant<int64_t, Max>{});
-    if constexpr (Max > 1) for_each_row_tile<Max / 2>(rows, row, body);
+inline void for_each_tile(int64_t start, int64_t end, const Body& body) {
+    for (; start + Max <= end; start += Max) body(start, std::integral_constant<int64_t, Max>{});
+    if constexpr (Max > 1) for_each_tile<Max / 2>(start, end, body);
 }
 
 }  // namespace pagewire

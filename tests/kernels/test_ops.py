@@ -10,7 +10,8 @@ from paged_case import TOLERANCE, PagedCase, Shape, assert_close
 from torch import Tensor
 
 from pagewire.kernels import reference
-from pagewire.kernels.ops import AttentionBatch, Ops, QuantizedActivation
+from pagewire.kernels.ops import GROUP, AttentionBatch, Ops, QuantizedActivation
+from pagewire.kernels.quantized import dequantize
 
 DTYPES = tuple(TOLERANCE)
 
@@ -48,24 +49,37 @@ def test_silu_mul(ops: Ops, dtype: torch.dtype) -> None:
 
 
 def test_quantize(ops: Ops) -> None:
-    x = torch.tensor([[127.0, -127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    x = torch.zeros(1, 96)
+    x[0, :5] = torch.tensor([127.0, -127.0, 0.5, 1.5, -2.5])
+    x[0, 32:35] = torch.tensor([1270.0, 5.0, -1.25])  # well above the mean of the scales
 
     quantized = ops.quantize(x)
 
-    assert quantized.values.tolist() == [[127, -127, 0, 2, -2], [0] * 5]
-    assert quantized.values.dtype == torch.int8
-    assert quantized.scales.tolist() == [1.0, 1.0]
+    assert (quantized.groups.dtype, quantized.groups.shape) == (torch.uint8, (1, 3, 72))
+    small, large, zeros = torch.split(quantized.groups[0], 1)
+    assert small[0, :64].view(torch.int8).tolist() == [127, -127, 0, 2, -2, *[0] * 59]
+    assert small[0, 64:].view(torch.float32).tolist() == [1.0, 0.0]  # scale and sum
+    assert large[0, :32].view(torch.int8).tolist() == [127, 0, 0, *[0] * 29]
+    assert large[0, 32:64].view(torch.int8).tolist() == [0, 64, -16, *[0] * 29]
+    assert large[0, 64:].view(torch.float32).tolist() == [10.0, 1273.75]
+    assert zeros.count_nonzero() == 0
+    expected = x.round()  # halves to even
+    expected[0, 34] = -1.25
+    assert torch.equal(dequantize(quantized), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_is_within_half_a_step(ops: Ops, dtype: torch.dtype) -> None:
-    x = torch.randn(7, 48, dtype=dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)
+    x = torch.randn(7, 80, dtype=dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)
+    x[:, 40] = 10 * x.abs().amax(dim=1)
 
     quantized = ops.quantize(x)
 
-    restored = quantized.values * quantized.scales[:, None]
-    assert torch.all((restored - x.float()).abs() <= quantized.scales[:, None] * 0.5001)
-    assert quantized.values.abs().amax(dim=1).tolist() == [127] * 7
+    scales = quantized.groups[..., 64:68].view(torch.float32)[..., 0]
+    steps = scales.repeat_interleave(GROUP, dim=1)[:, :80]
+    errors = (dequantize(quantized) - x.float()).abs() / steps
+    assert errors.max() <= 0.5001
+    assert errors[:, 32:64].max() <= 0.5001 / 128
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,8 +95,8 @@ def test_operations_quantize_their_results(ops: Ops, dtype: torch.dtype) -> None
     ):
         assert isinstance(plain, Tensor) and isinstance(result, QuantizedActivation)
         expected = ops.quantize(plain)
-        assert torch.equal(result.values, expected.values)
-        assert torch.equal(result.scales, expected.scales)
+        assert result.num_features == plain.shape[1]
+        assert torch.equal(result.groups, expected.groups)
 
 
 # Of attention over K and V in 8 bits to attention over what they were before.
