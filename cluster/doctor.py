@@ -45,6 +45,7 @@ def diagnose(machine: Machine) -> list[Finding]:
         _torch(machine),
         _gpu(machine),
         _kernels(machine),
+        Finding(subject="matrices", status=Status.OK, detail=machine.matrices),
         _ray(machine),
         _ucx(machine),
         _model(machine),

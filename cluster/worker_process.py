@@ -55,6 +55,7 @@ async def run_worker(
         max_model_len=config.max_model_len,
         num_threads=config.num_threads,
         kernels=config.kernels,
+        deterministic=config.deterministic,
     )
     role = PrefillWorker if config.role is Role.PREFILL else DecodeWorker
     worker = role(config=config, incarnation=incarnation, runner=runner, on_state=on_state)

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels.cpu_flags import cpu_flags
+from pagewire.kernels.instruction_sets import runnable_sets
 from pagewire.kernels.int4_linear import BLOCK, Int4Blocks, Int4Linear, concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear, quantize_weight
-from pagewire.kernels.native_library import (
-    NativeLibrary,
-    NativeLibraryError,
-    load_library,
-    runnable_sets,
-)
+from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, load_library
 from pagewire.kernels.ops import Linear, QuantizedActivation
 from pagewire.kernels.torch_ops import TorchOps
 
