@@ -1,6 +1,7 @@
 """`deterministic`: logits are the same to the bit, however a sequence is cut into steps."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.kernels.native_attention import PART_LEN
 from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 PAGE_SIZE = 16
@@ -103,6 +105,15 @@ def test_chunks_change_nothing(runner: ModelRunner, cuts: list[int]) -> None:
     assert torch.equal(in_chunks(runner, tokens, cuts), in_chunks(runner, tokens, []))
 
 
+def test_a_decoded_token_of_a_long_context_is_as_in_its_prompt(runner: ModelRunner) -> None:
+    # Longer than a part of the context as decode cuts it otherwise.
+    tokens, pages = prompt(3, PART_LEN + 90), range(NUM_ROWS * PAGES_PER_ROW)
+    whole = forward(runner, replace(row(tokens, 0), page_table=pages))
+    forward(runner, replace(row(tokens[:-1], 0), page_table=pages))
+    last = replace(row(tokens[-1:], len(tokens) - 1), page_table=pages)
+    assert torch.equal(forward(runner, last), whole)
+
+
 def test_every_token_by_itself_is_as_in_one_chunk(runner: ModelRunner) -> None:
     tokens = prompt(1, 40)
     alone = in_chunks(runner, tokens, range(1, 40))
@@ -126,6 +137,19 @@ def test_decode_is_the_same_among_32_rows_and_alone(runner: ModelRunner) -> None
     together = forward(runner, *rows)
     for place in (0, 1, 13, NUM_ROWS - 1):
         assert torch.equal(forward(runner, rows[place])[0], together[place])
+
+
+def test_sampled_tokens_are_the_same_in_every_batch(runner: ModelRunner) -> None:
+    rows = [
+        replace(
+            row(prompt(place, 5 + place), 0, place),
+            sampling=SamplingParams(temperature=0.9, top_p=0.95, seed=place),
+        )
+        for place in range(NUM_ROWS)
+    ]
+    together = runner.execute(Batch(rows=tuple(rows))).tokens
+    alone = [runner.execute(Batch(rows=(each,))).tokens[0] for each in rows]
+    assert list(together) == alone
 
 
 def test_rows_with_drafts_are_as_single_tokens(runner: ModelRunner) -> None:
