@@ -22,7 +22,7 @@ from torch import Tensor
 from harness.running_core import running_core
 from harness.table import markdown_table, number
 from pagewire.decode_worker.core import DecodeCore
-from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.batch import Batch, BatchRow, PageCopy
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading.resolve import resolve_model
 from pagewire.engine.model_runner import ModelRunner
@@ -150,9 +150,8 @@ def fill_pages(runner: ModelRunner, batch: Batch, prompt: list[int]) -> None:
     first, *others = (list(row.page_table) for row in batch.rows)
     row = BatchRow(request_id="", token_ids=prompt, start=0, page_table=first, sampling=None)
     runner.execute(Batch(rows=(row,)))
-    pages = runner.kv_cache.pages
     for table in others:
-        pages[table] = pages[first]
+        runner.kv_cache.copy_pages(map(PageCopy, first, table))
 
 
 def table(costs: list[StepCost]) -> str:

@@ -95,6 +95,10 @@ class ServeConfig(BaseSettings):
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto", description="operations in C++ or plain torch; auto: C++ where it was built"
     )
+    deterministic: bool = Field(
+        default=False,
+        description="float32 with results that are the same to the bit in every batch; slower",
+    )
     max_batch_tokens: int = Field(
         default=512, ge=1, description="prompt tokens of one prefill step"
     )
@@ -142,6 +146,19 @@ class ServeConfig(BaseSettings):
     def _not_the_port_of_the_api(cls, value: int, info: ValidationInfo) -> int:
         if value and value == info.data.get("port"):
             raise ValueError("the HTTP API has this port; choose another for one of them")
+        return value
+
+    @field_validator("deterministic")
+    @classmethod
+    def _float32_in_our_kernels(cls, value: bool, info: ValidationInfo) -> bool:
+        needed = {
+            "dtype": ("auto", "float32"),
+            "quantization": (Quantization.NONE,),
+            "kernels": ("auto", "native"),
+        }
+        for name, choices in needed.items():
+            if value and info.data.get(name, choices[0]) not in choices:
+                raise ValueError(f"{name} is {info.data[name]}; choose {' or '.join(choices)}")
         return value
 
     @classmethod

@@ -46,6 +46,7 @@ def diagnose(machine: Machine) -> list[Finding]:
         _gpu(machine),
         _kernels(machine),
         _checksums(machine),
+        Finding(subject="matrices", status=Status.OK, detail=machine.matrices),
         _ray(machine),
         _ucx(machine),
         _model(machine),

@@ -35,6 +35,7 @@ class Machine:
     kernels: str  # which operations a worker would run
     kernels_remedy: str  # empty: they are the fast ones
     checksums: str  # "C++" or "zlib"
+    matrices: str  # how a worker would store and multiply them by default
     ray: str | None  # version
     ray_has_dashboard: bool
     ucx: UcxProbe
@@ -45,7 +46,7 @@ class Machine:
 
 def inspect_machine() -> Machine:
     """Look at this machine. Loads torch and UCX; takes a few seconds."""
-    kernels, kernels_remedy = _kernels()
+    kernels, kernels_remedy, matrices = _kernels()
     parameters = ("port", "dashboard_port")
     ports = {name: int(ServeConfig.model_fields[name].default) for name in parameters}
     return Machine(
@@ -61,6 +62,7 @@ def inspect_machine() -> Machine:
         kernels=kernels,
         kernels_remedy=kernels_remedy,
         checksums=IMPLEMENTATION,
+        matrices=matrices,
         ray=_version("ray"),
         ray_has_dashboard=importlib.util.find_spec("aiohttp_cors") is not None,
         ucx=probe(),
@@ -86,13 +88,14 @@ def _gpus() -> tuple[str, ...]:
     return tuple(torch.cuda.get_device_name(index) for index in range(count))
 
 
-def _kernels() -> tuple[str, str]:
+def _kernels() -> tuple[str, str, str]:
+    """What runs operations, what would make it faster, and what runs matrices."""
     try:
-        from pagewire.engine.load import select_kernels
+        from pagewire.engine.load import default_matrices, select_kernels
     except ImportError:
-        return "none: they need torch", "make install"
+        return "none: they need torch", "make install", "none: they need torch"
     selected = select_kernels("auto", "cpu")
-    return selected.explanation, selected.remedy
+    return selected.explanation, selected.remedy, default_matrices(selected)
 
 
 def _is_taken(port: int) -> bool:

@@ -59,7 +59,7 @@ def worker_configs(
             served_model=served_model,
             routers=(router,),
             transport=config.transport,
-            dtype=dtype if config.dtype == "auto" else config.dtype,
+            dtype=_dtype(config, dtype),
             quantization=config.quantization,
             kv_cache_dtype=config.kv_cache_dtype,
             page_size=config.page_size,
@@ -69,6 +69,7 @@ def worker_configs(
             core_board=None if config.num_threads else str(core_board),
             core_board_slot=slot,
             kernels=config.kernels,
+            deterministic=config.deterministic,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
             max_draft_tokens=0 if config.speculation == "none" else MAX_DRAFT_TOKENS,
@@ -78,6 +79,12 @@ def worker_configs(
         )
         for slot, (role, index) in enumerate(names)
     )
+
+
+def _dtype(config: ServeConfig, auto: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if config.deterministic else auto
 
 
 def worker_environment(config: WorkerConfig) -> dict[str, str]:

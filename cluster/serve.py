@@ -78,7 +78,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                 router=await control.start(),
                 cores=available_cores(),
                 core_board=core_board,
-                dtype=default_dtype("cpu"),
+                dtype=default_dtype("cpu", config.kernels),
                 prefix_cache_secret=secret.hex() if secret else None,
             )
             exits = await _launch(stack, base.launcher, workers, config)

@@ -86,6 +86,7 @@ def _load_engine(config: WorkerConfig) -> ModelRunner:
         max_model_len=config.max_model_len,
         num_threads=config.num_threads,
         kernels=config.kernels,
+        deterministic=config.deterministic,
     )
 
 

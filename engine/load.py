@@ -13,7 +13,9 @@ from pagewire.engine.loading.identity import model_digest
 from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.precision import default_dtype
 from pagewire.engine.quantization import Quantization
+from pagewire.kernels.float_linear import choose_float_kernel
 from pagewire.kernels.native_library import NativeLibraryError
 from pagewire.kernels.select import Kernels, SelectedOps, select_ops
 from pagewire.kv_transfer.layout import KVLayout
@@ -34,17 +36,22 @@ def load_engine(
     max_model_len: int | None = None,
     num_threads: int | None = None,
     kernels: str = "auto",
+    deterministic: bool = False,
 ) -> ModelRunner:
     """Load a GGUF file or safetensors directory and allocate its KV cache.
 
     `dtype` is that of what `quantization` and `kv_cache_dtype` leave alone: float32, float16 or
     bfloat16. `num_pages` None sizes the cache from free memory, of which a draft model takes
     `draft_page_bytes` for each page; `max_model_len` None takes the model's own, and `num_threads`
-    None leaves torch's (process-wide) setting alone. `kernels` is a value of Kernels. Raises
-    ModelError, MemoryBudgetError, KernelError, and LayoutError for a dtype or page size that cannot
-    be.
+    None leaves torch's (process-wide) setting alone. `kernels` is a value of Kernels. With
+    `deterministic`, in float32 and with the C++ kernels only, logits are the same to the bit for a
+    prompt alone or in any batch, in one chunk or many, with or without prefix hits, with any number
+    of threads, and for drafts as for single tokens. Raises ModelError, MemoryBudgetError,
+    KernelError, and LayoutError for a dtype or page size that cannot be.
     """
-    selected = select_kernels(kernels, device)
+    selected = select_kernels(kernels, device, deterministic=deterministic)
+    if deterministic:
+        _check_deterministic(dtype, quantization)
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -56,7 +63,7 @@ def load_engine(
         checkpoint,
         dtype=getattr(torch, dtype),
         device=device,
-        ops=selected.ops,
+        selected=selected,
         quantization=quantization,
     )
     if num_pages is None:
@@ -90,12 +97,30 @@ def kv_layout(config: ModelConfig, *, page_size: int, dtype: str) -> KVLayout:
     )
 
 
-def select_kernels(kernels: str, device: str) -> SelectedOps:
-    """`select_ops` for a value of Kernels. Raises KernelError for one that cannot run here."""
+def select_kernels(kernels: str, device: str, *, deterministic: bool = False) -> SelectedOps:
+    """`select_ops` for a value of Kernels. Raises KernelError for what cannot run here."""
     try:
-        return select_ops(Kernels(kernels), device)
+        return select_ops(Kernels(kernels), device, deterministic=deterministic)
     except NativeLibraryError as error:
-        raise KernelError(f"kernels is {kernels}: {error}") from error
+        wanted = "deterministic needs the C++ kernels, and " if deterministic else ""
+        raise KernelError(f"{wanted}kernels is {kernels}: {error}") from error
+
+
+def default_matrices(selected: SelectedOps) -> str:
+    """How a worker on this CPU stores matrices and what multiplies them, for people."""
+    dtype = default_dtype("cpu")
+    kernel = choose_float_kernel(selected, getattr(torch, dtype), "cpu")
+    quantizations = "int8 or int4" if selected.library else "int8"
+    return f"{dtype} by {kernel}; with --quantization {quantizations}"
+
+
+def _check_deterministic(dtype: str, quantization: Quantization) -> None:
+    if dtype != "float32":
+        raise KernelError(f"deterministic computes in float32; dtype is {dtype}: choose float32")
+    if quantization is not Quantization.NONE:
+        raise KernelError(
+            f"deterministic computes in float32; quantization is {quantization}: choose none"
+        )
 
 
 def _max_model_len(config: ModelConfig, wanted: int | None) -> int:

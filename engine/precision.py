@@ -1,17 +1,19 @@
 """Which dtype a device computes in fastest. Imports no torch: the command line asks it."""
 
-from pagewire.kernels.cpu_flags import cpu_flags
-
-# x86: AVX-512 and AMX dot products; Arm: the bf16 extension.
-_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+from pagewire.kernels.cpu_flags import has_bfloat16
+from pagewire.kernels.instruction_sets import built_sets
 
 
-def default_dtype(device: str, flags: frozenset[str] | None = None) -> str:
+def default_dtype(
+    device: str, kernels: str = "auto", *, flags: frozenset[str] | None = None
+) -> str:
     """bfloat16, or float32 on a CPU that would only emulate it.
 
-    Without the instructions a bfloat16 prefill took three times as long as a float32 one. `flags`
-    are the CPU's; None reads them from the operating system.
+    The C++ kernels widen bfloat16 while they read it, so where they run (`kernels` is a value of
+    Kernels) it is at least as fast as float32 and takes half the memory. Plain torch on a CPU
+    without the instructions took three times as long for a bfloat16 prefill. `flags` are the CPU's;
+    None reads them from the operating system.
     """
-    if device != "cpu":
+    if device != "cpu" or has_bfloat16(flags):
         return "bfloat16"
-    return "bfloat16" if _BFLOAT16_FLAGS & (cpu_flags() if flags is None else flags) else "float32"
+    return "bfloat16" if kernels != "torch" and built_sets() else "float32"

@@ -12,7 +12,7 @@ _SCALE = torch.float32
 class KVPool:
     """Views of one byte pool: for each page, layer and KV head a segment of K, then V.
 
-    In 8 bits each K and each V of a token and head is values * scale, symmetric as `Ops.quantize`
+    In 8 bits each K and each V of a token and head is values * scale, as `quantize_vectors`
     makes them, and the scales of a segment lie behind its values.
     """
 
@@ -63,3 +63,15 @@ class KVPool:
                 f"K and V are {dtype} and the pool is {self.values.dtype}; "
                 "it must have their dtype or int8"
             )
+
+
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """K or V of tokens and heads in 8 bits, as every implementation stores them.
+
+    x: float32 [..., head_dim]. Returns int8 [..., head_dim] and float32 [...], with
+    x ≈ values * scale: scales are the largest magnitudes / 127, or 1 where all are 0, and halves
+    are rounded to even.
+    """
+    scales = x.abs().amax(dim=-1) / 127
+    scales.masked_fill_(scales == 0, 1)
+    return (x / scales[..., None]).round_().to(torch.int8), scales

@@ -3,6 +3,8 @@
 A prompt chunk becomes tiles of query tokens, a row of decode becomes parts of its context. How a
 row is cut depends on nothing but its own length, so its result does not depend on the rows beside
 it or on the number of threads; that of a chunk's token not on the cuts between chunks either.
+Decode sums in another order than a chunk, unless results have to be deterministic: then every row
+is a chunk.
 """
 
 import ctypes
@@ -57,6 +59,7 @@ class AttentionStep(ctypes.Structure):
         ("num_threads", ctypes.c_int64),
         ("part_size", ctypes.c_int64),
         ("thread_size", ctypes.c_int64),
+        ("tiles_only", ctypes.c_int64),
     )
 
 
@@ -72,12 +75,19 @@ class NativeAttentionPlan:
     """Implements `pagewire.kernels.ops.AttentionPlan`."""
 
     def __init__(
-        self, functions: ctypes.CDLL, batch: AttentionBatch, *, scale: float, window: int | None
+        self,
+        functions: ctypes.CDLL,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None,
+        deterministic: bool = False,
     ) -> None:
         self._functions = functions
         self._batch = batch
         self._scale = scale
         self._window = UNBOUNDED if window is None else min(window, UNBOUNDED)
+        self._deterministic = deterministic
         self._prepared: _Prepared | None = None
 
     def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
@@ -109,7 +119,9 @@ class NativeAttentionPlan:
         _, num_heads, head_dim = q.shape
         _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
         group = num_heads // num_kv_heads
-        items, merges = _cut(self._batch, group, self._window)
+        items, merges = _cut(
+            self._batch, group, self._window, 0 if self._deterministic else MAX_SPLIT_TOKENS
+        )
         item_array, merge_array = _array(items), _array(merges)
         page_table = self._batch.page_table.contiguous()
         step = AttentionStep(
@@ -131,6 +143,7 @@ class NativeAttentionPlan:
             window=self._window,
             scale=self._scale,
             num_threads=torch.get_num_threads(),
+            tiles_only=self._deterministic,
         )
         self._functions.attention_sizes(ctypes.byref(step))
         num_parts = sum(merge.num_parts for merge in merges)
@@ -166,8 +179,13 @@ class _Merge(NamedTuple):
     num_parts: int
 
 
-def _cut(batch: AttentionBatch, group: int, window: int) -> tuple[list[_Item], list[_Merge]]:
-    """The work items of a step, the most costly first, and which of them belong together."""
+def _cut(
+    batch: AttentionBatch, group: int, window: int, max_split_tokens: int
+) -> tuple[list[_Item], list[_Merge]]:
+    """The work items of a step, the most costly first, and which of them belong together.
+
+    Rows of more than `max_split_tokens` are cut along their tokens, others along their context.
+    """
     items: list[_Item] = []
     merges: list[_Merge] = []
     num_parts = 0
@@ -182,7 +200,7 @@ def _cut(batch: AttentionBatch, group: int, window: int) -> tuple[list[_Item], l
             begin=max(0, context_len - num_tokens - window + 1),
             end=context_len,
         )
-        if num_tokens > MAX_SPLIT_TOKENS:
+        if num_tokens > max_split_tokens:
             items.extend(_tiles(whole, max(1, TILE_ROWS // group), window))
         elif whole.begin // PART_LEN == (whole.end - 1) // PART_LEN:
             items.append(whole)

@@ -1,4 +1,4 @@
-"""The C++ kernels: which of the built libraries this CPU can run, and what their functions take.
+"""The C++ kernels as a library that was loaded, and what its functions take.
 
 `setup.py` builds one library per instruction set beside the sources in `kernels/cpu/`; each has the
 same functions with a plain C interface, called through ctypes.
@@ -13,8 +13,14 @@ from pathlib import Path
 import torch
 
 from pagewire.kernels.cpu_flags import cpu_flags
+from pagewire.kernels.instruction_sets import (
+    FOLDER,
+    INSTRUCTION_SETS,
+    InstructionSet,
+    built_sets,
+    runnable_sets,
+)
 
-FOLDER = Path(__file__).parent / "cpu"
 REBUILD = "install a C++ compiler (apt install g++), then: make kernels"
 NO_LIBRARY = "none needed: plain torch computes the same, more slowly"
 
@@ -47,6 +53,8 @@ SIGNATURES = {
     "sample": (*(_P,) * 7, _I, _I),
     # logits, rows, tokens, sampled, top_ids, top, count, size, num_top
     "logprobs": (*(_P,) * 6, _I, _I, _I),
+    # dtype, out_dtype, x, weight, bias, out, rows, in_features, out_features
+    "linear_float": (_I, _I, _P, _P, _P, _P, _I, _I, _I),
     # dtype, x, weights, bias, out, rows, num_groups, out_features
     "linear_int8": (_I, _P, _P, _P, _P, _I, _I, _I),
     "linear_int4": (_I, _P, _P, _P, _P, _I, _I, _I),
@@ -63,34 +71,6 @@ class NativeLibraryError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InstructionSet:
-    """One build of the kernels."""
-
-    name: str  # the library is _{name}.so
-    title: str
-    machine: str
-    flags: frozenset[str]  # what a CPU must have, in the words of `cpu_flags`
-
-
-INSTRUCTION_SETS = (  # the fastest first
-    InstructionSet(
-        name="avx512",
-        title="AVX-512",
-        machine="x86_64",
-        flags=frozenset(
-            {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"}
-        ),
-    ),
-    InstructionSet(
-        name="avx2", title="AVX2", machine="x86_64", flags=frozenset({"avx2", "fma", "f16c"})
-    ),
-    InstructionSet(
-        name="neon", title="NEON", machine="aarch64", flags=frozenset({"asimd", "asimddp"})
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
     """A loaded library."""
 
@@ -98,19 +78,12 @@ class NativeLibrary:
     functions: ctypes.CDLL  # with the functions of SIGNATURES
 
 
-def runnable_sets(machine: str, flags: frozenset[str]) -> tuple[InstructionSet, ...]:
-    """The instruction sets that a CPU can run, the fastest first."""
-    return tuple(
-        each for each in INSTRUCTION_SETS if each.machine == machine and each.flags <= flags
-    )
-
-
 def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> NativeLibrary:
     """Load the build for an instruction set, which this CPU must be able to run.
 
     Raises NativeLibraryError when it was not built, or is not from the sources beside it.
     """
-    path = _path(instruction_set, folder)
+    path = folder / instruction_set.file_name
     if not path.exists():
         raise NativeLibraryError(f"{path.name} was not built", REBUILD)
     try:
@@ -134,9 +107,4 @@ def find_library(folder: Path = FOLDER) -> NativeLibrary:
     if not runnable:
         known = ", ".join(each.title for each in INSTRUCTION_SETS)
         raise NativeLibraryError(f"this CPU ({machine}) has none of {known}", NO_LIBRARY)
-    built = [each for each in runnable if _path(each, folder).exists()]
-    return load_library((built or runnable)[0], folder)
-
-
-def _path(instruction_set: InstructionSet, folder: Path) -> Path:
-    return folder / f"_{instruction_set.name}.so"
+    return load_library((built_sets(folder) or runnable)[0], folder)

@@ -31,8 +31,12 @@ class NativeOps:
     Each raises ValueError for tensors of mixed or other dtypes, or not laid out as it needs them.
     """
 
-    def __init__(self, library: NativeLibrary) -> None:
+    def __init__(self, library: NativeLibrary, *, deterministic: bool = False) -> None:
+        """With `deterministic` a token's attention is the same to the bit however its row is cut
+        into steps; tokens of decode take longer.
+        """
         self._functions = library.functions
+        self._deterministic = deterministic
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
         rows, dim = x.shape
@@ -144,7 +148,13 @@ class NativeOps:
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> AttentionPlan:
-        return NativeAttentionPlan(self._functions, batch, scale=scale, window=window)
+        return NativeAttentionPlan(
+            self._functions,
+            batch,
+            scale=scale,
+            window=window,
+            deterministic=self._deterministic,
+        )
 
     def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
         return NativeSamplingPlan(self._functions, rows)

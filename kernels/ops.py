@@ -45,7 +45,9 @@ class Linear(Protocol):
         """Memory that the stored matrix and its bias take."""
 
     def __call__(self, x: Activation) -> Tensor:
-        """x: [num_tokens, in_features]; returns [num_tokens, out_features] in the model's dtype.
+        """x: [num_tokens, in_features]; returns [num_tokens, out_features].
+
+        In the model's dtype or, where the matrix was made to give logits, in float32.
 
         Raises TypeError for the kind of activation that it does not take.
         """

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagewire.kernels import torch_sampling
-from pagewire.kernels.kv_pool import KVPool
+from pagewire.kernels.kv_pool import KVPool, quantize_vectors
 from pagewire.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -78,9 +78,7 @@ class TorchOps:
         if pool.scales is None:
             values[at] = kv.to(values.dtype)
         else:
-            stored = self.quantize(kv.flatten(0, 2))
-            values[at] = stored.values.view(kv.shape)
-            pool.scales[:, layer].permute(0, 3, 1, 2)[at] = stored.scales.view(kv.shape[:3])
+            values[at], pool.scales[:, layer].permute(0, 3, 1, 2)[at] = quantize_vectors(kv)
         return _rotate(q, rope)
 
     def plan_attention(

@@ -36,6 +36,7 @@ class WorkerConfig:
     core_board: str | None = None  # the file of `worker.core_board`; None: num_threads always
     core_board_slot: int = 0
     kernels: str = "auto"  # auto, native or torch
+    deterministic: bool = False  # logits are the same to the bit in every batch
     max_batch_tokens: int = 512  # prompt tokens that one prefill step runs
     max_batch_size: int = 32  # sequences that one decode step runs
     max_draft_tokens: int = 0  # that a decode step checks beside its rows; 0: no speculation

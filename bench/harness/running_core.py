@@ -76,8 +76,8 @@ def _hand_off(
         id=handoff,
         num_frames=1,
         digest=digest,
-        first_token=prompt[0],
-        first_logprobs=pb.TokenLogprobs(logprob=-1.0).SerializeToString(),
+        first_tokens=(prompt[0],),
+        first_logprobs=(pb.TokenLogprobs(logprob=-1.0).SerializeToString(),),
     )
     core.on_message(PREFILL, seal, 0.0)
 

@@ -1,10 +1,9 @@
-"""From the tensors of a checkpoint to matrices that multiply: dense, in 8 bits or in 4.
+"""From the tensors of a checkpoint to matrices that multiply: in floating point, 8 bits or 4.
 
 Every tensor is converted straight into its place in a fused matrix, one after another, so that
 loading takes little more memory than the model.
 """
 
-import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,19 +12,17 @@ from torch import Tensor
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint, Storage
 from pagewire.engine.quantization import Quantization
+from pagewire.kernels.float_linear import choose_float_kernel, float_linear
 from pagewire.kernels.int4_linear import concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear
-from pagewire.kernels.linear import DenseLinear
-from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, find_library
 from pagewire.kernels.ops import Linear
-
-logger = logging.getLogger(__name__)
+from pagewire.kernels.select import SelectedOps
 
 
 class LinearLoader:
     """Reads tensors and matrices of one checkpoint for one device, dtype and quantization.
 
-    Raises ModelError for a quantization that the device does not have.
+    Raises ModelError for a quantization that the device or the selected operations do not have.
     """
 
     def __init__(
@@ -35,15 +32,24 @@ class LinearLoader:
         dtype: torch.dtype,
         device: str,
         quantization: Quantization,
+        selected: SelectedOps,
     ) -> None:
-        if quantization is not Quantization.NONE and device != "cpu":
-            raise ModelError(f"quantization {quantization} needs device cpu; this is {device}")
+        _check(quantization, device, selected)
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
         self._quantization = quantization
-        self._library = _library(quantization)
+        self._selected = selected
+        self._library = selected.library
+        self._float_kernel = choose_float_kernel(selected, dtype, device)
         self._num_int4 = 0
+
+    @property
+    def explanation(self) -> str:
+        """How the matrices are stored and what multiplies them, for people."""
+        if self._quantization is Quantization.NONE:
+            return f"{str(self._dtype).removeprefix('torch.')} by {self._float_kernel}"
+        return f"{self._quantization} by {self._selected.explanation}"
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """One tensor in the loader's dtype."""
@@ -56,22 +62,28 @@ class LinearLoader:
         biases = self._fused(rows, "bias") if bias else None
         storage = self._storage(rows)
         if storage is Storage.INT4:
-            return self._int4(rows, biases)
+            return self._int4(rows, biases, self._dtype)
         weight = self._fused(rows, "weight", in_features)
-        return (
-            self._dense(weight, biases) if storage is Storage.FLOAT else self._int8(weight, biases)
-        )
+        return self._from_weight(weight, biases, storage, self._dtype)
 
-    def tied(self, module: str, embedding: Tensor) -> Linear:
-        """The LM head that is the embedding: the same memory unless it is quantised."""
+    def lm_head(self, module: str, vocab_size: int, hidden_size: int) -> Linear:
+        """An LM head of its own. Gives float32, as samplers want it, where its kernel can."""
         storage = self._storage([module])
         if storage is Storage.INT4:
-            return self._int4([module], None)
-        return (
-            self._dense(embedding, None)
-            if storage is Storage.FLOAT
-            else self._int8(embedding, None)
-        )
+            return self._int4([module], None, torch.float32)
+        weight = self._fused({module: vocab_size}, "weight", hidden_size)
+        return self._from_weight(weight, None, storage, torch.float32)
+
+    def tied_lm_head(self, module: str, embedding: Tensor) -> Linear:
+        """The LM head that is the embedding, as `lm_head` makes it.
+
+        Only plain torch multiplies the embedding itself; every other kernel has a copy of its own,
+        since rows of the embedding have to lie as they are looked up.
+        """
+        storage = self._storage([module])
+        if storage is Storage.INT4:
+            return self._int4([module], None, torch.float32)
+        return self._from_weight(embedding, None, storage, torch.float32)
 
     def check_used(self) -> None:
         """Raises ModelError when int4 was asked for and no matrix of the checkpoint has 4 bits."""
@@ -92,17 +104,21 @@ class LinearLoader:
             return kinds.pop()
         return Storage.FLOAT if Storage.FLOAT in kinds else Storage.QUANTIZED
 
-    def _int4(self, modules: Iterable[str], bias: Tensor | None) -> Linear:
-        assert self._library is not None  # int4 has one: see _library
+    def _int4(self, modules: Iterable[str], bias: Tensor | None, dtype: torch.dtype) -> Linear:
+        assert self._library is not None  # int4 has one: see _check
         self._num_int4 += 1
         parts = [self._checkpoint.read_int4(f"{module}.weight") for module in modules]
-        return int4_linear(concatenated(parts), bias, dtype=self._dtype, library=self._library)
+        return int4_linear(concatenated(parts), bias, dtype=dtype, library=self._library)
 
-    def _int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return int8_linear(weight, bias, dtype=self._dtype, library=self._library)
-
-    def _dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return DenseLinear(weight=weight, bias=bias)
+    def _from_weight(
+        self, weight: Tensor, bias: Tensor | None, storage: Storage, out_dtype: torch.dtype
+    ) -> Linear:
+        """A matrix of 8 bits or in floating point; weight: [out_features, in_features]."""
+        if storage is not Storage.FLOAT:
+            return int8_linear(weight, bias, dtype=out_dtype, library=self._library)
+        return float_linear(
+            weight, bias, kernel=self._float_kernel, library=self._library, out_dtype=out_dtype
+        )
 
     def _fused(self, rows: Mapping[str, int], kind: str, *columns: int) -> Tensor:
         """The tensors of `rows` below one another: [sum of rows, *columns]."""
@@ -115,17 +131,14 @@ class LinearLoader:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
 
-def _library(quantization: Quantization) -> NativeLibrary | None:
-    """The C++ kernels. None, which is said in the log, where int8 has to run in torch.
-
-    Raises ModelError where int4 lacks them: nothing else multiplies its blocks.
-    """
+def _check(quantization: Quantization, device: str, selected: SelectedOps) -> None:
+    """Raises ModelError for a quantization that cannot run here."""
     if quantization is Quantization.NONE:
-        return None
-    try:
-        return find_library()
-    except NativeLibraryError as error:
-        if quantization is Quantization.INT4:
-            raise ModelError(f"quantization int4 needs the C++ kernels: {error}") from error
-        logger.warning("int8 matrices run in torch, more slowly: %s", error)
-        return None
+        return
+    if device != "cpu":
+        raise ModelError(f"quantization {quantization} needs device cpu; this is {device}")
+    if quantization is Quantization.INT4 and selected.library is None:
+        raise ModelError(
+            f"quantization int4 needs the C++ kernels, and this runs {selected.explanation}; "
+            f"{selected.remedy or 'choose kernels auto'}, or choose quantization int8"
+        )

@@ -3,6 +3,7 @@
 Here are the names of the tensors and how they are fused; `linears` decides how they are stored.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
 from pagewire.engine.quantization import Quantization
-from pagewire.kernels.ops import Linear, Ops
+from pagewire.kernels.ops import Linear
+from pagewire.kernels.select import SelectedOps
+
+logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -34,19 +38,22 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: str,
-    ops: Ops,
+    selected: SelectedOps,
     quantization: Quantization = Quantization.NONE,
 ) -> LlamaModel:
     """Convert the tensors of an open checkpoint and make the decoder that its config describes.
 
     Raises ModelError when a tensor is missing, misshapen or of a type that is not supported, and
-    for a quantization that this device or checkpoint does not have.
+    for a quantization that this device, `selected` or checkpoint does not have.
     """
-    linears = LinearLoader(checkpoint, dtype=dtype, device=device, quantization=quantization)
+    linears = LinearLoader(
+        checkpoint, dtype=dtype, device=device, quantization=quantization, selected=selected
+    )
+    logger.info("matrices: %s", linears.explanation)
     weights = _Loader(linears, checkpoint.config).weights()
     linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
-    return LlamaModel(checkpoint.config, weights, frequencies.to(device), ops)
+    return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops)
 
 
 class _Loader:
@@ -70,8 +77,8 @@ class _Loader:
     def _lm_head(self, embedding: Tensor) -> Linear:
         config = self._config
         if config.tie_word_embeddings:
-            return self._linears.tied("model.embed_tokens", embedding)
-        return self._linears.linear({"lm_head": config.vocab_size}, config.hidden_size)
+            return self._linears.tied_lm_head("model.embed_tokens", embedding)
+        return self._linears.lm_head("lm_head", config.vocab_size, config.hidden_size)
 
     def _layer(self, index: int) -> LayerWeights:
         config = self._config

@@ -54,6 +54,7 @@ struct Step {
     int64_t num_threads;
     int64_t part_size;
     int64_t thread_size;
+    int64_t tiles_only;  // sums of few query rows have the order of those of many
 
     int64_t group() const { return num_heads / num_kv_heads; }
 };
@@ -107,7 +108,7 @@ void run_item(const Step& step, const Item& item, int64_t kv_head, int64_t layer
                         ? scratch
                         : step.parts + (item.part * step.num_kv_heads + kv_head) * size;
     const SoftmaxState state = state_at(memory, queries.num_rows(), head_dim);
-    if (queries.num_rows() <= kMaxRows && head_dim % kLanes == 0)
+    if (!step.tiles_only && queries.num_rows() <= kMaxRows && head_dim % kLanes == 0)
         attend_rows(queries, kv, item.begin, item.end, scratch + size, state);
     else
         attend_tile(queries, kv, item.begin, item.end, scratch + size, state);

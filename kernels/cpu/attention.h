@@ -5,10 +5,7 @@
 #include <limits>
 
 #include "kv_pool.h"
-
-// In front of the loops over accumulators: only when these are unrolled early does GCC keep the
-// accumulators in registers from the start, instead of clearing them in memory first.
-#define UNROLL _Pragma("GCC unroll 8")
+#include "unroll.h"
 
 namespace pagewire {
 
@@ -85,17 +82,6 @@ void for_each_block(int64_t begin, int64_t end, int64_t block, Body body) {
         const int64_t stop = next < end ? next : end;
         body(begin, stop);
         begin = stop;
-    }
-}
-
-// Calls body(std::integral_constant<int64_t, min(n, Most)>) for n >= 1.
-template <int64_t Most, typename Body>
-void with_constant(int64_t n, Body body) {
-    if constexpr (Most == 1) {
-        body(std::integral_constant<int64_t, 1>{});
-    } else {
-        if (n >= Most) return body(std::integral_constant<int64_t, Most>{});
-        with_constant<Most - 1>(n, body);
     }
 }
 

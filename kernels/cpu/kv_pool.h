@@ -37,6 +37,30 @@ KVSegment<KV> segment_at(const KVPool& pool, int64_t page, int64_t layer, int64_
     return {keys, values, scales, scales + pool.page_size};
 }
 
+// A K or V of one token and head in 8 bits, symmetric: scale = max |x| / 127, or 1 where all are 0;
+// values = x / scale, halves to even.
+template <typename T>
+void quantize_vector(const T* x, int8_t* values, float* scale, int64_t head_dim) {
+    // Compared as integers, magnitudes keep their order and a NaN is above infinity, so that it
+    // reaches the scale and no vector with one passes for a sound one.
+    Ints largest = {};
+    for_each_vector(head_dim, [&](int64_t i, auto load, auto) {
+        const Ints magnitude = (Ints)load(x + i) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    });
+    int32_t bits = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+        if (largest[lane] > bits) bits = largest[lane];
+    float absmax;
+    std::memcpy(&absmax, &bits, sizeof absmax);
+    *scale = absmax / 127.0f;
+    if (*scale == 0.0f) *scale = 1.0f;
+    const Floats divisor = broadcast(*scale);
+    for_each_vector(head_dim, [&](int64_t i, auto load, auto store) {
+        store(values + i, round_to_even(load(x + i) / divisor));
+    });
+}
+
 // Calls body with null pointers to the type that `dtype` names and to that of the pool's values.
 template <typename Body>
 void dispatch_pool(int64_t dtype, bool quantized, Body body) {

@@ -1,6 +1,7 @@
 // Rotary position embedding (Su et al., 2021) of queries and keys, and keys and values into pages.
+#include <vector>
+
 #include "kv_pool.h"
-#include "rows.h"
 
 namespace pagewire {
 namespace {
@@ -25,8 +26,8 @@ void store_head(const T* k, const T* v, const float* cosine, const float* sine,
     KV* value = segment.values + slot * head_dim;
     if constexpr (is_quantized<KV>) {
         rotate_head(k, cosine, sine, scratch, head_dim / 2);
-        quantize_row(scratch, key, segment.key_scales + slot, head_dim);
-        quantize_row(v, value, segment.value_scales + slot, head_dim);
+        quantize_vector(scratch, key, segment.key_scales + slot, head_dim);
+        quantize_vector(v, value, segment.value_scales + slot, head_dim);
     } else {
         rotate_head(k, cosine, sine, key, head_dim / 2);
         std::memcpy(value, v, head_dim * sizeof(T));

@@ -80,6 +80,12 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
     quantization: Annotated[str | None, typer.Option(help="none, int8 or int4")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype) or int8")] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic/--no-deterministic", help="the same to the bit in every batch"
+        ),
+    ] = None,
     page_size: Annotated[int | None, typer.Option(help="token slots of a page")] = None,
     num_pages: Annotated[int | None, typer.Option(help="pages of each worker")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens, prompt plus output")] = None,
@@ -117,6 +123,7 @@ def serve(
         "dtype": dtype,
         "quantization": quantization,
         "kv_cache_dtype": kv_cache_dtype,
+        "deterministic": deterministic,
         "page_size": page_size,
         "num_pages": num_pages,
         "max_model_len": max_model_len,

@@ -110,6 +110,19 @@ def test_a_draft_model_and_its_use_go_together() -> None:
     assert (config.draft_model, config.draft_quantization) == ("small", Quantization.NONE)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("dtype", "bfloat16", "choose auto or float32"),
+        ("quantization", "int8", "choose none"),
+        ("kernels", "torch", "choose auto or native"),
+    ],
+)
+def test_deterministic_refuses_what_is_not(name: str, value: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^deterministic .*{name} is {value}; {remedy}$"):
+        load_config({"deterministic": True, name: value})
+
+
 def test_two_servers_cannot_have_one_port() -> None:
     with pytest.raises(ConfigError, match=r"^dashboard_port \(command line\).*HTTP API"):
         load_config({"port": 9000, "dashboard_port": 9000})

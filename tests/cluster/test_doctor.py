@@ -21,6 +21,7 @@ HEALTHY = Machine(
     kernels="C++ for AVX2",
     kernels_remedy="",
     checksums="C++",
+    matrices="bfloat16 by C++",
     ray="2.60.0",
     ray_has_dashboard=True,
     ucx=UcxProbe(
@@ -83,6 +84,10 @@ def test_what_is_missing_comes_with_its_remedy(
 
 def test_a_gpu_is_named() -> None:
     assert finding(replace(HEALTHY, gpus=("H100",)), "GPU").detail == "H100"
+
+
+def test_the_matrices_are_described() -> None:
+    assert finding(HEALTHY, "matrices").detail == "bfloat16 by C++"
 
 
 def test_the_table_shows_brackets_as_they_are() -> None:

@@ -51,6 +51,11 @@ def test_auto_is_the_dtype_that_the_machine_is_fast_in() -> None:
     assert {worker.dtype for worker in place(ServeConfig(dtype="float32"), 2)} == {"float32"}
 
 
+def test_deterministic_means_float32() -> None:
+    workers = place(ServeConfig(deterministic=True), 2)
+    assert {(worker.dtype, worker.deterministic) for worker in workers} == {("float32", True)}
+
+
 def test_chosen_threads_win() -> None:
     workers = place(ServeConfig(num_threads=5), 2)
     assert {(worker.num_threads, worker.core_board) for worker in workers} == {(5, None)}

@@ -15,23 +15,18 @@ from transformers import PreTrainedModel
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.errors import ModelError
 from pagewire.engine.load import load_engine
-from pagewire.engine.loading import linears
 from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.dequantize import dequantize, int4_blocks
 from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.gguf_header import TensorEntry
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, find_library
+from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 MakeModel = Callable[..., PreTrainedModel]
 
 PROMPT = list(range(40))
 TOLERANCE = 0.05
-
-
-def no_library() -> NativeLibrary:
-    raise NativeLibraryError("there is no compiler", "install one")
 
 
 @pytest.fixture
@@ -48,8 +43,10 @@ def model(make_model: MakeModel) -> PreTrainedModel:
     return make_model("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4)
 
 
-def logits(path: Path, quantization: Quantization) -> Tensor:
-    runner = load_engine(path, dtype="float32", num_pages=1, quantization=quantization)
+def logits(path: Path, quantization: Quantization, kernels: str = "auto") -> Tensor:
+    runner = load_engine(
+        path, dtype="float32", num_pages=1, quantization=quantization, kernels=kernels
+    )
     row = BatchRow(
         request_id="r", token_ids=PROMPT, start=0, page_table=[0], sampling=SamplingParams()
     )
@@ -94,23 +91,19 @@ def test_int8_in_the_kernels_is_close_to_the_model(model: PreTrainedModel, tmp_p
 def test_int8_without_the_kernels_runs_in_torch_and_says_so(
     model: PreTrainedModel,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(linears, "find_library", no_library)
-
-    result = logits(tmp_path, Quantization.INT8)
+    with caplog.at_level(logging.INFO):
+        result = logits(tmp_path, Quantization.INT8, kernels="torch")
 
     assert relative_error(result, expected_logits(model)) < TOLERANCE
-    assert "int8 matrices run in torch, more slowly: there is no compiler" in caplog.text
+    assert "matrices: int8 by plain torch: as configured" in caplog.text
 
 
-def test_int4_without_the_kernels_is_refused(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linears, "find_library", no_library)
-    with pytest.raises(ModelError, match=r"int4 needs the C\+\+ kernels: there is no compiler"):
-        logits(tmp_path, Quantization.INT4)
+@pytest.mark.usefixtures("model")
+def test_int4_without_the_kernels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"needs the C\+\+ kernels.* choose kernels auto, or"):
+        logits(tmp_path, Quantization.INT4, kernels="torch")
 
 
 @pytest.mark.usefixtures("native")
@@ -166,7 +159,8 @@ def test_memory_is_said_at_the_start(
     matrices = sum(each.nbytes for each in tied.parameters() if each.ndim == 2)
 
     with caplog.at_level(logging.INFO):
-        runner = load_engine(tmp_path, dtype="float32", num_pages=3)
+        runner = load_engine(tmp_path, dtype="float32", num_pages=3, kernels="torch")
 
     assert runner.model.weight_bytes == matrices
+    assert "matrices: float32 by plain torch" in caplog.text
     assert "weights take 0 MB, 3 pages of float32 KV cache 0 MB" in caplog.text

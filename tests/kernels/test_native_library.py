@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pagewire.kernels.instruction_sets import INSTRUCTION_SETS, runnable_sets
 from pagewire.kernels.native_library import (
-    INSTRUCTION_SETS,
     REBUILD,
     NativeLibraryError,
     find_library,
     load_library,
-    runnable_sets,
 )
 from pagewire.kernels.native_ops import NativeOps
 from pagewire.kernels.select import Kernels, select_ops
@@ -75,6 +74,14 @@ def test_a_gpu_gets_plain_torch() -> None:
 
 def test_torch_can_be_forced() -> None:
     assert select_ops(Kernels.TORCH, "cpu").explanation == "plain torch: as configured"
+
+
+def test_deterministic_needs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NativeLibraryError, match="plain torch is not deterministic"):
+        select_ops(Kernels.TORCH, "cpu", deterministic=True)
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(NativeLibraryError, match="riscv64"):
+        select_ops(Kernels.AUTO, "cpu", deterministic=True)
 
 
 def test_the_library_of_this_machine_is_found() -> None:

@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pagewire.kernels.cpu_flags import cpu_flags
+from pagewire.kernels.instruction_sets import runnable_sets
 from pagewire.kernels.int4_linear import Int4Blocks, concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear, quantize_weight
-from pagewire.kernels.native_library import (
-    NativeLibrary,
-    NativeLibraryError,
-    load_library,
-    runnable_sets,
-)
+from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, load_library
 from pagewire.kernels.ops import GROUP, Linear, QuantizedActivation
 from pagewire.kernels.quantized import dequantize, quantize
 

@@ -5,7 +5,8 @@ import platform
 import pytest
 
 from pagewire.kernels.cpu_flags import cpu_flags
-from pagewire.kernels.native_library import NativeLibraryError, load_library, runnable_sets
+from pagewire.kernels.instruction_sets import runnable_sets
+from pagewire.kernels.native_library import NativeLibraryError, load_library
 from pagewire.kernels.native_ops import NativeOps
 from pagewire.kernels.ops import Ops
 from pagewire.kernels.torch_ops import TorchOps

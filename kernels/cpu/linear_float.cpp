@@ -1,0 +1,201 @@
+// Matrices in float32 or bfloat16, summed in float32.
+//
+// Every element of the result is one running sum over the input features in their order, whatever
+// the rows beside it, the tile that computes it and the number of threads: a row is the same to the
+// bit in every batch.
+#include <algorithm>
+#include <memory>
+
+#include "common.h"
+#include "unroll.h"
+
+namespace pagewire {
+namespace {
+
+// A panel is 32 output channels side by side, in two halves. A tile takes one vector of each half
+// at a time.
+constexpr int64_t kPanel = 32;
+constexpr int64_t kHalf = kPanel / 2;
+
+// Rows of a tile: two sums each, two vectors of weights and a broadcast fill the registers. Tiles of
+// few rows take several panels for at least kSums sums: fewer would wait for one another.
+#if defined(__AVX512F__)
+constexpr int64_t kRows = 14, kSums = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kRows = 6, kSums = 8;
+#else
+constexpr int64_t kRows = 12, kSums = 16;
+#endif
+
+// Floats of x that are multiplied with one panel after another, and stay in the second-level cache.
+constexpr int64_t kBlockSize = 1 << 16;
+
+// Input features between the weights that are multiplied and those that are fetched.
+constexpr int64_t kAhead = 48;
+constexpr int64_t kCacheLine = 64;  // bytes
+
+// Products that one thread computes sooner than a second one is woken.
+constexpr int64_t kSerialProducts = 1 << 17;
+
+constexpr int64_t panels_of(int64_t rows) { return std::max<int64_t>(1, kSums / 2 / rows); }
+
+template <typename W>
+struct Matrix {
+    const W* weight;    // float [num_panels, in_features, kPanel], BFloat16 [.., kHalf, 2]
+    const float* bias;  // [num_panels * kPanel]
+    int64_t in_features;
+    int64_t out_features;
+
+    int64_t num_panels() const { return (out_features + kPanel - 1) / kPanel; }
+};
+
+template <typename W>
+inline void prefetch(const W* weight) {
+    UNROLL for (int64_t i = 0; i < kPanel; i += kCacheLine / sizeof(W))
+        __builtin_prefetch(weight + i);
+}
+
+// The weights of one input feature for channels `lane` .. and kHalf + lane .. of a panel.
+inline void load_halves(const float* weight, int64_t lane, Floats& first, Floats& second) {
+    first = load(weight + lane);
+    second = load(weight + kHalf + lane);
+}
+
+// One word holds a channel of each half: widening takes one instruction for either.
+inline void load_halves(const BFloat16* weight, int64_t lane, Floats& first, Floats& second) {
+    Bits words;
+    std::memcpy(&words, weight + 2 * lane, sizeof words);
+    first = (Floats)(words << 16);
+    second = (Floats)(words & 0xffff0000);
+}
+
+template <typename W, typename T>
+void store_channels(const Matrix<W>& matrix, int64_t channel, Floats sums, T* out) {
+    const Floats values = sums + load(matrix.bias + channel);
+    const int64_t count = matrix.out_features - channel;
+    if (count >= kLanes)
+        store(out + channel, values);
+    else if (count > 0)
+        store_first(out + channel, values, count);
+}
+
+// R rows times P panels. x: [in_features, R]; out: the first of R rows of [rows, out_features].
+template <int64_t R, int64_t P, typename W, typename T>
+void multiply_tile(const Matrix<W>& matrix, const float* x, int64_t panel, int64_t lane, T* out) {
+    const int64_t depth = matrix.in_features;
+    const W* weight = matrix.weight + panel * depth * kPanel;
+    Floats sums[R][P][2] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        Floats weights[P][2];
+        UNROLL for (int64_t p = 0; p < P; ++p) {
+            const W* feature = weight + (p * depth + k) * kPanel;
+            prefetch(feature + kAhead * kPanel);
+            load_halves(feature, lane, weights[p][0], weights[p][1]);
+        }
+        UNROLL for (int64_t r = 0; r < R; ++r) {
+            const float value = x[k * R + r];
+            UNROLL for (int64_t p = 0; p < P; ++p)
+                UNROLL for (int64_t half = 0; half < 2; ++half)
+                    sums[r][p][half] += value * weights[p][half];
+        }
+    }
+    UNROLL for (int64_t r = 0; r < R; ++r)
+        UNROLL for (int64_t p = 0; p < P; ++p)
+            UNROLL for (int64_t half = 0; half < 2; ++half)
+                store_channels(matrix, (panel + p) * kPanel + half * kHalf + lane,
+                               sums[r][p][half], out + r * matrix.out_features);
+}
+
+// The rows of x in tiles of even sizes, at most kRows.
+struct Tiles {
+    int64_t rows;
+
+    int64_t count() const { return (rows + kRows - 1) / kRows; }
+    int64_t start(int64_t tile) const { return rows * tile / count(); }
+    int64_t size(int64_t tile) const { return start(tile + 1) - start(tile); }
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(BFloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+// Transposes a tile, so that a step of multiply_tile reads one run; to: [depth, R].
+template <int64_t R, typename W>
+void pack_tile(const W* x, int64_t depth, float* to) {
+    for (int64_t k = 0; k < depth; ++k)
+        for (int64_t r = 0; r < R; ++r) to[k * R + r] = to_float(x[r * depth + k]);
+}
+
+// One tile times consecutive panels.
+template <int64_t R, typename W, typename T>
+void multiply_panels(const Matrix<W>& matrix, const float* x, int64_t panel, int64_t num_panels,
+                     T* out) {
+    for (int64_t lane = 0; lane < kHalf; lane += kLanes) {
+        if (num_panels == panels_of(R))
+            multiply_tile<R, panels_of(R)>(matrix, x, panel, lane, out);
+        else
+            for (int64_t p = panel; p < panel + num_panels; ++p)
+                multiply_tile<R, 1>(matrix, x, p, lane, out);
+    }
+}
+
+template <typename W, typename T>
+void multiply(const Matrix<W>& matrix, const W* x, int64_t rows, T* out) {
+    const int64_t depth = matrix.in_features, num_panels = matrix.num_panels();
+    const Tiles tiles{rows};
+    const int64_t num_tiles = tiles.count(), step = panels_of(tiles.size(0));
+    const int64_t block = std::max<int64_t>(1, kBlockSize / (kRows * depth));
+    const std::unique_ptr<float[]> packed(new float[rows * depth]);
+#pragma omp parallel if (rows * depth * matrix.out_features > kSerialProducts)
+    {
+#pragma omp for
+        for (int64_t tile = 0; tile < num_tiles; ++tile)
+            with_constant<kRows>(tiles.size(tile), [&](auto size) {
+                const int64_t start = tiles.start(tile) * depth;
+                pack_tile<size()>(x + start, depth, packed.get() + start);
+            });
+#pragma omp for collapse(2)
+        for (int64_t first = 0; first < num_tiles; first += block)
+            for (int64_t panel = 0; panel < num_panels; panel += step)
+                for (int64_t tile = first; tile < std::min(first + block, num_tiles); ++tile)
+                    with_constant<kRows>(tiles.size(tile), [&](auto size) {
+                        const int64_t row = tiles.start(tile);
+                        multiply_panels<size()>(matrix, packed.get() + row * depth, panel,
+                                                std::min(step, num_panels - panel),
+                                                out + row * matrix.out_features);
+                    });
+    }
+}
+
+}  // namespace
+}  // namespace pagewire
+
+using namespace pagewire;
+
+// out = x weightᵀ + bias. x: [rows, in_features], rows > 0, in the dtype of the weights: float32 or
+// bfloat16; weight and bias as in Matrix, filled up to whole panels; out: [rows, out_features], in
+// that dtype or in float32.
+PAGEWIRE_EXPORT void linear_float(int64_t dtype, int64_t out_dtype, const void* x,
+                                  const void* weight, const void* bias, void* out, int64_t rows,
+                                  int64_t in_features, int64_t out_features) {
+    const auto run = [&](auto* weight_type, auto* out_type) {
+        using W = std::remove_pointer_t<decltype(weight_type)>;
+        using T = std::remove_pointer_t<decltype(out_type)>;
+        const Matrix<W> matrix{static_cast<const W*>(weight), static_cast<const float*>(bias),
+                               in_features, out_features};
+        multiply(matrix, static_cast<const W*>(x), rows, static_cast<T*>(out));
+    };
+    float* const float32 = nullptr;
+    BFloat16* const bfloat16 = nullptr;
+    if (dtype == kFloat32)
+        run(float32, float32);
+    else if (out_dtype == kFloat32)
+        run(bfloat16, float32);
+    else
+        run(bfloat16, bfloat16);
+}
