@@ -26,8 +26,8 @@ void find_largest(const float* row, int64_t size, int64_t count, Scratch& scratc
 using namespace pagewire;
 
 // logits: [.., size]; rows, tokens: [count]; sampled: [count], of the token in each of these rows;
-// top_ids, top: [count, num_top], the most likely first. num_top <= size. All are NaN in a row whose
-// largest logit is not finite, or that has a NaN.
+// top_ids, top: [count, num_top], the most likely first. num_top <= size. All are NaN in a row
+// whose largest logit is not finite, or that has a NaN.
 PAGEWIRE_EXPORT void logprobs(const float* logits, const int64_t* rows, const int64_t* tokens,
                               double* sampled, int64_t* top_ids, double* top, int64_t count,
                               int64_t size, int64_t num_top) {

@@ -104,7 +104,8 @@ inline int64_t copy_at_least(const float* row, int64_t size, float bound, float*
     return count;
 }
 
-// Copies the values from `low` up and below `high` to `values`, which may be `row`. Returns how many.
+// Copies the values from `low` up and below `high` to `values`, which may be `row`, with room for
+// kLanes more. Returns how many.
 inline int64_t copy_between(const float* row, int64_t size, float low, float high, float* values) {
     int64_t count = 0;
     for (int64_t i = 0; i < size; i += kLanes) {

@@ -107,6 +107,28 @@ def test_the_least_likely_that_are_kept_have_their_share(
     assert torch.equal(tokens, kept)
 
 
+def test_top_p_ends_in_a_flat_tail(ops: Ops) -> None:
+    """Tokens of the tail weigh next to nothing each, and some of them are kept."""
+    torch.manual_seed(0)
+    vocab_size, num_heavy, num_kept = 3000, 20, 32
+    logits = -torch.arange(vocab_size) / vocab_size
+    logits[:num_heavy] += 8
+    ranked = torch.randperm(vocab_size)
+    logits = torch.empty(vocab_size).scatter_(0, ranked, logits)
+    probabilities = logits.double().softmax(dim=0)[ranked]
+    top_p = float(probabilities[:num_kept].sum() - probabilities[num_kept - 1] / 2)
+    kept = ranked[num_heavy:num_kept]
+    distribution = torch.zeros(vocab_size, dtype=torch.float64)
+    distribution[ranked[:num_kept]] = probabilities[:num_kept] / probabilities[:num_kept].sum()
+    uniform = distribution.cumsum(dim=0)[kept] - distribution[kept] / 2
+    count = len(kept)
+    rows = rows_of(vocab_size, [1.0] * count, [vocab_size] * count, [top_p] * count, [0.0] * count)
+
+    tokens = ops.plan_sampling(rows).run(logits.repeat(count, 1), uniform)
+
+    assert torch.equal(tokens, kept)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, 4.0], ids=["flat", "even", "peaked"])
 def test_every_implementation_chooses_the_same_tokens(ops: Ops, scale: float) -> None:
     """But for one draw in a thousand, whose random number lies between two roundings."""
