@@ -16,9 +16,9 @@ def require_same_tokens(tokenizer: Tokenizer, draft_model: Path) -> None:
             f"draft_model {draft_model.name} has {len(found)} tokens, the model {len(expected)}; "
             "choose a smaller model of the same family"
         )
-    for token, token_id in expected.items():
-        if found.get(token) != token_id:
-            raise StartError(
-                f"draft_model {draft_model.name} has another vocabulary than the model: token "
-                f"{token_id} differs; choose a smaller model of the same family"
-            )
+    differing = [number for token, number in expected.items() if found.get(token) != number]
+    if differing:
+        raise StartError(
+            f"draft_model {draft_model.name} has another vocabulary than the model: token "
+            f"{min(differing)} differs; choose a smaller model of the same family"
+        )
