@@ -29,8 +29,8 @@ from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats, TransportError
 
 NUM_SLOTS = 4
-SLOT_BYTES = 1 << 22
-RING_BYTES = NUM_SLOTS * SLOT_BYTES  # of one direction; small enough to stay in a cache
+SLOT_BYTES = 4 << 20  # a whole frame, since each chunk wakes both ends up
+RING_BYTES = NUM_SLOTS * SLOT_BYTES  # of one direction; what is never written takes no memory
 
 
 @dataclass(slots=True, kw_only=True)

@@ -152,7 +152,7 @@ def test_killed_while_it_receives(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losing_a_sender_leaks_no_descriptors(kind: str) -> None:
+def test_losing_a_sender_leaks_neither_descriptors_nor_memory(kind: str) -> None:
     async def lose_a_peer() -> int:
         """Open descriptors afterwards."""
         async with remote(kind, "stream") as r:
@@ -160,6 +160,7 @@ def test_losing_a_sender_leaks_no_descriptors(kind: str) -> None:
             await r.sink.until(lambda: len(r.sink.received) >= 3)
             r.kill()
             await r.sink.until(lambda: r.sink.reasons)
+        assert "memfd:pagewire" not in Path("/proc/self/maps").read_text()
         return len(os.listdir("/proc/self/fd"))
 
     async def scenario() -> None:
