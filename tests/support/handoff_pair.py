@@ -140,7 +140,7 @@ class HandoffPair:
         self.to_decode: deque[Message] = deque()
         self.to_prefill: deque[Message] = deque()
         self.events: list[pb.WorkerEvent] = []
-        self.sample = step_result  # what the model gives
+        self.sample: Callable[[Batch], StepResult] = step_result  # what the model gives
         self.bad_frames: set[int] = set()  # by seq: those that fail their checksum
         self._sending: deque[SendFrame] = deque()
         self._landing: deque[Frame] = deque()
