@@ -253,7 +253,8 @@ class Lifecycle:
         num_cached_tokens: int = 0,
     ) -> list[Effect]:
         wants_logprobs = self.request.sampling.HasField("num_logprobs")
-        if choice >= self.request.n or (len(logprobs) != (len(token_ids) if wants_logprobs else 0)):
+        num_logprobs = len(token_ids) if wants_logprobs else 0
+        if choice >= self.request.n or len(logprobs) != num_logprobs:
             return self.fail(_stream_broken())
         if self.state is not State.DECODING:
             self.state = state

@@ -76,11 +76,11 @@ class _StreamedChoice:
     def __init__(self, shape: ChoiceShape, output: OutputText) -> None:
         self._shape = shape
         self._output = output
-        self._opening: list[dict[str, Any]] | None = shape.opening()
+        self._opening = shape.opening()  # empty once it is out
 
     def text(self, text: str) -> list[dict[str, Any]]:
         """New text, behind what opens the choice; nothing if there is no news."""
-        items, self._opening = self._opening or [], None
+        items, self._opening = self._opening, []
         logprobs = self._output.take_logprobs()
         return [*items, self._shape.text(text, logprobs)] if text or logprobs else items
 
@@ -135,7 +135,7 @@ class EventStreamResponse(Response):
                     items = choices[piece.choice].text(piece.text)
                     last = choices[piece.choice].ending()
                     if not generation.is_finished:
-                        items += last
+                        items = [*items, *last]
                     if items:
                         await writer.write(*map(self._event, items))
         closing = [*map(self._event, last)]
