@@ -72,11 +72,11 @@ def load_engine(
             share=default_share(device),
         )
     logger.info(
-        "weights take %d MB, %d pages of %s KV cache %d MB",
+        "weights take %d MB, %d pages of KV cache %d MB in %s",
         model.weight_bytes // 10**6,
         num_pages,
-        layout.dtype,
         num_pages * layout.page_bytes // 10**6,
+        layout.dtype,
     )
     return ModelRunner(
         model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)
