@@ -1,8 +1,11 @@
 """The memory of a worker's KV cache: one byte pool that the model and the transfer code share."""
 
+import contextlib
+import mmap
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from pagewire.engine.batch import PageCopy
 from pagewire.kernels.kv_pool import KVPool
@@ -12,8 +15,8 @@ from pagewire.kv_transfer.layout import KVLayout
 class KVCache:
     """A pool of pages in the layout of `KVLayout`.
 
-    Who owns which page is not known here. The memory is not cleared, and on a CPU the system
-    provides it only when a page is first written.
+    Who owns which page is not known here. The memory holds anything, and on a CPU the system
+    provides it only where a page is first written.
     """
 
     def __init__(self, layout: KVLayout, num_pages: int, device: str = "cpu") -> None:
@@ -22,7 +25,12 @@ class KVCache:
             raise ValueError(f"num_pages is {num_pages}; it must be at least 1")
         self.layout = layout
         self.num_pages = num_pages
-        self.pool = torch.empty((num_pages, layout.page_bytes), dtype=torch.uint8, device=device)
+        num_bytes = num_pages * layout.page_bytes
+        if torch.device(device).type == "cpu":
+            memory = _host_memory(num_bytes)
+        else:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.pool = memory.view(num_pages, layout.page_bytes)
 
     @property
     def pages(self) -> KVPool:
@@ -50,3 +58,16 @@ class KVCache:
         if self.pool.device.type != "cpu":
             raise TypeError(f"the KV pool is on {self.pool.device}; only host memory has a buffer")
         return self.pool.view(-1).numpy().data
+
+
+def _host_memory(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes], in huge pages where the system has them.
+
+    Attention reads pages in any order; with 4 KiB of memory behind each entry of the TLB it would
+    wait for address translation.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):  # a kernel that was built without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -74,10 +74,11 @@ class TorchOps:
         at = slots // page_size, slots % page_size
         # [num_pages, page_size, num_kv_heads, 2, head_dim]: advanced indices side by side.
         values = pool.values[:, layer].permute(0, 3, 1, 2, 4)
-        kv = torch.stack((_rotate(k.float(), rope), v.float()), dim=2)
         if pool.scales is None:
-            values[at] = kv.to(values.dtype)
+            values[at] = torch.stack((_rotate(k, rope), v), dim=2)
         else:
+            # In float32, so that a rotated k is rounded once.
+            kv = torch.stack((_rotate(k.float(), rope), v.float()), dim=2)
             values[at], pool.scales[:, layer].permute(0, 3, 1, 2)[at] = quantize_vectors(kv)
         return _rotate(q, rope)
 
