@@ -6,7 +6,6 @@ so: `make bench-peers` installs them. The machine's own limits are measured in t
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ from harness.load import closed_loop
 from harness.machine import Machine
 from harness.machine import from_json as machine_from_json
 from harness.memory import idle_cores, memory_of, process_tree
-from harness.process import StartError
+from harness.process import StartError, run_async
 from harness.prompts import TEXT, PromptSource
 from harness.report import (
     PeerReport,
@@ -104,12 +103,12 @@ async def compare(
         for number in range(plan.rounds):
             prompts = make_round(plan, source)
             for contender in _rotated(contenders, number):
+                say(f"round {number + 1} of {plan.rounds}: {contender.peer.traits.name}")
                 try:
                     await measure(contender, plan, prompts)
                 except StreamError as error:
                     skipped[contender.peer.traits.name] = f"it failed under load: {error}"
                     contenders.remove(contender)
-            say(f"round {number + 1} of {plan.rounds}")
         return [report(contender, plan, machine) for contender in contenders]
 
 
@@ -181,7 +180,7 @@ def measure_starts(workspace: Workspace) -> dict[str, float]:
             if kind == "cold":
                 forget([Path(sys.prefix), workspace.model, ROOT / "src"])
             name = f"{launcher}, {kind}"
-            seconds[name] = asyncio.run(start_seconds(workspace, launcher=launcher))
+            seconds[name] = run_async(start_seconds(workspace, launcher=launcher))
             say(f"start with {name}: {seconds[name]:.1f} s")
     return seconds
 
@@ -239,7 +238,7 @@ def main() -> None:
     peers, skipped = select(arguments.peers, workspace)
     starts = {} if arguments.quick or arguments.no_starts else measure_starts(workspace)
     machine = measure_machine(workspace)
-    reports = asyncio.run(compare(peers, plan, machine, workspace, skipped))
+    reports = run_async(compare(peers, plan, machine, workspace, skipped))
     show(reports, machine, skipped)
     if arguments.json:
         result = {

@@ -7,7 +7,6 @@ version of `pagewire serve` does not have is skipped, and the output says so.
 """
 
 import argparse
-import asyncio
 import json
 import statistics
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from harness.figures import output_rate, percentile, tpots_s
 from harness.load import Arrival, open_loop
 from harness.plot import sparkline
+from harness.process import run_async
 from harness.prompts import TEXT, PromptSource
 from harness.streams import StreamTimes
 from harness.table import markdown_table, number
@@ -215,7 +215,7 @@ def main() -> None:
         elif options and not serve_has(options[0]):
             skipped[name] = f"`pagewire serve` has no {options[0]}"
         else:
-            outcomes[name] = asyncio.run(run(options, arrivals, workspace))
+            outcomes[name] = run_async(run(options, arrivals, workspace))
     print("\n\n".join(plots(name, each) for name, each in outcomes.items()) + "\n")
     print(table(outcomes))
     for name, reason in skipped.items():

@@ -66,7 +66,7 @@ class ServeConfig(BaseSettings):
     launcher: Literal["ray", "subprocess"] = Field(
         default="ray", description="what starts the workers"
     )
-    transport: Literal["auto", "ucx", "tcp"] = Field(
+    transport: Literal["auto", "shm", "ucx", "tcp"] = Field(
         default="auto", description="what carries KV pages"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
@@ -102,8 +102,18 @@ class ServeConfig(BaseSettings):
     prefix_cache: bool = Field(
         default=True, description="keep the KV of prompts for those that begin alike"
     )
-    speculation: Literal["none", "ngram"] = Field(
-        default="none", description="drafts that a decode step checks; ngram: from the text so far"
+    speculation: Literal["none", "ngram", "draft"] = Field(
+        default="none",
+        description="drafts that a decode step checks: looked up (ngram) or a model's (draft)",
+    )
+    draft_model: str | None = Field(
+        default=None,
+        min_length=1,
+        validate_default=True,
+        description="a smaller model of the same vocabulary, named as `model`",
+    )
+    draft_quantization: Quantization = Field(
+        default=Quantization.NONE, description="matrices of the draft model"
     )
     max_queued: int = Field(default=1024, ge=1, description="requests that wait in the router")
     queue_timeout_s: float = Field(
@@ -116,6 +126,16 @@ class ServeConfig(BaseSettings):
     stop_timeout_s: float = Field(
         default=5.0, gt=0, description="for a stopped worker to end by itself"
     )
+
+    @field_validator("draft_model")
+    @classmethod
+    def _drafts_come_from_a_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        speculation = info.data.get("speculation")
+        if speculation == "draft" and value is None:
+            raise ValueError("speculation is draft; name the model that drafts")
+        if speculation in ("none", "ngram") and value is not None:
+            raise ValueError(f"speculation is {speculation}; a draft model needs draft")
+        return value
 
     @field_validator("dashboard_port")
     @classmethod

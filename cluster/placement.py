@@ -34,6 +34,7 @@ def worker_configs(
     config: ServeConfig,
     *,
     model: Path,
+    draft_model: Path | None = None,
     served_model: str,
     router: str,
     cores: int,
@@ -70,7 +71,9 @@ def worker_configs(
             kernels=config.kernels,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
-            max_draft_tokens=MAX_DRAFT_TOKENS if config.speculation == "ngram" else 0,
+            max_draft_tokens=0 if config.speculation == "none" else MAX_DRAFT_TOKENS,
+            draft_model=str(draft_model) if draft_model and role is Role.DECODE else None,
+            draft_quantization=config.draft_quantization,
             prefix_cache_secret=prefix_cache_secret,
         )
         for slot, (role, index) in enumerate(names)

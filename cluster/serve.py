@@ -17,6 +17,7 @@ from pathlib import Path
 from pagewire.cluster import processes
 from pagewire.cluster.api import build_app, tokenizer_of
 from pagewire.cluster.config import ServeConfig
+from pagewire.cluster.draft_tokenizer import require_same_tokens
 from pagewire.cluster.errors import StartError
 from pagewire.cluster.http_server import HttpServer
 from pagewire.cluster.launcher import Launcher, WorkerExit
@@ -58,9 +59,12 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
     """Start an instance, and keep it running until cancelled. Raises ClusterError."""
     with bind(config.host, config.port, option="--port") as listener:
         model = _resolve(config.model)
+        draft_model = _resolve(config.draft_model) if config.draft_model else None
         served_model = config.served_model or served_name(config.model)
         async with AsyncExitStack() as stack:
             base = await _start_base(stack, config, model, terminal)
+            if draft_model:
+                await asyncio.to_thread(require_same_tokens, base.tokenizer, draft_model)
             # Not before Ray runs: it forks, which gRPC's threads in this process do not like.
             secret = secrets.token_bytes(KEY_BYTES) if config.prefix_cache else None
             hasher = PageHasher(secret=secret, page_size=config.page_size) if secret else None
@@ -69,6 +73,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             workers = worker_configs(
                 config,
                 model=model,
+                draft_model=draft_model,
                 served_model=served_model,
                 router=await control.start(),
                 cores=available_cores(),

@@ -14,8 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pagewire.decode_worker.worker import DecodeWorker
+from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.errors import EngineError
 from pagewire.engine.load import load_engine
+from pagewire.engine.load_draft import draft_page_bytes, load_draft_model
+from pagewire.engine.model_runner import ModelRunner
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.kv_transfer.select import create_transports
 from pagewire.kv_transfer.transport import TransportError
@@ -44,8 +47,31 @@ async def run_worker(
     Raises one of StartError, with a sentence for the user, when the worker cannot work.
     """
     incarnation = secrets.token_bytes(16)
-    runner = await asyncio.to_thread(
-        load_engine,
+    runner, draft_model = await asyncio.to_thread(_load_models, config)
+    worker: PrefillWorker | DecodeWorker
+    if config.role is Role.PREFILL:
+        worker = PrefillWorker(
+            config=config, incarnation=incarnation, runner=runner, on_state=on_state
+        )
+    else:
+        worker = DecodeWorker(
+            config=config,
+            incarnation=incarnation,
+            runner=runner,
+            draft_model=draft_model,
+            on_state=on_state,
+        )
+    chosen = create_transports(config.transport, incarnation, worker, config.host)
+    logger.info("%s: %s", config.name, chosen.explanation)
+    await worker.run(chosen.transports, stop)
+
+
+def _load_models(config: WorkerConfig) -> tuple[ModelRunner, DraftModel | None]:
+    draft_path = Path(config.draft_model) if config.draft_model else None
+    page_bytes = 0
+    if draft_path:
+        page_bytes = draft_page_bytes(draft_path, page_size=config.page_size, dtype=config.dtype)
+    runner = load_engine(
         Path(config.model),
         dtype=config.dtype,
         quantization=config.quantization,
@@ -53,15 +79,22 @@ async def run_worker(
         device=config.device,
         page_size=config.page_size,
         num_pages=config.num_pages,
+        draft_page_bytes=page_bytes,
         max_model_len=config.max_model_len,
         num_threads=config.num_threads,
         kernels=config.kernels,
     )
-    role = PrefillWorker if config.role is Role.PREFILL else DecodeWorker
-    worker = role(config=config, incarnation=incarnation, runner=runner, on_state=on_state)
-    chosen = create_transports(config.transport, incarnation, worker, config.host)
-    logger.info("%s: %s", config.name, chosen.explanation)
-    await worker.run(chosen.transports, stop)
+    if not draft_path:
+        return runner, None
+    return runner, load_draft_model(
+        draft_path,
+        runner,
+        dtype=config.dtype,
+        quantization=config.draft_quantization,
+        device=config.device,
+        kernels=config.kernels,
+        cost=config.draft_cost,
+    )
 
 
 async def _main(config: WorkerConfig, *, ends_with_stdin: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 
 from google.protobuf.message import DecodeError
 
+from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
@@ -17,8 +18,6 @@ from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
 from pagewire.engine.batch import Batch, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
-from pagewire.engine.sampling_params import SamplingParams
-from pagewire.engine.speculative import NgramDrafter
 from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
@@ -67,14 +66,13 @@ class DecodeCore:
         max_batch_size: int,
         slot_bytes: int,
         hasher: PageHasher | None = None,
-        max_draft_tokens: int = 0,
+        speculation: Speculation | None = None,
         max_slots_per_handoff: int = 4,
         closing_s: float = 5.0,
     ) -> None:
         """`closing_s` bounds the wait for the sender of a hand-off that was given up.
 
-        Without a `hasher` nothing is cached. `max_draft_tokens` is for all rows of a step together,
-        and so switches speculative decoding on.
+        Without a `hasher` nothing is cached, without `speculation` nothing is drafted.
 
         Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
@@ -89,7 +87,7 @@ class DecodeCore:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._slot_bytes = slot_bytes
-        self._max_draft_tokens = max_draft_tokens
+        self._speculation = speculation
         self._max_slots_per_handoff = max_slots_per_handoff
         self._closing_s = closing_s
         self._closing_since: dict[SlotHolder, float] = {}  # ended, may still write their slots
@@ -102,6 +100,8 @@ class DecodeCore:
         self._scattering: dict[tuple[AttemptKey, int], list[int]] = {}  # pages, by frame
         self._ended = EndedAttempts()
         self._num_generated_tokens = 0
+        self._num_drafted_tokens = 0
+        self._num_accepted_tokens = 0
         self._num_dropped = 0
 
     # --- From the router --------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class DecodeCore:
             cache_salt=body.cache_salt,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
             priority=body.priority,
-            drafter=self._drafter(token_ids, sampling),
+            drafting=self._speculation.drafting(token_ids, sampling) if self._speculation else None,
         )
         num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
         if num_pages > self.pool.num_pages:
@@ -181,12 +181,6 @@ class DecodeCore:
                 f"{self.pool.num_pages}"
             )
         return sequence
-
-    def _drafter(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> NgramDrafter | None:
-        """None without speculation, and under penalties: these look at every token before."""
-        if not self._max_draft_tokens or sampling.has_penalties:
-            return None
-        return NgramDrafter(token_ids)
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         sequence = self._sequences.get(key)
@@ -418,8 +412,12 @@ class DecodeCore:
         self._batch = self._scheduler.schedule()
         if not self._batch:
             return None, []
+        if self._speculation is not None:
+            self._speculation.plan(
+                [sequence.drafting for sequence in self._batch],
+                [sequence.num_tokens_left for sequence in self._batch],
+            )
         for sequence in self._batch:
-            sequence.draft(self._max_draft_tokens // len(self._batch))
             self._grow(sequence, sequence.num_kv_tokens)
         return Batch(rows=tuple(sequence.next_row() for sequence in self._batch)), []
 
@@ -457,10 +455,10 @@ class DecodeCore:
         logprobs: tuple[TokenLogprobs, ...],
     ) -> list[Effect]:
         """Take the tokens of a step up to the one that ends the sequence."""
-        sequence.draft_length.on_step(
-            num_drafted=len(sequence.drafts), num_accepted=len(sampled) - 1
-        )
-        sequence.drafts = ()
+        if sequence.drafting is not None:
+            self._num_drafted_tokens += sequence.drafting.num_drafts
+            self._num_accepted_tokens += len(sampled) - 1
+            sequence.drafting.on_step(num_accepted=len(sampled) - 1)
         reason = pb.FINISH_REASON_UNSPECIFIED
         for token in sampled:
             sequence.append(token)
@@ -527,6 +525,8 @@ class DecodeCore:
             running=self._scheduler.num_running,
             handoffs=len(self._waiting) + len(self._receiving),
             generated_tokens=self._num_generated_tokens,
+            drafted_tokens=self._num_drafted_tokens,
+            accepted_tokens=self._num_accepted_tokens,
             dropped_messages=self._num_dropped,
         )
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from pagewire.decode_worker.drafting import Drafting
 from pagewire.decode_worker.receiver import Receiver
 from pagewire.decode_worker.slots import SlotHolder
 from pagewire.engine.batch import BatchRow
 from pagewire.engine.page_pool import Reservation
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.engine.speculative import DraftLength, NgramDrafter
 from pagewire.engine.token_history import TokenHistory
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageKey
@@ -32,9 +32,7 @@ class DecodeSequence:
     history: TokenHistory | None = None  # where `sampling` has penalties
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # not emitted yet, if asked
     num_emitted: int = 0  # output tokens that the router was told of
-    drafter: NgramDrafter | None = None  # where drafts may pay
-    draft_length: DraftLength = field(default_factory=DraftLength)
-    drafts: tuple[int, ...] = ()  # of the step that runs or comes next
+    drafting: Drafting | None = None  # where drafts may pay
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -53,30 +51,27 @@ class DecodeSequence:
     @property
     def num_kv_tokens(self) -> int:
         """Tokens whose KV exists once the next step has run, that of its drafts included."""
-        return self.num_prompt_tokens + len(self.output) + len(self.drafts)
+        num_drafts = self.drafting.num_drafts if self.drafting else 0
+        return self.num_prompt_tokens + len(self.output) + num_drafts
 
-    def draft(self, limit: int) -> None:
-        """Propose at most `limit` tokens for the next step.
-
-        Never more than can be used: with the token that a step samples behind its drafts, a
-        sequence ends at its max_tokens.
-        """
-        self.drafts = ()
-        if self.drafter is not None:
-            room = self.sampling.max_tokens - len(self.output) - 1
-            self.drafts = self.drafter.propose(min(limit, room, self.draft_length.value))
+    @property
+    def num_tokens_left(self) -> int:
+        """Output tokens that it may have yet."""
+        return self.sampling.max_tokens - len(self.output)
 
     def next_row(self) -> BatchRow:
         """Run the token sampled last and the drafts behind it, sample the next of each."""
+        drafts = self.drafting.token_ids if self.drafting else ()
         return BatchRow(
             request_id=self.key.request_id,
-            token_ids=(self.output[-1], *self.drafts),
+            token_ids=(self.output[-1], *drafts),
             start=self.num_prompt_tokens + len(self.output) - 1,
             page_table=self.pages,
             sampling=self.sampling,
             output_position=len(self.output),
             history=self.history,
-            num_drafts=len(self.drafts),
+            num_drafts=len(drafts),
+            draft_work=self.drafting.work if self.drafting else None,
         )
 
     def append(self, token_id: int) -> None:
@@ -84,5 +79,5 @@ class DecodeSequence:
         self.output.append(token_id)
         if self.history is not None:
             self.history.append(token_id)
-        if self.drafter is not None:
-            self.drafter.extend((token_id,))
+        if self.drafting is not None:
+            self.drafting.extend(token_id)

@@ -4,7 +4,11 @@ import asyncio
 from collections.abc import Callable
 
 from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.slots import SlotPool
+from pagewire.engine.batch import Batch, StepResult
+from pagewire.engine.draft_length import DraftCosts
+from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Frame, MessageError, decode
@@ -24,8 +28,10 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         config: WorkerConfig,
         incarnation: bytes,
         runner: ModelRunner,
+        draft_model: DraftModel | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
     ) -> None:
+        """Without a `draft_model` drafts are looked up, if there are to be any."""
         core = DecodeCore(
             incarnation=incarnation,
             layout=runner.layout,
@@ -34,11 +40,12 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             vocab_size=runner.vocab_size,
             max_model_len=runner.max_model_len,
             max_batch_size=config.max_batch_size,
-            max_draft_tokens=config.max_draft_tokens,
+            speculation=_speculation(config, draft_model),
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
         )
         super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
+        self._draft_model = draft_model
         self._writer = FrameWriter(
             runner.layout,
             runner.kv_cache.buffer(),
@@ -54,6 +61,11 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         self.carry_out(effects)
         return None if slot is None else self._writer.slot(slot, length)
 
+    def _run_batch(self, batch: Batch) -> StepResult:
+        if self._draft_model is not None:
+            batch = self._draft_model.add_drafts(batch)
+        return super()._run_batch(batch)
+
     def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
         raise AssertionError("a decode worker sends no frames")
 
@@ -63,3 +75,15 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             self.io_thread, self._writer.write, effect.frame, effect.page_table
         )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound))
+
+
+def _speculation(config: WorkerConfig, draft_model: DraftModel | None) -> Speculation | None:
+    if not config.max_draft_tokens:
+        return None
+    if draft_model is None:
+        return Speculation(max_draft_tokens=config.max_draft_tokens, costs=DraftCosts())
+    return Speculation(
+        max_draft_tokens=config.max_draft_tokens,
+        costs=DraftCosts(per_draft=draft_model.cost),
+        draft_model_len=draft_model.max_model_len,
+    )

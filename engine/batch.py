@@ -9,6 +9,15 @@ from pagewire.engine.token_history import TokenHistory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftWork:
+    """What a draft model runs for a row before the step."""
+
+    token_ids: Tokens[int]  # of the sequence, which it has not seen
+    start: int  # position of the first of them in the sequence
+    num_drafts: int  # to propose behind them; 0: they do not reach the end of the sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRow:
     """One sequence's part of a step."""
 
@@ -20,6 +29,7 @@ class BatchRow:
     output_position: int = 0  # of the token that is sampled, counted in output tokens
     history: TokenHistory | None = None  # prompt and output; set where `sampling` has penalties
     num_drafts: int = 0  # how many of `token_ids`, the last ones, are proposed and not sampled
+    draft_work: DraftWork | None = None  # for a draft model, which adds drafts to `token_ids`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

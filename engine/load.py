@@ -30,6 +30,7 @@ def load_engine(
     device: str = "cpu",
     page_size: int = 64,
     num_pages: int | None = None,
+    draft_page_bytes: int = 0,
     max_model_len: int | None = None,
     num_threads: int | None = None,
     kernels: str = "auto",
@@ -37,11 +38,11 @@ def load_engine(
     """Load a GGUF file or safetensors directory and allocate its KV cache.
 
     `dtype` is that of what `quantization` and `kv_cache_dtype` leave alone: float32, float16 or
-    bfloat16.
-    `num_pages` None sizes the cache from free memory, `max_model_len` None takes the model's own,
-    and `num_threads` None leaves torch's (process-wide) setting alone. `kernels` is a value of
-    Kernels. Raises ModelError, MemoryBudgetError, KernelError, and LayoutError for a dtype or page
-    size that cannot be.
+    bfloat16. `num_pages` None sizes the cache from free memory, of which a draft model takes
+    `draft_page_bytes` for each page; `max_model_len` None takes the model's own, and `num_threads`
+    None leaves torch's (process-wide) setting alone. `kernels` is a value of Kernels. Raises
+    ModelError, MemoryBudgetError, KernelError, and LayoutError for a dtype or page size that cannot
+    be.
     """
     selected = select_kernels(kernels, device)
     logger.info("kernels: %s", selected.explanation)
@@ -70,13 +71,14 @@ def load_engine(
             max_model_len=length,
             available_bytes=available_bytes(device),
             share=default_share(device),
+            draft_page_bytes=draft_page_bytes,
         )
     logger.info(
-        "weights take %d MB, %d pages of KV cache %d MB in %s",
+        "weights take %d MB, %d pages of %s KV cache %d MB",
         model.weight_bytes // 10**6,
         num_pages,
-        num_pages * layout.page_bytes // 10**6,
         layout.dtype,
+        num_pages * layout.page_bytes // 10**6,
     )
     return ModelRunner(
         model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)

@@ -22,21 +22,24 @@ def choose_num_pages(
     available_bytes: int,
     share: float,
     ceiling_bytes: int = CEILING_BYTES,
+    draft_page_bytes: int = 0,
 ) -> int:
     """Pages that take `share` of the available memory, at most `ceiling_bytes`.
 
-    At least one sequence of `max_model_len` tokens, even if that takes more than the share or the
-    ceiling. Raises MemoryBudgetError when not even that is available.
+    `draft_page_bytes` is what each takes besides, in the pool of a draft model. At least one
+    sequence of `max_model_len` tokens, even if that takes more than the share or the ceiling.
+    Raises MemoryBudgetError when not even that is available.
     """
     floor = layout.num_pages(max_model_len)
-    if floor * layout.page_bytes > available_bytes:
+    page_bytes = layout.page_bytes + draft_page_bytes
+    if floor * page_bytes > available_bytes:
         raise MemoryBudgetError(
-            f"one sequence of {max_model_len} tokens needs {_mib(floor * layout.page_bytes)} MiB "
+            f"one sequence of {max_model_len} tokens needs {_mib(floor * page_bytes)} MiB "
             f"of KV cache, but {_mib(available_bytes)} MiB are free; "
             "lower max_model_len or free memory"
         )
     budget = min(int(available_bytes * share), ceiling_bytes)
-    return max(floor, budget // layout.page_bytes)
+    return max(floor, budget // page_bytes)
 
 
 def default_share(device: str) -> float:

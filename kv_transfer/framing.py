@@ -29,6 +29,8 @@ class Kind(IntEnum):
     ANNOUNCE = 2  # a header whose payload travels another way, once the receiver is ready
     READY = 3  # answers the oldest unanswered ANNOUNCE: the payload has a place, send it
     DISCARD = 4  # answers the oldest unanswered ANNOUNCE: the payload is not wanted
+    CHUNK = 5  # so many bytes of the announced payload lie in the next slot of the shared ring
+    FREED = 6  # answers the oldest unanswered CHUNK: its slot may be filled again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,8 @@ class _Message:
     """One message under way. `taken` is done when its payload has been copied or discarded."""
 
     header: bytes
-    payload: memoryview | None
+    payload: tuple[memoryview, ...]
+    num_bytes: int
     taken: asyncio.Future[None]
 
 
@@ -66,15 +67,16 @@ class LocalConnection:
     def peer(self) -> bytes:
         return self._peer
 
-    async def send(self, header: bytes, payload: memoryview | None = None) -> None:
-        body = None if payload is None or payload.nbytes == 0 else payload.cast("B")
-        num_bytes = 0 if body is None else body.nbytes
+    async def send(self, header: bytes, *payload: memoryview) -> None:
+        num_bytes = sum(part.nbytes for part in payload)
         Prefix(kind=Kind.MESSAGE, header_bytes=len(header), payload_bytes=num_bytes)
         if self._other is None or self._ended:
             raise ConnectionLost("the connection has ended")
         started = time.perf_counter()
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._other.accept(_Message(header=header, payload=body, taken=taken))
+        self._other.accept(
+            _Message(header=header, payload=payload, num_bytes=num_bytes, taken=taken)
+        )
         await taken
         self._stats.send_seconds += time.perf_counter() - started
         self._stats.bytes_sent += num_bytes
@@ -120,19 +122,22 @@ class LocalConnection:
     def _take(self, message: _Message) -> None:
         if message.taken.done():  # its sender was cancelled: the payload may be gone
             return
-        if message.payload is None or self._copy(message.header, message.payload):
+        if not message.num_bytes or self._copy(message):
             self._handler.deliver(self._peer, message.header)
         message.taken.set_result(None)
 
-    def _copy(self, header: bytes, payload: memoryview) -> bool:
+    def _copy(self, message: _Message) -> bool:
         """Whether the payload was wanted."""
         started = time.perf_counter()
-        target = place(self._handler, self._peer, header, payload.nbytes)
+        target = place(self._handler, self._peer, message.header, message.num_bytes)
         if target is None:
             return False
-        target[:] = payload
+        position = 0
+        for part in message.payload:
+            target[position : position + part.nbytes] = part.cast("B")
+            position += part.nbytes
         self._stats.receive_seconds += time.perf_counter() - started
-        self._stats.bytes_received += payload.nbytes
+        self._stats.bytes_received += message.num_bytes
         return True
 
 
@@ -154,6 +159,9 @@ class LocalTransport:
 
     async def start(self) -> None:
         self._hub.join(self._incarnation, self)
+
+    def obstacle(self, address: bytes) -> str | None:
+        return None
 
     async def connect(self, peer: bytes, address: bytes) -> LocalConnection:
         existing = self._peers.get(peer)

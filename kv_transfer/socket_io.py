@@ -2,9 +2,12 @@
 
 import asyncio
 import socket
+from collections import deque
+from itertools import islice
 
 PEER_CLOSED = "the peer closed the connection"
 _TURN_BYTES = 256 * 1024  # copied before everything else on the loop gets its turn
+_MAX_PARTS = 1024  # of one system call, on Linux as elsewhere
 
 
 def tune(sock: socket.socket) -> None:
@@ -48,18 +51,32 @@ async def receive(sock: socket.socket, num_bytes: int) -> bytes:
 
 
 async def send(sock: socket.socket, *buffers: bytes | memoryview) -> None:
-    """Send all of `buffers`, in order, one system call if the socket takes them. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    try:
-        num_sent = sock.sendmsg(buffers)
-    except BlockingIOError:
-        num_sent = 0
-    for buffer in buffers:
-        if num_sent >= len(buffer):
-            num_sent -= len(buffer)
+    """Send all of `buffers`, in order, in as few system calls as the socket takes them in.
+
+    Raises OSError.
+    """
+    rest = deque(memoryview(buffer) for buffer in buffers)
+    while rest:
+        try:
+            num_sent = sock.sendmsg(islice(rest, _MAX_PARTS))
+        except BlockingIOError:
+            await _writable(sock)
             continue
-        await loop.sock_sendall(sock, memoryview(buffer)[num_sent:])
-        num_sent = 0
+        while rest and num_sent >= len(rest[0]):
+            num_sent -= len(rest.popleft())
+        if num_sent:
+            rest[0] = rest[0][num_sent:]
+
+
+async def _writable(sock: socket.socket) -> None:
+    """Wait until `sock` takes bytes again, or has ended."""
+    loop = asyncio.get_running_loop()
+    woken = asyncio.Event()
+    loop.add_writer(sock, woken.set)
+    try:
+        await woken.wait()
+    finally:
+        loop.remove_writer(sock)
 
 
 def why_ended(error: Exception) -> str:

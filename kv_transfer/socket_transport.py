@@ -88,6 +88,9 @@ class SocketTransport(ABC, Generic[ConnectionT]):
             ) from error
         self._spawn(self._accept(self._listener))
 
+    def obstacle(self, address: bytes) -> str | None:
+        return None
+
     async def connect(self, peer: bytes, address: bytes) -> ConnectionT:
         existing = self._peers.get(peer)
         if existing is not None:

@@ -37,17 +37,18 @@ class TcpConnection:
     def peer(self) -> bytes:
         return self._peer
 
-    async def send(self, header: bytes, payload: memoryview | None = None) -> None:
-        body = memoryview(b"") if payload is None else payload.cast("B")
+    async def send(self, header: bytes, *payload: memoryview) -> None:
+        parts = [part.cast("B") for part in payload]
+        num_bytes = sum(map(len, parts))
         prefix = Prefix(
-            kind=Kind.MESSAGE, header_bytes=len(header), payload_bytes=body.nbytes
+            kind=Kind.MESSAGE, header_bytes=len(header), payload_bytes=num_bytes
         ).encode()
         async with self._sending:
             if self._ended:
                 raise ConnectionLost("the connection has ended")
             started = time.perf_counter()
             try:
-                await send(self._sock, prefix + header, body)
+                await send(self._sock, prefix + header, *parts)
             except OSError as error:
                 self._shut_down()
                 raise ConnectionLost(f"the peer cannot be reached: {error}") from error
@@ -55,7 +56,7 @@ class TcpConnection:
                 self.close()  # half a message may be on its way: nothing can follow it
                 raise
             self._stats.send_seconds += time.perf_counter() - started
-            self._stats.bytes_sent += body.nbytes
+            self._stats.bytes_sent += num_bytes
 
     def close(self) -> None:
         if not self._ended:

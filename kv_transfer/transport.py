@@ -51,9 +51,10 @@ class Connection(Protocol):
     def peer(self) -> bytes:
         """Incarnation of the process at the other end."""
 
-    async def send(self, header: bytes, payload: memoryview | None = None) -> None:
-        """Send one message; when this returns, `payload` may be reused.
+    async def send(self, header: bytes, *payload: memoryview) -> None:
+        """Send one message; when this returns, the memory of `payload` may be reused.
 
+        Its parts arrive as one: so what lies in several places need not be gathered first.
         Messages arrive in the order of the calls. Raises ConnectionLost.
         """
 
@@ -73,6 +74,9 @@ class Transport(Protocol):
 
     async def start(self) -> None:
         """Begin to accept connections. Raises TransportError with a remedy."""
+
+    def obstacle(self, address: bytes) -> str | None:
+        """Why no peer at `address` can be reached this way; None when one may be."""
 
     async def connect(self, peer: bytes, address: bytes) -> Connection:
         """The connection to the process of incarnation `peer`; made at the first call.

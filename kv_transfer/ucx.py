@@ -72,8 +72,8 @@ class UcxConnection:
     def peer(self) -> bytes:
         return self._peer
 
-    async def send(self, header: bytes, payload: memoryview | None = None) -> None:
-        num_bytes = 0 if payload is None else payload.nbytes
+    async def send(self, header: bytes, *payload: memoryview) -> None:
+        num_bytes = sum(part.nbytes for part in payload)
         kind = Kind.ANNOUNCE if num_bytes else Kind.MESSAGE
         prefix = Prefix(kind=kind, header_bytes=len(header), payload_bytes=num_bytes)
         if self._ended:
@@ -81,10 +81,10 @@ class UcxConnection:
         started = time.perf_counter()
         try:
             self._write(prefix, header)
-            if payload is None or not num_bytes:
-                await self._writer.drain()
+            if num_bytes:
+                await self._send_payload(_gathered(payload))
             else:
-                await self._send_payload(payload.cast("B"))
+                await self._writer.drain()
         except (OSError, ConnectionLost) as error:
             self._end()
             raise ConnectionLost(f"the peer cannot be reached: {error}") from error
@@ -201,6 +201,11 @@ class UcxConnection:
         if not self._unanswered:
             raise FramingError("an answer to a payload that was not announced")
         return self._unanswered.popleft()
+
+
+def _gathered(payload: tuple[memoryview, ...]) -> memoryview:
+    """The parts of a payload in one piece, since a tagged send takes no more than one."""
+    return payload[0].cast("B") if len(payload) == 1 else memoryview(b"".join(payload))
 
 
 class _UcxOpening:

@@ -927,6 +927,8 @@ class WorkerState(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     DROPPED_MESSAGES_FIELD_NUMBER: _builtins.int
     TRANSFERS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     INTEGRITY_ERROR_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """requests that have not started"""
@@ -941,6 +943,10 @@ class WorkerState(_message.Message):
     generated_tokens: _builtins.int
     dropped_messages: _builtins.int
     """not addressed to a known attempt of these incarnations"""
+    drafted_tokens: _builtins.int
+    """that a decode worker's steps have checked"""
+    accepted_tokens: _builtins.int
+    """of them, those that were right"""
     integrity_error: _builtins.str
     """Inspect only; empty while pages and slots add up"""
     @_builtins.property
@@ -959,11 +965,13 @@ class WorkerState(_message.Message):
         generated_tokens: _builtins.int = ...,
         dropped_messages: _builtins.int = ...,
         transfers: _abc.Iterable[Global___TransferTotals] | None = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
         integrity_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "pages", b"pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "pages", b"pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,6 +74,8 @@ def _describe(view: WorkerView) -> dict[str, Any]:
         "queued_tokens": state.queued_tokens,
         "prompt_tokens": state.prompt_tokens,
         "generated_tokens": state.generated_tokens,
+        "drafted_tokens": state.drafted_tokens,
+        "accepted_tokens": state.accepted_tokens,
         "dropped_messages": state.dropped_messages,
         "transfers": [_members(each) for each in state.transfers],
     }

@@ -226,6 +226,8 @@ def _worker_families(workers: Sequence[WorkerView]) -> Iterable[Metric]:
     counters = {
         "prompt_tokens": "Prompt tokens computed.",
         "generated_tokens": "Tokens generated.",
+        "drafted_tokens": "Drafted tokens that decode steps have checked.",
+        "accepted_tokens": "Drafted tokens that were right.",
         "dropped_messages": "Messages that were not for a known attempt.",
     }
     for field, help_text in counters.items():

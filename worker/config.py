@@ -24,7 +24,7 @@ class WorkerConfig:
     served_model: str  # the name that clients use
     routers: tuple[str, ...]  # host:port of each router's Membership service
     host: str = "127.0.0.1"  # where the worker listens for routers and for other workers
-    transport: str = "auto"  # auto, ucx or tcp
+    transport: str = "auto"  # auto, shm, ucx or tcp
     dtype: str = "bfloat16"
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO  # the same for all workers
@@ -39,6 +39,9 @@ class WorkerConfig:
     max_batch_tokens: int = 512  # prompt tokens that one prefill step runs
     max_batch_size: int = 32  # sequences that one decode step runs
     max_draft_tokens: int = 0  # that a decode step checks beside its rows; 0: no speculation
+    draft_model: str | None = None  # as `model`; None: drafts are looked up in the text
+    draft_quantization: Quantization = Quantization.NONE
+    draft_cost: float | None = None  # of its step, over one of the model; None: measured
     slot_bytes: int = 4 << 20  # a staging slot, and so the largest frame
     num_slots: int = 16  # staging slots of a decode worker
     prefix_cache_secret: str | None = None  # hexadecimal, the same for all; None: nothing is cached
@@ -61,7 +64,8 @@ class WorkerConfig:
         """
         values = json.loads(text)
         values["role"] = Role(values["role"])
-        values["quantization"] = Quantization(values["quantization"])
+        for name in ("quantization", "draft_quantization"):
+            values[name] = Quantization(values[name])
         values["kv_cache_dtype"] = KVCacheDtype(values["kv_cache_dtype"])
         values["routers"] = tuple(values["routers"])
         return cls(**values)

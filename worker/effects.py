@@ -30,7 +30,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendFrame:
-    """Gather a frame from pages, checksum it and send it; then tell the core how it went.
+    """Checksum a frame and send it from its pages; then tell the core how it went.
 
     The pages are pinned until then. `frame.checksum` is 0 here and filled in by the shell.
     """

@@ -1,6 +1,6 @@
-"""Frames between pages and buffers, in the I/O thread of a worker.
+"""Frames between pages and transports, in the I/O thread of a worker.
 
-Gather and checksum on one side, verify and scatter on the other.
+Runs and their checksum on one side, verify and scatter on the other.
 """
 
 from dataclasses import replace
@@ -16,31 +16,22 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class FrameReader:
-    """Gathers frames out of a page pool."""
+    """Finds frames in a page pool."""
 
     def __init__(self, layout: KVLayout, pool: memoryview) -> None:
         self._layout = layout
         self._pool: Bytes = np.frombuffer(pool, dtype=np.uint8)
 
-    def read(self, frame: Frame, page_table: tuple[int, ...]) -> tuple[Frame, memoryview]:
-        """The frame with its checksum, and its payload.
+    def read(
+        self, frame: Frame, page_table: tuple[int, ...]
+    ) -> tuple[Frame, tuple[memoryview, ...]]:
+        """The frame with its checksum, and its payload: the runs of the pool that it consists of.
 
-        A frame that is one run of the pool is sent from there; any other is gathered into a buffer
-        of its own.
+        Nothing is copied: the transport takes the runs from where they are.
         """
-        part = frame.part
-        runs = list(byte_runs(self._layout, part, page_table))
-        if len(runs) == 1:
-            offset, length = runs[0]
-            payload = self._pool[offset : offset + length]
-        else:
-            payload = np.empty(part.num_bytes(self._layout), dtype=np.uint8)
-            position = 0
-            for offset, length in runs:
-                payload[position : position + length] = self._pool[offset : offset + length]
-                position += length
-        view = payload.data
-        return replace(frame, checksum=checksum(view)), view
+        runs = byte_runs(self._layout, frame.part, page_table)
+        payload = tuple(self._pool[offset : offset + length].data for offset, length in runs)
+        return replace(frame, checksum=checksum(*payload)), payload
 
 
 class FrameWriter:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
 from pagewire.kv_transfer.messages import Frame, Message, encode
-from pagewire.kv_transfer.select import choose
+from pagewire.kv_transfer.select import Candidate, candidates
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
 from pagewire.worker.effects import Connect, Send, SendFrame
 from pagewire.worker.frames import FrameReader
@@ -68,10 +68,29 @@ class Links:
             await transport.close()
 
     async def connect(self, peer: bytes, addresses: tuple[tuple[str, bytes], ...]) -> None:
-        """Make sure of a connection over the best transport that both ends have."""
-        if self.connection(peer) is None:
-            kind = choose(list(self.transports), [kind for kind, _ in addresses])
-            await self.transports[kind].connect(peer, dict(addresses)[kind])
+        """Make sure of a connection over the best transport that works between both ends.
+
+        Raises TransportError when none does.
+        """
+        if self.connection(peer) is not None:
+            return
+        *others, last = candidates(self.transports, addresses)
+        for candidate in others:
+            try:
+                await self._connect(peer, candidate)
+                return
+            except TransportError as error:
+                logger.warning("%s to %s: %s", candidate.transport.kind, peer.hex()[:8], error)
+        await self._connect(peer, last)
+
+    async def _connect(self, peer: bytes, candidate: Candidate) -> None:
+        await candidate.transport.connect(peer, candidate.address)
+        logger.info(
+            "KV frames to %s go over %s: %s",
+            peer.hex()[:8],
+            candidate.transport.kind,
+            candidate.reason,
+        )
 
     def disconnect(self, peer: bytes) -> None:
         """Close whatever connects to `peer`; the transport then reports the loss."""
@@ -80,14 +99,14 @@ class Links:
             connection.close()
 
     async def send_frame(self, connection: Connection, effect: SendFrame) -> None:
-        """Gather, checksum and send a frame; whatever happens, its pages are let go."""
+        """Checksum and send a frame; whatever happens, its pages are let go."""
         assert self._reader is not None, "only a prefill worker sends frames"
         checksum: int | None = None
         try:
             frame, payload = await asyncio.get_running_loop().run_in_executor(
                 self._io_thread, self._reader.read, effect.frame, effect.page_table
             )
-            await connection.send(encode(frame), payload)
+            await connection.send(encode(frame), *payload)
             checksum = frame.checksum
         finally:
             self.on_frame_sent(effect.frame, checksum)

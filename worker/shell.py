@@ -229,6 +229,9 @@ class WorkerShell(Handler, Generic[Core]):
         """Run a step, in the model's thread: the number of OpenMP threads belongs to that one."""
         if self._board is not None:
             torch.set_num_threads(self._board.claim())
+        return self._run_batch(batch)
+
+    def _run_batch(self, batch: Batch) -> StepResult:
         return self._runner.execute(batch)
 
     def _on_idle(self) -> None:

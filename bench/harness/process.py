@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
 
@@ -16,9 +17,26 @@ LOG_TAIL_CHARS = 2000
 POLL_S = 0.05
 STOP_TIMEOUT_S = 30.0
 
+T = TypeVar("T")
+
 
 class StartError(Exception):
     """An engine that did not start; says what its log ends with."""
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` that stops all engines on SIGTERM too, and then exits."""
+
+    async def until_terminated() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main
+
+    try:
+        return asyncio.run(until_terminated())
+    except asyncio.CancelledError:
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def free_port() -> int:

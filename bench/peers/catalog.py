@@ -17,6 +17,7 @@ def all_peers() -> dict[str, Peer]:
         PagewireServer(),
         PagewireServer(quantization="int8"),
         PagewireServer(quantization="int4"),
+        PagewireServer(variant="1-thread", options=("--num-threads", "1")),  # a core each, always
         pagewire_engine(),
         VllmServer(),
         openvino(),

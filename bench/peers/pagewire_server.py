@@ -26,14 +26,16 @@ READY = "ready in"  # of the banner, after the server's own first prompt
 class PagewireServer:
     """Implements `peers.peer.Peer`."""
 
+    variant: str | None = None  # behind "pagewire-" in the tables
     quantization: str | None = None
     launcher: str = "subprocess"
     options: Sequence[str] = ()  # further arguments of `pagewire serve`
 
     @property
     def traits(self) -> Traits:
+        variant = self.variant or self.quantization
         return Traits(
-            name="pagewire" if self.quantization is None else f"pagewire-{self.quantization}",
+            name="pagewire" if variant is None else f"pagewire-{variant}",
             weights=self.quantization or default_dtype("cpu"),
             interface=Interface.HTTP,
         )

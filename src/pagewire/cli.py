@@ -76,7 +76,7 @@ def serve(
     dashboard_port: Annotated[
         int | None, typer.Option(help="port of Ray's dashboard; 0: any free one")
     ] = None,
-    transport: Annotated[str | None, typer.Option(help="auto, ucx or tcp")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto, shm, ucx or tcp")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
     quantization: Annotated[str | None, typer.Option(help="none, int8 or int4")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype) or int8")] = None,
@@ -85,7 +85,13 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="tokens, prompt plus output")] = None,
     num_threads: Annotated[int | None, typer.Option(help="threads of each worker")] = None,
     speculation: Annotated[
-        str | None, typer.Option(help="none, or ngram: drafts from the text so far")
+        str | None, typer.Option(help="none, ngram (drafts from the text so far) or draft")
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="a smaller model that drafts, with --speculation draft")
+    ] = None,
+    draft_quantization: Annotated[
+        str | None, typer.Option(help="of the draft model: none, int8 or int4")
     ] = None,
     prefix_cache: Annotated[
         bool | None,
@@ -117,6 +123,8 @@ def serve(
         "num_threads": num_threads,
         "prefix_cache": prefix_cache,
         "speculation": speculation,
+        "draft_model": draft_model,
+        "draft_quantization": draft_quantization,
         "launcher": launcher,
     }
     from pagewire.cluster.config import load_config

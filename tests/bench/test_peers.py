@@ -1,6 +1,9 @@
 """What the peers stand on: the exported model, their environments, processes of this machine."""
 
 import os
+import signal
+import subprocess
+import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from pagewire.engine.loading.weights import open_checkpoint
 from peers.catalog import all_peers
 from peers.export import hugging_face_config, read_tensors
 from peers.install import ENVIRONMENTS, add_distribution
-from peers.workspace import Workspace
+from peers.workspace import ROOT, Workspace
 
 
 @pytest.mark.parametrize("family", ["llama", "llama tied"])
@@ -74,3 +77,32 @@ def test_stragglers_and_kv_of_a_reasoning_load() -> None:
     assert outcome.kv_peak == 0.5 and outcome.batch_peak == 5 and outcome.batch_mean == 3.0
     assert "KV pages" in reasoning.plots("default", outcome)
     assert "default" in reasoning.table({"default": outcome})
+
+
+def test_sigterm_stops_the_engines_of_a_benchmark(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    engine = f"import os, signal; open({str(pid_file)!r}, 'w').write(str(os.getpid()))"
+    benchmark = f"""
+import asyncio, os, signal, sys
+from pathlib import Path
+from harness.process import run_async, running_process, wait_ready
+
+async def main():
+    log = Path({str(tmp_path / "log")!r})
+    argv = [sys.executable, "-c", "{engine}; signal.pause()"]
+    async with running_process(argv, log=log, environment={{}}, cwd=Path.cwd()) as process:
+        pid_file = Path({str(pid_file)!r})
+
+        async def has_started():
+            return pid_file.exists() and bool(pid_file.read_text())
+
+        await wait_ready(process, has_started, log=log, timeout_s=30)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+run_async(main())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    ended = subprocess.run([sys.executable, "-c", benchmark], env=environment, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert not process_tree(int(pid_file.read_text()))

@@ -7,6 +7,7 @@ import pytest
 
 from pagewire.cluster.config import COMMAND_LINE, DEFAULT, ServeConfig, load_config
 from pagewire.cluster.errors import ConfigError
+from pagewire.engine.quantization import Quantization
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +99,15 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 def test_value_out_of_range_names_parameter_and_origin(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} \(command line\)"):
         load_config({name: value})
+
+
+def test_a_draft_model_and_its_use_go_together() -> None:
+    with pytest.raises(ConfigError, match=r"^draft_model \(default\).*name the model that drafts"):
+        load_config({"speculation": "draft"})
+    with pytest.raises(ConfigError, match=r"^draft_model \(command line\).*speculation is ngram"):
+        load_config({"speculation": "ngram", "draft_model": "small"})
+    config = load_config({"speculation": "draft", "draft_model": "small"}).config
+    assert (config.draft_model, config.draft_quantization) == ("small", Quantization.NONE)
 
 
 def test_two_servers_cannot_have_one_port() -> None:

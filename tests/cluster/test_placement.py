@@ -13,10 +13,13 @@ from pagewire.engine.quantization import Quantization
 from pagewire.worker.config import Role, WorkerConfig
 
 
-def place(config: ServeConfig, cores: int) -> tuple[WorkerConfig, ...]:
+def place(
+    config: ServeConfig, cores: int, draft_model: Path | None = None
+) -> tuple[WorkerConfig, ...]:
     return worker_configs(
         config,
         model=Path("/m.gguf"),
+        draft_model=draft_model,
         served_model="m",
         router="127.0.0.1:1",
         cores=cores,
@@ -70,6 +73,21 @@ def test_parameters_reach_the_worker() -> None:
     assert (worker.num_pages, worker.max_model_len) == (9, 77)
     assert worker.routers == ("127.0.0.1:1",)
     assert WorkerConfig.from_json(worker.to_json()) == worker
+
+
+def test_decode_workers_alone_have_a_draft_model() -> None:
+    config = ServeConfig(
+        speculation="draft", draft_model="small", draft_quantization=Quantization.INT8
+    )
+    prefill, decode = place(config, 1, draft_model=Path("/small.gguf"))
+    assert (prefill.draft_model, decode.draft_model) == (None, "/small.gguf")
+    assert decode.draft_quantization is Quantization.INT8
+    assert decode.max_draft_tokens > 0
+    assert WorkerConfig.from_json(decode.to_json()) == decode
+
+
+def test_nothing_is_drafted_unless_asked() -> None:
+    assert {worker.max_draft_tokens for worker in place(ServeConfig(), 1)} == {0}
 
 
 def test_threads_reach_openmp() -> None:

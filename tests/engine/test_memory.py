@@ -42,6 +42,17 @@ def choose(max_model_len: int, available: int, share: float, ceiling: int) -> in
     )
 
 
+def test_a_draft_model_takes_its_part_of_every_page() -> None:
+    beside = choose_num_pages(
+        LAYOUT,
+        max_model_len=64,
+        available_bytes=1 << 30,
+        share=0.5,
+        draft_page_bytes=LAYOUT.page_bytes,
+    )
+    assert beside == choose(64, 1 << 30, 0.5, 1 << 40) // 2
+
+
 def test_the_error_has_the_numbers() -> None:
     with pytest.raises(
         MemoryBudgetError, match=r"one sequence of 8192 tokens needs 180 MiB .* 100 MiB are free"

@@ -169,4 +169,4 @@ def test_memory_is_said_at_the_start(
         runner = load_engine(tmp_path, dtype="float32", num_pages=3)
 
     assert runner.model.weight_bytes == matrices
-    assert "weights take 0 MB, 3 pages of KV cache 0 MB" in caplog.text
+    assert "weights take 0 MB, 3 pages of float32 KV cache 0 MB" in caplog.text

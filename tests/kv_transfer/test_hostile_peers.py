@@ -14,15 +14,22 @@ from pagewire.kv_transfer.framing import MAX_PAYLOAD_BYTES, PREFIX_BYTES, Kind, 
 from pagewire.kv_transfer.handshake import NOBODY, Hello
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
+from pagewire.kv_transfer.shared_memory import Offer, Segment, open_offer
+from pagewire.kv_transfer.shm import NUM_SLOTS, RING_BYTES, SLOT_BYTES, ShmTransport
 from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.ucx import UcxTransport
 
 ME, OTHER, STRANGER = b"m" * 16, b"o" * 16, b"s" * 16
 PATIENCE_S = 20.0
-KINDS = ["tcp", *(["ucx"] if probe().usable else [])]
+KINDS = ["tcp", "shm", *(["ucx"] if probe().usable else [])]
 
 AnyTransport = SocketTransport[Any]
+CLASSES: dict[str, Callable[..., AnyTransport]] = {
+    "tcp": TcpTransport,
+    "shm": ShmTransport,
+    "ucx": UcxTransport,
+}
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -48,8 +55,7 @@ class Inbox:
 
 @asynccontextmanager
 async def started(kind: str, incarnation: bytes, inbox: Inbox) -> AsyncIterator[AnyTransport]:
-    create: Callable[..., AnyTransport] = TcpTransport if kind == "tcp" else UcxTransport
-    transport = create(incarnation=incarnation, handler=inbox, host="127.0.0.1")
+    transport = CLASSES[kind](incarnation=incarnation, handler=inbox, host="127.0.0.1")
     await transport.start()
     try:
         yield transport
@@ -58,7 +64,7 @@ async def started(kind: str, incarnation: bytes, inbox: Inbox) -> AsyncIterator[
 
 
 async def dial(transport: AnyTransport) -> Streams:
-    host, port = transport.address.decode().split(":")
+    host, port = transport.address.decode().partition("/")[0].split(":")
     return await asyncio.open_connection(host, int(port))
 
 
@@ -190,6 +196,110 @@ def test_a_broken_message_closes_only_its_connection(broken: bytes) -> None:
             assert transport.stats.failures == 1
             await check_that_it_still_works("tcp", transport)
         assert inbox.lost_peers == [STRANGER, OTHER]
+
+    run(scenario())
+
+
+@asynccontextmanager
+async def joined_shm(transport: AnyTransport) -> AsyncIterator[tuple[Streams, Segment]]:
+    """A connection whose handshake is done, under a name of its own, and the ring to fill."""
+    offer = Offer(RING_BYTES)
+    reader, writer = await dial(transport)
+    try:
+        mine = Hello(kind="shm", sender=STRANGER, receiver=ME, note=offer.note).encode()
+        writer.write(mine)
+        theirs = (await reader.readexactly(len(mine)))[-len(offer.note) :]
+        incoming = open_offer(theirs, RING_BYTES)
+        writer.write(incoming.proof)
+        assert await reader.readexactly(len(incoming.proof)) == offer.segment.proof
+        incoming.close()
+        yield (reader, writer), offer.segment
+    finally:
+        writer.close()
+        offer.close()
+
+
+def announce(num_bytes: int) -> bytes:
+    return prefix(Kind.ANNOUNCE, 1, num_bytes) + b"h"
+
+
+def chunk(num_bytes: int) -> bytes:
+    return prefix(Kind.CHUNK, 0, num_bytes)
+
+
+BROKEN_SHM = {
+    "magic": b"XX" + prefix()[2:],
+    "message with a payload": prefix(payload_bytes=10),
+    "payload of nothing": announce(0),
+    "payload over the limit": announce(MAX_PAYLOAD_BYTES + 1),
+    "chunk of no payload": chunk(10),
+    "chunk over the payload": announce(100) + chunk(101),
+    "chunk over its slot": announce(2 * SLOT_BYTES) + chunk(SLOT_BYTES + 1),
+    "chunk of nothing": announce(100) + chunk(0),
+    "chunk with a header": announce(100) + prefix(Kind.CHUNK, 1, 10) + b"h",
+    "message within a payload": announce(100) + prefix(header_bytes=1) + b"h",
+    "payload within a payload": announce(100) + announce(100),
+    "slot that was never filled": prefix(Kind.FREED),
+    "kind of another transport": prefix(Kind.READY),
+    "truncated payload": announce(SLOT_BYTES + 1) + chunk(SLOT_BYTES),
+    "truncated payload that is discarded": announce(2 << 20) + chunk(SLOT_BYTES),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_SHM.values(), ids=BROKEN_SHM.keys())
+def test_a_broken_message_through_shared_memory(broken: bytes) -> None:
+    async def scenario() -> None:
+        inbox = Inbox()
+        async with started("shm", ME, inbox) as transport:
+            async with joined_shm(transport) as ((reader, writer), ring):
+                ring.view[:4] = b"good"
+                writer.write(announce(4) + chunk(4) + broken)
+                writer.write_eof()
+                await read_to_end(reader)
+            while not inbox.lost_peers:
+                inbox.changed.clear()
+                await inbox.changed.wait()
+            assert inbox.delivered == [b"h"]
+            assert transport.stats.failures == 1
+            await check_that_it_still_works("shm", transport)
+
+    run(scenario())
+
+
+def test_a_peer_that_frees_no_slot_gets_no_more_chunks() -> None:
+    async def scenario() -> None:
+        async with started("shm", ME, Inbox()) as transport, joined_shm(transport) as (streams, _):
+            connection = transport.connection(STRANGER)
+            while connection is None:
+                await asyncio.sleep(0)
+                connection = transport.connection(STRANGER)
+            payload = memoryview(bytes(2 * RING_BYTES))
+            sending = asyncio.create_task(connection.send(b"h", payload))
+            chunks = chunk(SLOT_BYTES) * NUM_SLOTS
+            expected = announce(len(payload)) + chunks
+            assert await streams[0].readexactly(len(expected)) == expected
+            assert not sending.done()
+            streams[1].write(prefix(Kind.FREED) * NUM_SLOTS)
+            assert await streams[0].readexactly(len(chunks)) == chunks
+            await sending
+
+    run(scenario())
+
+
+def test_a_peer_that_cannot_open_the_ring_is_refused() -> None:
+    async def scenario() -> None:
+        inbox = Inbox()
+        async with started("shm", ME, inbox) as transport:
+            offer = Offer(RING_BYTES)
+            reader, writer = await dial(transport)
+            mine = Hello(kind="shm", sender=STRANGER, receiver=ME, note=offer.note).encode()
+            writer.write(mine + bytes(len(offer.segment.proof)))  # a proof that it guessed
+            await read_to_end(reader)
+            writer.close()
+            offer.close()
+            assert transport.connection(STRANGER) is None
+            assert transport.stats.failures == 1
+        assert inbox.lost_peers == []
 
     run(scenario())
 

@@ -17,11 +17,12 @@ from pagewire.kv_transfer.framing import FramingError
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
+from pagewire.kv_transfer.shm import ShmTransport
 from pagewire.kv_transfer.tcp import TcpTransport
-from pagewire.kv_transfer.transport import ConnectionLost, Transport, TransportError
+from pagewire.kv_transfer.transport import Connection, ConnectionLost, Transport, TransportError
 from pagewire.kv_transfer.ucx import UcxTransport
 
-KINDS = ["local", "tcp", *(["ucx"] if probe().usable else [])]
+KINDS = ["local", "tcp", "shm", *(["ucx"] if probe().usable else [])]
 PATIENCE_S = 20.0
 A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
 
@@ -82,6 +83,13 @@ class Pair:
     inbox_a: Inbox
     inbox_b: Inbox
 
+    async def join(self) -> tuple[Connection, Connection]:
+        """Both ends of a connection that `a` makes; `b` may have its end a little later."""
+        ab = await self.a.connect(B, self.b.address)
+        while (ba := self.b.connection(A)) is None:
+            await asyncio.sleep(0)
+        return ab, ba
+
 
 @asynccontextmanager
 async def pair(kind: str) -> AsyncIterator[Pair]:
@@ -93,6 +101,8 @@ async def pair(kind: str) -> AsyncIterator[Pair]:
             return LocalTransport(hub=hub, incarnation=incarnation, handler=inbox)
         if kind == "tcp":
             return TcpTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
+        if kind == "shm":
+            return ShmTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
         return UcxTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
 
     a, b = create(A, inbox_a), create(B, inbox_b)
@@ -130,6 +140,27 @@ def test_payload_arrives_unchanged(kind: str, num_bytes: int) -> None:
 
 
 @every_kind
+def test_the_parts_of_a_payload_arrive_as_one(kind: str) -> None:
+    async def scenario() -> None:
+        sizes = (1, 0, 3_000_000, 5, 1 << 20, 0)
+        async with pair(kind) as p:
+            parts = [memoryview(os.urandom(size)) for size in sizes]
+            wide = memoryview(os.urandom(8000)).cast("B", (80, 100))
+            tiny = [memoryview(bytes([number % 256])) for number in range(3000)]
+            connection = await p.a.connect(B, p.b.address)
+            await connection.send(b"parts", *parts)
+            await connection.send(b"wide", wide, wide)
+            await connection.send(b"tiny", *tiny)
+            await p.inbox_b.until(lambda: len(p.inbox_b.messages) == 3)
+            payloads = dict(p.inbox_b.messages)
+            assert payloads[b"parts"] == b"".join(parts)
+            assert payloads[b"wide"] == wide.tobytes() * 2
+            assert payloads[b"tiny"] == b"".join(tiny)
+
+    run(scenario())
+
+
+@every_kind
 def test_messages_keep_the_order_of_the_calls(kind: str) -> None:
     @settings(max_examples=15, deadline=None)
     @given(
@@ -148,8 +179,8 @@ def test_messages_keep_the_order_of_the_calls(kind: str) -> None:
             ]
             async with asyncio.TaskGroup() as group:
                 for (header, payload), size in zip(expected, sizes, strict=True):
-                    body = None if size is None else memoryview(payload)
-                    group.create_task(connection.send(header, body))
+                    body = () if size is None else (memoryview(payload),)
+                    group.create_task(connection.send(header, *body))
             await p.inbox_b.until(lambda: len(p.inbox_b.messages) == len(expected))
             assert p.inbox_b.messages == expected
 
@@ -160,9 +191,7 @@ def test_messages_keep_the_order_of_the_calls(kind: str) -> None:
 def test_both_directions_at_once(kind: str) -> None:
     async def scenario() -> None:
         async with pair(kind) as p:
-            ab = await p.a.connect(B, p.b.address)
-            ba = p.b.connection(A)
-            assert ba is not None
+            ab, ba = await p.join()
             assert (ab.peer, ba.peer) == (B, A)
             payload = memoryview(os.urandom(1 << 20))
             async with asyncio.TaskGroup() as group:
@@ -214,9 +243,7 @@ def test_a_payload_without_a_place_is_discarded(kind: str) -> None:
 def test_close_while_sends_are_under_way(kind: str, closing_end: str) -> None:
     async def scenario() -> None:
         async with pair(kind) as p:
-            ab = await p.a.connect(B, p.b.address)
-            ba = p.b.connection(A)
-            assert ba is not None
+            ab, ba = await p.join()
             closing = ab if closing_end == "sender" else ba
             p.inbox_b.on_place = lambda header: closing.close() if header == b"5" else None
             payload = memoryview(bytes(4 << 20))

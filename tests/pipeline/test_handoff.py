@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from noisy_models import save_noisy
 from pipeline import Pipeline, pipeline, request, tcp
 from tiny_models import FAMILIES, VOCAB_SIZE, SavedModel, greedy_tokens
 
@@ -19,9 +20,9 @@ from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
-from pagewire.kv_transfer.select import probe
-from pagewire.kv_transfer.transport import Handler, Transport
-from pagewire.kv_transfer.ucx import UcxTransport
+from pagewire.kv_transfer.select import create_transports, probe
+from pagewire.kv_transfer.tcp import TcpConnection, TcpTransport
+from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason, TokenUpdate
 from pagewire.worker.effects import Effect
@@ -72,7 +73,7 @@ def test_disaggregated_equals_aggregated_equals_transformers(
     assert tokens == [greedy_tokens(model.reference, prompt, 8) for prompt in inputs]
 
 
-@pytest.mark.parametrize("kind", ["local", "ucx"])
+@pytest.mark.parametrize("kind", ["local", "shm", "ucx"])
 def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
     if kind == "ucx" and not probe().usable:
         pytest.skip(probe().explanation)
@@ -82,7 +83,7 @@ def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
     def make(incarnation: bytes, handler: Handler) -> list[Transport]:
         if kind == "local":
             return [LocalTransport(hub=hub, incarnation=incarnation, handler=handler)]
-        return [UcxTransport(incarnation=incarnation, handler=handler, host="127.0.0.1")]
+        return list(create_transports(kind, incarnation, handler, "127.0.0.1").transports)
 
     async def run() -> list[Result]:
         async with pipeline(llama, make) as cluster:
@@ -94,6 +95,30 @@ def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
 
     tokens = [tokens for tokens, _ in asyncio.run(run())]
     assert tokens == aggregated(llama, inputs, SamplingParams(max_tokens=6))
+
+
+def test_the_next_transport_is_used_where_the_best_one_does_not_connect(llama: Path) -> None:
+    class Unreachable(TcpTransport):
+        kind = "shm"  # the best that both ends have
+
+        async def connect(self, peer: bytes, address: bytes) -> TcpConnection:
+            raise TransportError("no way")
+
+    def make(incarnation: bytes, handler: Handler) -> list[Transport]:
+        return [
+            Unreachable(incarnation=incarnation, handler=handler, host="127.0.0.1"),
+            *tcp(incarnation, handler),
+        ]
+
+    async def run() -> list[Result]:
+        async with pipeline(llama, make) as cluster:
+            results = await generate_all(cluster, prompts((65,)), greedy(2))
+            totals = cluster.workers["decode-0"].worker.state().transfers
+            received = {item.kind: item.bytes_received for item in totals}
+            assert received["shm"] == 0 < received["tcp"]
+            return results
+
+    assert [reason for _, reason in asyncio.run(run())] == [FinishReason.LENGTH]
 
 
 def test_an_int8_cache_is_handed_over_as_it_is(llama: Path) -> None:
@@ -276,3 +301,28 @@ def test_speculation_gives_the_same_tokens_in_fewer_steps(
     assert len(steps) == 106
     assert asyncio.run(run(16)) == plain
     assert len(steps) < 106
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_draft_model_gives_the_same_tokens_in_fewer_steps(
+    temperature: float, saved_model: Callable[[str], SavedModel], tmp_path: Path
+) -> None:
+    """Streams that come and go, in a pool that some of them wait for."""
+    model = saved_model("llama")
+    draft = save_noisy(model.reference, tmp_path, noise=0.01)
+    inputs = prompts((1, 15, 64, 130, 30, 200))
+    asked = pb.SamplingParams(max_tokens=60, temperature=temperature, top_p=1.0, seed=3)
+
+    async def run(draft_model: Path | None) -> tuple[list[Result], pb.WorkerState]:
+        num_drafts = 16 if draft_model else 0
+        async with pipeline(
+            model.path, tcp, num_pages=9, max_draft_tokens=num_drafts, draft_model=draft_model
+        ) as cluster:
+            results = await generate_all(cluster, inputs, asked)
+            return results, cluster.workers["decode-0"].worker.state()
+
+    plain, without = asyncio.run(run(None))
+    drafted, state = asyncio.run(run(draft))
+    assert drafted == plain
+    assert without.drafted_tokens == without.accepted_tokens == 0
+    assert state.drafted_tokens >= state.accepted_tokens > state.generated_tokens / 4

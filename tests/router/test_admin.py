@@ -38,6 +38,8 @@ DECODE = WorkerView(
         running=3,
         handoffs=1,
         generated_tokens=7,
+        drafted_tokens=5,
+        accepted_tokens=4,
         transfers=[pb.TransferTotals(kind="tcp", bytes_received=900, receive_seconds=0.25)],
     ),
 )
@@ -103,6 +105,8 @@ def test_the_workers(client: TestClient, dispatcher: ScriptedDispatcher) -> None
         "queued_tokens": 0,
         "prompt_tokens": 0,
         "generated_tokens": 7,
+        "drafted_tokens": 5,
+        "accepted_tokens": 4,
         "dropped_messages": 0,
         "transfers": [
             {
@@ -204,6 +208,8 @@ def test_gauges_come_from_the_dispatcher(
     assert samples[f"pagewire_worker_up{{{decode}}}"] == 1
     assert samples[f"pagewire_worker_running{{{decode}}}"] == 3
     assert samples[f"pagewire_worker_generated_tokens_total{{{decode}}}"] == 7
+    assert samples[f"pagewire_worker_drafted_tokens_total{{{decode}}}"] == 5
+    assert samples[f"pagewire_worker_accepted_tokens_total{{{decode}}}"] == 4
     assert samples["pagewire_worker_queued_tokens{role=prefill,worker=prefill-0}"] == 99
     sent = "{direction=sent,transport=tcp,worker=prefill-0}"
     assert samples[f"pagewire_kv_transfer_bytes_total{sent}"] == 1000

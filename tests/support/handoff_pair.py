@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.page_pool import PagePool
@@ -108,6 +109,7 @@ def decode_core(
     max_batch_size: int = 4,
     slot_bytes: int = 4 * LAYOUT.page_bytes,
     hasher: PageHasher | None = None,
+    speculation: Speculation | None = None,
 ) -> DecodeCore:
     return DecodeCore(
         incarnation=DECODE,
@@ -119,6 +121,7 @@ def decode_core(
         max_batch_size=max_batch_size,
         slot_bytes=slot_bytes,
         hasher=hasher,
+        speculation=speculation,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from pagewire.decode_worker.worker import DecodeWorker
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
+from pagewire.engine.load_draft import load_draft_model
 from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.prefill_worker.worker import PrefillWorker
@@ -101,6 +102,7 @@ async def pipeline(
     num_slots: int = 8,
     prefix_cache: bool = True,
     max_draft_tokens: int = 0,
+    draft_model: Path | None = None,
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO,
 ) -> AsyncIterator[Pipeline]:
     """Start it, wait until every worker has registered, stop it in the end."""
@@ -121,6 +123,8 @@ async def pipeline(
             slot_bytes=slot_bytes,
             num_slots=num_slots,
             max_draft_tokens=max_draft_tokens,
+            draft_model=str(draft_model) if draft_model and role is Role.DECODE else None,
+            draft_cost=0.1,
             prefix_cache_secret="5a" * KEY_BYTES if prefix_cache else None,
         )
         return start_worker(config, make_transports)
@@ -148,9 +152,19 @@ def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> Runni
         num_pages=config.num_pages,
         num_threads=1,
     )
-    kind = PrefillWorker if config.role is Role.PREFILL else DecodeWorker
     incarnation = secrets.token_bytes(16)
-    worker = kind(config=config, incarnation=incarnation, runner=runner)
+    worker: PrefillWorker | DecodeWorker
+    if config.role is Role.PREFILL:
+        worker = PrefillWorker(config=config, incarnation=incarnation, runner=runner)
+    else:
+        draft_model = None
+        if config.draft_model:
+            draft_model = load_draft_model(
+                Path(config.draft_model), runner, dtype=config.dtype, cost=config.draft_cost
+            )
+        worker = DecodeWorker(
+            config=config, incarnation=incarnation, runner=runner, draft_model=draft_model
+        )
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(make_transports(incarnation, worker), stop))
     return RunningWorker(worker=worker, stop=stop, task=task)
