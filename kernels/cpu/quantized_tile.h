@@ -12,7 +12,7 @@
 namespace pagewire {
 
 constexpr int64_t kSteps = kGroup / kStep;
-constexpr int64_t kRows = 8;    // of a tile, at most: with two panels, as many sums as registers
+constexpr int64_t kRows = 4;    // of a tile, at most: with two panels, all sums fit in registers
 constexpr int64_t kAhead = 4;   // groups between what is read and what is fetched into the cache
 constexpr int64_t kStrip = 4;   // panels that a thread takes at a time
 
