@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.drafting import Speculation
@@ -29,6 +30,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         runner: ModelRunner,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
+        model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
     ) -> None:
         """`draft_model` makes the drafts that `speculation` asks for."""
@@ -44,7 +46,14 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
         )
-        super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
+        super().__init__(
+            config=config,
+            core=core,
+            runner=runner,
+            reader=None,
+            model_thread=model_thread,
+            on_state=on_state,
+        )
         self._draft_model = draft_model
         self._writer = FrameWriter(
             runner.layout,

@@ -41,6 +41,11 @@ Core = TypeVar("Core", bound=WorkerCore)
 logger = logging.getLogger(__name__)
 
 
+def new_model_thread() -> ThreadPoolExecutor:
+    """The thread that loads a model and runs its steps."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+
 class WorkerShell(Handler, Generic[Core]):
     """One worker process: a core, a model, routers above and peers beside it.
 
@@ -55,16 +60,22 @@ class WorkerShell(Handler, Generic[Core]):
         core: Core,
         runner: ModelRunner,
         reader: FrameReader | None,
+        model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`model_thread` is the one thread in which the model was loaded, and is closed in the end.
+
+        Every thread that runs parallel code has OpenMP threads of its own. With more of them than
+        cores, OpenMP sends them to sleep after each matrix, and a step takes twice as long.
+        """
         self._config = config
         self.core = core
         self._runner = runner
         self._reader = reader
         self._on_state = on_state
         self.clock = clock
-        self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._model_thread = model_thread or new_model_thread()
         self.io_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="frames")
         self._tasks = TaskSet()
         self._service = WorkerService(
