@@ -291,10 +291,11 @@ class DecodeCore:
             return self._grant_slots()
         sequence.receiver.on_landed(frame)
         self._grow(sequence, sequence.num_prompt_tokens)
-        pages = sequence.pages[frame.first_page : frame.first_page + frame.num_pages]
+        pages = [sequence.pages[index] for index in sequence.receiver.pages_of(frame)]
         self.pool.pin(pages)
         self._scattering[sequence.key, frame.seq] = pages
-        return [Scatter(frame=frame, page_table=tuple(sequence.pages))]
+        source = sequence.receiver.source
+        return [Scatter(frame=frame, source=source, page_table=tuple(sequence.pages))]
 
     def _on_seal(self, seal: Seal) -> list[Effect]:
         sequence = self._addressee(seal.id)
@@ -334,21 +335,24 @@ class DecodeCore:
     def _admit_waiting(self) -> list[Effect]:
         """Reserve for those who wait, first come, first served: the sum never exceeds the pool.
 
-        Pages of the prompt that are cached here need no room, and are not sent.
+        Pages of the prompt that are cached here need no room, and are not sent. Of smaller pages
+        than the sender's so many are used that they make whole ones of it: frames are whole pages,
+        and must not write into one that is shared.
         """
         effects: list[Effect] = []
         while self._waiting:
             sequence = self._waiting[0]
             num_pages = self.layout.num_pages(sequence.num_reserved_tokens)
-            reserved = self.cache.reserve(sequence.page_keys, num_pages)
+            unit = sequence.receiver.hit_unit
+            reserved = self.cache.reserve(sequence.page_keys, num_pages, unit=unit)
             if reserved is None:
                 break
             self._waiting.popleft()
             sequence.pages = list(reserved.hits)
             sequence.reservation = reserved.reservation
-            sequence.receiver.on_reserved(len(reserved.hits))
+            num_hit_pages = sequence.receiver.on_reserved(len(reserved.hits))
             self._receiving[sequence.key] = sequence
-            accepted = Accepted(id=sequence.receiver.id, num_hit_pages=len(reserved.hits))
+            accepted = Accepted(id=sequence.receiver.id, num_hit_pages=num_hit_pages)
             effects.append(Send(message=accepted))
         return [*effects, *self._grant_slots()]
 

@@ -47,10 +47,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
         self._draft_model = draft_model
         self._writer = FrameWriter(
-            runner.layout,
-            runner.kv_cache.buffer(),
-            num_slots=config.num_slots,
-            slot_bytes=config.slot_bytes,
+            runner.kv_cache, num_slots=config.num_slots, slot_bytes=config.slot_bytes
         )
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
@@ -72,7 +69,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
     async def _scatter(self, effect: Scatter) -> None:
         loop = asyncio.get_running_loop()
         is_sound = await loop.run_in_executor(
-            self.io_thread, self._writer.write, effect.frame, effect.page_table
+            self.io_thread, self._writer.write, effect.frame, effect.source, effect.page_table
         )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound))
 

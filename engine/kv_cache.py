@@ -1,6 +1,7 @@
 """The memory of a worker's KV cache: one byte pool that the model and the transfer code share."""
 
 import torch
+from torch import Tensor
 
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kv_transfer.layout import KVLayout
@@ -24,15 +25,7 @@ class KVCache:
     @property
     def pages(self) -> KVPool:
         """The pool as the model sees it."""
-        layout = self.layout
-        return KVPool(
-            self.pool,
-            getattr(torch, layout.dtype),
-            num_layers=layout.num_layers,
-            num_kv_heads=layout.num_kv_heads,
-            page_size=layout.page_size,
-            head_dim=layout.head_dim,
-        )
+        return view_pages(self.pool, self.layout)
 
     def buffer(self) -> memoryview:
         """The pool as the transfer code sees it: writable bytes, page after page.
@@ -42,3 +35,18 @@ class KVCache:
         if self.pool.device.type != "cpu":
             raise TypeError(f"the KV pool is on {self.pool.device}; only host memory has a buffer")
         return self.pool.view(-1).numpy().data
+
+
+def view_pages(data: Tensor, layout: KVLayout, *, num_layers: int | None = None) -> KVPool:
+    """Pages as operations see them; with `num_layers` so many layers of each, packed.
+
+    data: uint8 [num_pages, bytes of a page], contiguous. Raises ValueError as KVPool does.
+    """
+    return KVPool(
+        data,
+        getattr(torch, layout.dtype),
+        num_layers=layout.num_layers if num_layers is None else num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        page_size=layout.page_size,
+        head_dim=layout.head_dim,
+    )

@@ -4,13 +4,13 @@ Every message is one bounded msgpack array in front of an optional raw payload. 
 only the declared fields with their declared types and ranges: these bytes come from a socket.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar
 
 import msgpack
 
-from pagewire.kv_transfer.layout import FrameRange
+from pagewire.kv_transfer.layout import FrameRange, KVLayout, LayoutError
 
 MAX_HEADER_BYTES = 16 * 1024
 MAX_BYTES = 512  # of one field
@@ -70,7 +70,7 @@ class Open:
     id: HandoffId
     ticket: bytes = _bytes()
     num_prompt_tokens: int = _uint()
-    layout_digest: bytes = _bytes()
+    layout: KVLayout = field(metadata={"layout": True})  # of P's pages, and so of the frames
     prefix_hash: bytes = _bytes()  # of the prompt's token ids
 
 
@@ -93,7 +93,7 @@ class Frame:
     seq: int = _uint()
     slot: int = _uint()
     slot_generation: int = _uint(2**63)
-    first_page: int = _uint()
+    first_page: int = _uint()  # in pages of P, as everywhere in this protocol
     num_pages: int = _uint()
     first_layer: int = _uint()
     num_layers: int = _uint()
@@ -160,7 +160,10 @@ class Closed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """D → P: the pages are reserved; Grants follow. P leaves the hits out."""
+    """D → P: the pages are reserved; Grants follow. P leaves the hits out.
+
+    Where page sizes differ, D counts the pages of P that it has whole.
+    """
 
     code: ClassVar[int] = 9
     id: HandoffId
@@ -183,7 +186,8 @@ def encode(message: Message) -> bytes:
         message.id.sender,
         message.id.receiver,
     ]
-    body.extend(getattr(message, item.name) for item in fields(message) if item.name != "id")
+    values = (getattr(message, item.name) for item in fields(message) if item.name != "id")
+    body.extend(astuple(value) if isinstance(value, KVLayout) else value for value in values)
     packed: bytes = msgpack.packb(body)
     return packed
 
@@ -226,6 +230,8 @@ def decode(header: bytes | memoryview) -> Message:
             _check_bytes(item.name, value, item.metadata["length"])
         elif "max_length" in item.metadata:
             _check_opaque(item.name, value, item.metadata["max_length"])
+        elif "layout" in item.metadata:
+            value = _read_layout(item.name, value)
         else:
             try:
                 value = item.metadata["enum"](value)
@@ -249,3 +255,13 @@ def _check_bytes(name: str, value: object, length: int) -> None:
 def _check_opaque(name: str, value: object, max_length: int) -> None:
     if type(value) is not bytes or len(value) > max_length:
         raise MessageError(f"{name} is not at most {max_length} bytes")
+
+
+def _read_layout(name: str, value: object) -> KVLayout:
+    items = fields(KVLayout)
+    if type(value) is not list or [type(each) for each in value] != [item.type for item in items]:
+        raise MessageError(f"{name} is not {', '.join(item.name for item in items)}")
+    try:
+        return KVLayout(**{item.name: each for item, each in zip(items, value, strict=True)})
+    except LayoutError as error:
+        raise MessageError(f"{name} cannot be: {error}") from error

@@ -64,8 +64,19 @@ class WorkerShell(Handler, Generic[Core]):
         self._reader = reader
         self._on_state = on_state
         self.clock = clock
-        self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self.io_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="frames")
+        # Each thread says how many OpenMP threads it uses: unset, it would have what another chose.
+        self._model_thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="model",
+            initializer=torch.set_num_threads,
+            initargs=(config.num_threads,),
+        )
+        self.io_thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="frames",
+            initializer=torch.set_num_threads,
+            initargs=(1,),  # the other cores belong to the model
+        )
         self._tasks = TaskSet()
         self._service = WorkerService(
             incarnation=core.incarnation,

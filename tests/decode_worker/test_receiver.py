@@ -21,7 +21,7 @@ OPEN = Open(
     id=ID,
     ticket=TICKET,
     num_prompt_tokens=NUM_TOKENS,
-    layout_digest=LAYOUT.digest(),
+    layout=LAYOUT,
     prefix_hash=PREFIX_HASH,
 )
 
@@ -94,7 +94,9 @@ def test_open_and_reservation_lead_to_receiving() -> None:
     ("change", "reason"),
     [
         ({"ticket": b"x" * 16}, RefuseReason.UNKNOWN_TICKET),
-        ({"layout_digest": b"x" * 16}, RefuseReason.LAYOUT),
+        ({"layout": replace(LAYOUT, num_layers=3)}, RefuseReason.LAYOUT),
+        ({"layout": replace(LAYOUT, num_kv_heads=2)}, RefuseReason.LAYOUT),
+        ({"layout": replace(LAYOUT, head_dim=2)}, RefuseReason.LAYOUT),
         ({"prefix_hash": b"x" * 16}, RefuseReason.PREFIX),
         ({"num_prompt_tokens": NUM_TOKENS + 1}, RefuseReason.PREFIX),
     ],
