@@ -19,7 +19,7 @@ from pagewire.engine.batch import Batch, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.engine.token_history import TokenHistory
-from pagewire.kv_transfer.layout import KVLayout, require_slot
+from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import (
     Accepted,
     Closed,
@@ -73,10 +73,7 @@ class DecodeCore:
         """`closing_s` bounds the wait for the sender of a hand-off that was given up.
 
         Without a `hasher` nothing is cached, without `speculation` nothing is drafted.
-
-        Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
-        require_slot(layout, slot_bytes)
         self.incarnation = incarnation
         self.layout = layout
         self.pool = pool

@@ -273,8 +273,8 @@ def test_a_worker_that_joins_gets_what_waits() -> None:
 def test_a_worker_that_does_not_fit_is_refused() -> None:
     core = running_core()
     misfit = registration("decode-1", pb.ROLE_DECODE)
-    misfit.layout.page_size = 32
-    with pytest.raises(RegistrationRefused, match=r"layout\.page_size"):
+    misfit.layout.head_dim = 2
+    with pytest.raises(RegistrationRefused, match=r"layout\.head_dim"):
         core.on_registered(misfit, 0.0)
     assert core.members.named("decode-1") is None
 

@@ -50,7 +50,7 @@ def test_a_cached_prefix_counts_against_the_queue() -> None:
         workers = [prefill("p0"), prefill("p1", projected=projected)], [decode("d0"), decode("d1")]
         for with_cache in (workers[0][1], workers[1][1]):
             with_cache.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[:4]))
-        pair = choose_pair(*workers, num_prompt_tokens=80, num_tokens=90, page_hashes=hashes)
+        pair = choose_pair(*workers, num_prompt_tokens=80, num_tokens=90, page_hashes={16: hashes})
         assert pair is not None
         return pair.prefill.info.name, pair.decode.info.name, pair.num_uncached_tokens
 
