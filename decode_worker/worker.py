@@ -47,7 +47,10 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
         self._draft_model = draft_model
         self._writer = FrameWriter(
-            runner.kv_cache, num_slots=config.num_slots, slot_bytes=config.slot_bytes
+            runner.kv_cache,
+            runner.model.ops.quantize,
+            num_slots=config.num_slots,
+            slot_bytes=config.slot_bytes,
         )
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:

@@ -4,6 +4,8 @@ Equal dtypes are copied byte by byte, at any two page sizes. Other floats are ca
 bits K and V are converted as the operations of a model do it.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,21 +13,26 @@ from torch import Tensor
 
 from pagewire.engine.kv_cache import KVCache, view_pages
 from pagewire.kernels.kv_pool import KVPool
-from pagewire.kernels.torch_ops import TorchOps
+from pagewire.kernels.ops import QuantizedActivation
 from pagewire.kv_transfer.layout import FrameRange, KVLayout
 from pagewire.kv_transfer.retile import plan_scatter, slot_runs
 
 Bytes = npt.NDArray[np.uint8]
 Index = tuple[int | slice, ...]
+Quantize = Callable[[Tensor], QuantizedActivation]  # as Ops.quantize
 
 
 class KVScatter:
     """Writes into one KV cache in host memory."""
 
-    def __init__(self, cache: KVCache) -> None:
-        """Raises TypeError when the cache is not in host memory."""
+    def __init__(self, cache: KVCache, quantize: Quantize) -> None:
+        """`quantize` is that of the model's operations.
+
+        Raises TypeError when the cache is not in host memory.
+        """
         self._layout = cache.layout
         self._pages = cache.pages
+        self._quantize = quantize
         self._bytes: Bytes = np.frombuffer(cache.buffer(), dtype=np.uint8)
 
     def write(
@@ -62,7 +69,16 @@ class KVScatter:
             vectors = _load(
                 incoming, (run.source_page, everything, everything, everything, source_slots)
             )
-            _store(vectors, self._pages, (run.page, layers, everything, everything, slots))
+            self._store(vectors, (run.page, layers, everything, everything, slots))
+
+    def _store(self, vectors: Tensor, at: Index) -> None:
+        """vectors: as `_load` returns them."""
+        if self._pages.scales is None:
+            self._pages.values[at] = vectors
+            return
+        stored = self._quantize(vectors.float().flatten(0, -2))
+        self._pages.values[at] = stored.values.view(vectors.shape)
+        self._pages.scales[at] = stored.scales.view(vectors.shape[:-1])
 
 
 def _window(
@@ -75,15 +91,4 @@ def _window(
 def _load(pool: KVPool, at: Index) -> Tensor:
     """Floats [num_layers, num_kv_heads, 2 (K, V), num_slots, head_dim]."""
     values = pool.values[at]
-    return values if pool.scales is None else values * pool.scales[at][..., None]
-
-
-def _store(vectors: Tensor, pool: KVPool, at: Index) -> None:
-    """vectors: as `_load` returns them."""
-    if pool.scales is None:
-        pool.values[at] = vectors
-        return
-    # Every implementation of the operations quantises to the same bytes.
-    stored = TorchOps().quantize(vectors.flatten(0, -2))
-    pool.values[at] = stored.values.view(vectors.shape)
-    pool.scales[at] = stored.scales.view(vectors.shape[:-1])
+    return values if pool.scales is None else values.float().mul_(pool.scales[at][..., None])

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagewire.engine.kv_cache import KVCache
-from pagewire.engine.kv_scatter import KVScatter
+from pagewire.engine.kv_scatter import KVScatter, Quantize
 from pagewire.kv_transfer.checksum import checksum
 from pagewire.kv_transfer.layout import KVLayout, byte_runs
 from pagewire.kv_transfer.messages import Frame
@@ -39,9 +39,14 @@ class FrameReader:
 class FrameWriter:
     """Staging slots, and the way from them into pages."""
 
-    def __init__(self, cache: KVCache, *, num_slots: int, slot_bytes: int) -> None:
-        """Raises TypeError when the cache is not in host memory."""
-        self._scatter = KVScatter(cache)
+    def __init__(
+        self, cache: KVCache, quantize: Quantize, *, num_slots: int, slot_bytes: int
+    ) -> None:
+        """`quantize` is that of the model's operations.
+
+        Raises TypeError when the cache is not in host memory.
+        """
+        self._scatter = KVScatter(cache, quantize)
         self._slots: Bytes = np.empty((num_slots, slot_bytes), dtype=np.uint8)
 
     def slot(self, index: int, length: int) -> memoryview:

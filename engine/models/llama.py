@@ -69,6 +69,11 @@ class LlamaModel:
         self._ops = ops
 
     @property
+    def ops(self) -> Ops:
+        """The operations that it runs."""
+        return self._ops
+
+    @property
     def device(self) -> str:
         return str(self._weights.embedding.device)
 

@@ -67,7 +67,7 @@ def load_at(cache: KVCache, position: int) -> Tensor:
 
 def hand_over(sender: KVCache, receiver: KVCache, slot_bytes: int) -> None:
     pool = np.frombuffer(sender.buffer(), dtype=np.uint8)
-    scatter = KVScatter(receiver)
+    scatter = KVScatter(receiver, TorchOps().quantize)
     for part in plan_frames(sender.layout, 0, sender.layout.num_pages(NUM_TOKENS), slot_bytes):
         runs = byte_runs(sender.layout, part, page_table(sender))
         payload = np.concatenate([pool[offset : offset + length] for offset, length in runs])

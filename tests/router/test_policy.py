@@ -58,6 +58,26 @@ def test_a_cached_prefix_counts_against_the_queue() -> None:
     assert chosen(65) == ("p0", "d1", 80)
 
 
+def test_cached_pages_of_unequal_sizes_compare_in_tokens() -> None:
+    """Three pages of 64 are more than eleven of 16."""
+    hashes = {size: [bytes([size, index] * 8) for index in range(200 // size)] for size in (16, 64)}
+    small, large = decode("d0"), decode("d1")
+    large.info.layout.page_size = 64
+    small.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[16][:11]))
+    large.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[64]))
+    assert (small.num_cached_tokens(hashes), large.num_cached_tokens(hashes)) == (176, 192)
+    assert small.num_cached_tokens({64: hashes[64]}) == 0
+    pair = choose_pair(
+        [prefill("p0", num_pages=20)],
+        [decode("d0", num_pages=20), large, small],
+        num_prompt_tokens=200,
+        num_tokens=100,
+        page_hashes=hashes,
+    )
+    assert pair is not None
+    assert pair.decode is large
+
+
 @pytest.mark.parametrize(
     ("prefills", "decodes"),
     [
