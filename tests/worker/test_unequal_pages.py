@@ -114,7 +114,8 @@ def test_hits_count_in_whole_pages_of_the_sender(
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_whatever_ends_at_any_step_leaves_nothing(data: st.DataObject) -> None:
-    pair = UnequalPair(*data.draw(st.sampled_from(SIZE_PAIRS)), num_tokens=192)
+    prefill_size, decode_size = data.draw(st.sampled_from(SIZE_PAIRS))
+    pair = UnequalPair(prefill_size, decode_size, num_tokens=192)
     for index in range(4):
         length = data.draw(st.integers(1, 150))
         pair.start([index % 2] * length, f"request-{index}")
