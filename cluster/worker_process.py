@@ -49,7 +49,7 @@ async def run_worker(
     """
     incarnation = secrets.token_bytes(16)
     loop = asyncio.get_running_loop()
-    model_thread = new_model_thread()
+    model_thread = new_model_thread(config.num_threads)
     runner = await loop.run_in_executor(model_thread, _load_engine, config)
     worker: PrefillWorker | DecodeWorker
     if config.role is Role.PREFILL:

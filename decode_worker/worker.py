@@ -56,10 +56,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         )
         self._draft_model = draft_model
         self._writer = FrameWriter(
-            runner.layout,
-            runner.kv_cache.buffer(),
-            num_slots=config.num_slots,
-            slot_bytes=config.slot_bytes,
+            runner.kv_cache, num_slots=config.num_slots, slot_bytes=config.slot_bytes
         )
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
@@ -81,6 +78,6 @@ class DecodeWorker(WorkerShell[DecodeCore]):
     async def _scatter(self, effect: Scatter) -> None:
         loop = asyncio.get_running_loop()
         is_sound = await loop.run_in_executor(
-            self.io_thread, self._writer.write, effect.frame, effect.page_table
+            self.io_thread, self._writer.write, effect.frame, effect.source, effect.page_table
         )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound))

@@ -41,9 +41,14 @@ Core = TypeVar("Core", bound=WorkerCore)
 logger = logging.getLogger(__name__)
 
 
-def new_model_thread() -> ThreadPoolExecutor:
-    """The thread that loads a model and runs its steps."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+def new_model_thread(num_threads: int) -> ThreadPoolExecutor:
+    """The thread that loads a model and runs its steps, with so many OpenMP threads."""
+    return ThreadPoolExecutor(
+        max_workers=1,
+        thread_name_prefix="model",
+        initializer=torch.set_num_threads,
+        initargs=(num_threads,),
+    )
 
 
 class WorkerShell(Handler, Generic[Core]):
@@ -75,8 +80,13 @@ class WorkerShell(Handler, Generic[Core]):
         self._reader = reader
         self._on_state = on_state
         self.clock = clock
-        self._model_thread = model_thread or new_model_thread()
-        self.io_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="frames")
+        self._model_thread = model_thread or new_model_thread(config.num_threads)
+        self.io_thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="frames",
+            initializer=torch.set_num_threads,
+            initargs=(1,),  # the other cores belong to the model
+        )
         self._tasks = TaskSet()
         self._service = WorkerService(
             incarnation=core.incarnation,
