@@ -18,8 +18,14 @@ REPEATS = 9
 
 # Bytes of one weight. int4 has a 16-bit scale and zero for every 32 weights.
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
-# What the products of those weights are computed in.
-COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "bfloat16"}
+# What the products of those weights can be computed in; the fastest of them is the limit, since a
+# CPU without instructions for bfloat16 computes in float32.
+COMPUTE = {
+    "float32": ("float32",),
+    "bfloat16": ("bfloat16", "float32"),
+    "int8": ("int8",),
+    "int4": ("int8", "bfloat16", "float32"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +51,16 @@ class Machine:
         count = self.model.layer_weights + self.model.head_weights
         kv_bytes = batch * context * self.model.kv_values * (4 if weights == "float32" else 2)
         read_s = (count * WEIGHT_BYTES[weights] + kv_bytes) / (self.read_gb_per_s * 1e9)
-        compute_s = 2 * count * batch / (self.gemm_gflop_per_s[COMPUTE[weights]] * 1e9)
+        compute_s = 2 * count * batch / self._products_per_s(weights)
         return max(read_s, compute_s) * 1e3
 
     def prefill_bound_tokens_per_s(self, weights: str) -> float:
         """The highest rate of prompt tokens: products of the layers alone, no attention."""
-        rate = self.gemm_gflop_per_s[COMPUTE[weights]] * 1e9
-        return rate / (2 * self.model.layer_weights)
+        return self._products_per_s(weights) / (2 * self.model.layer_weights)
+
+    def _products_per_s(self, weights: str) -> float:
+        """Operations, two of them a product."""
+        return max(self.gemm_gflop_per_s[dtype] for dtype in COMPUTE[weights]) * 1e9
 
 
 def from_json(text: str) -> Machine:
