@@ -64,8 +64,8 @@ class GlooTransport(SocketTransport[AnnouncedConnection]):
         self._device: GlooDevice | None = None
 
     async def start(self) -> None:
-        await super().start()  # first: what it says about a bad host is clearer
         self._device = await asyncio.to_thread(_open_device, self._host)
+        await super().start()
 
     async def close(self) -> None:
         await super().close()

@@ -26,7 +26,8 @@ _TIMEOUT = timedelta(seconds=5)
 class PairStore(Store):
     """What both ends have set, so far. `set`, `get` and `wait` are torch's, on a thread of its own.
 
-    They raise ConnectionLost once the store is closed.
+    They raise ConnectionLost for what is missing when the store is closed, as it is once the peer
+    sets nothing more.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -40,7 +41,8 @@ class PairStore(Store):
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # it says str
         name = key.encode()
         entry = _LENGTHS.pack(len(name), len(value)) + name + value
-        asyncio.run_coroutine_threadsafe(send(self._sock, entry), self._loop).result()
+        sending = asyncio.run_coroutine_threadsafe(send(self._sock, entry), self._loop)
+        sending.result(_TIMEOUT.total_seconds())
         self._put(key, value)
 
     def get(self, key: str) -> bytes:
@@ -63,9 +65,8 @@ class PairStore(Store):
         """
         try:
             await self._receive_all()
-        except (OSError, HandshakeError):
-            self.close()  # what is missing will not come
-            raise
+        finally:
+            self.close()  # what is missing now will not come
 
     async def finish(self) -> None:
         """Tell the peer that this end sets nothing more. Raises OSError."""
