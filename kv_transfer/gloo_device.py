@@ -42,7 +42,11 @@ class GlooDevice:
         return torch.__version__.partition("+")[0].encode()
 
     async def link(self, sock: socket.socket, rank: int) -> GlooLink:
-        """This end of a group with the process at the other end of `sock`, 0 or 1 of two ranks.
+        """The way of payloads to the process at the other end of `sock`; as `group`."""
+        return GlooLink(await self.group(sock, rank))
+
+    async def group(self, sock: socket.socket, rank: int) -> Any:
+        """A process group with the process at the other end of `sock`, as rank 0 or 1 of two.
 
         Both ends call this. Raises TransportError, OSError.
         """
@@ -56,7 +60,7 @@ class GlooDevice:
             store.close()
             receiving.cancel()
             await asyncio.gather(receiving, return_exceptions=True)
-        return GlooLink(group)
+        return group
 
     def _new_group(self, store: PairStore, rank: int) -> Any:
         options = self._gloo._Options()

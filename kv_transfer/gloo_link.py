@@ -35,6 +35,7 @@ class GlooLink:
 
     def __init__(self, group: Any) -> None:
         self._group = group
+        self._answer: Any = None  # the last that was sent
         self._peer = 1 - group.rank()
         self._loop = asyncio.get_running_loop()
         self._sender = ThreadPoolExecutor(1, "gloo-send")
@@ -65,7 +66,7 @@ class GlooLink:
         """Let the threads and the group end."""
         for thread in (self._sender, self._receiver):
             await asyncio.to_thread(thread.shutdown)
-        self._group = None
+        self._answer = self._group = None
 
     def _start(
         self,
@@ -102,7 +103,9 @@ class GlooLink:
         received = self._group.recv([_as_tensor(target)], self._peer, _PAYLOAD)
         self._group.recv([_byte()], self._peer, _MARK).wait(_PAYLOAD_TIMEOUT)
         received.wait(_PAYLOAD_TIMEOUT)
-        self._group.send([_byte()], self._peer, _ANSWER).wait(_PAYLOAD_TIMEOUT)
+        # Nobody waits for the answer. gloo needs it until it has arrived, which shows when the peer
+        # sends its next payload.
+        self._answer = self._group.send([_byte()], self._peer, _ANSWER)
 
     def _disconnect(self) -> None:
         """gloo has no call for it, but a time-out closes the connection, under all operations."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import psutil
 import pytest
 
 from pagewire.kv_transfer.gloo import GlooTransport
@@ -19,6 +20,7 @@ from pagewire.kv_transfer.transport import ConnectionLost, TransportError
 
 ME, STRANGER = b"m" * 16, b"s" * 16
 PATIENCE_S = 20.0
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LARGE = 256 << 20  # bytes that no connection moves at once
 
 
@@ -76,13 +78,15 @@ def test_a_link_that_is_closed_within_a_payload_touches_no_memory_any_more(
             while not target[0]:
                 await asyncio.sleep(0)
             (sender if closing_end == "sender" else receiver).close()
-            num_bytes = target.count(b"\xff") if closing_end == "receiver" else None
-            for done in (sent, received):
-                with pytest.raises(ConnectionLost):
-                    await done
-            await sender.wait_closed() if closing_end == "sender" else await receiver.wait_closed()
-            assert num_bytes in (None, target.count(b"\xff"))
-            assert not target[-1]
+            num_received = target.count(b"\xff")
+            results = await asyncio.gather(sent, received, return_exceptions=True)
+            # None: rarely, the payload was faster.
+            assert {type(result) for result in results} <= {ConnectionLost, type(None)}
+            for link in (sender, receiver):
+                link.close()
+                await link.wait_closed()
+            if closing_end == "receiver":
+                assert target.count(b"\xff") == num_received
 
     run(scenario())
 
@@ -116,7 +120,24 @@ def test_nothing_is_left_of_a_link() -> None:
     run(scenario())
     before = in_use()
     run(scenario())
-    assert in_use() == before
+    # Fewer are no fault: what other tests left behind may be collected meanwhile.
+    assert all(now <= then for now, then in zip(in_use(), before, strict=True))
+
+
+def test_gloo_listens_where_the_worker_does() -> None:
+    def listening() -> set[tuple[str, int]]:
+        found = psutil.Process().net_connections("tcp")
+        return {(*item.laddr,) for item in found if item.status == psutil.CONN_LISTEN}
+
+    async def scenario() -> None:
+        before = listening()
+        transport = GlooTransport(incarnation=ME, handler=Nobody(), host="127.0.0.1")
+        await transport.start()
+        hosts = [host for host, _ in listening() - before]
+        assert hosts == ["127.0.0.1"] * 2  # for headers and for payloads
+        await transport.close()
+
+    run(scenario())
 
 
 def test_a_host_that_this_machine_does_not_have() -> None:
@@ -130,7 +151,7 @@ def test_a_host_that_this_machine_does_not_have() -> None:
 
 
 @asynccontextmanager
-async def greeted(note: bytes) -> AsyncIterator[tuple[GlooTransport, Any, Any]]:
+async def greeted(note: bytes) -> AsyncIterator[tuple[GlooTransport, Streams]]:
     """A transport, and the streams of a stranger who has sent his Hello and read the answer."""
     transport = GlooTransport(incarnation=ME, handler=Nobody(), host="127.0.0.1")
     await transport.start()
@@ -141,7 +162,7 @@ async def greeted(note: bytes) -> AsyncIterator[tuple[GlooTransport, Any, Any]]:
         writer.write(hello)
         version = GlooDevice("127.0.0.1").version
         await reader.readexactly(len(hello) - len(note) + len(version))
-        yield transport, reader, writer
+        yield transport, (reader, writer)
     finally:
         writer.close()
         await transport.close()
@@ -157,7 +178,7 @@ async def refused(transport: GlooTransport, reader: asyncio.StreamReader) -> Non
 
 def test_another_version_of_torch_is_refused() -> None:
     async def scenario() -> None:
-        async with greeted(b"1.0") as (transport, reader, _):
+        async with greeted(b"1.0") as (transport, (reader, _)):
             await refused(transport, reader)
 
     run(scenario())
@@ -171,7 +192,7 @@ def test_another_version_of_torch_is_refused() -> None:
 def test_a_peer_that_does_not_join_the_group_is_refused(answer: bytes) -> None:
     async def scenario() -> None:
         version = GlooDevice("127.0.0.1").version
-        async with greeted(version) as (transport, reader, writer):
+        async with greeted(version) as (transport, (reader, writer)):
             writer.write(answer)
             writer.write_eof()
             await refused(transport, reader)
