@@ -1,10 +1,10 @@
 """How fast 4 MiB frames travel between two processes of this machine, in GB/s.
 
 Every transport of Pagewire runs beside the bare way under it: a copy into shared memory and one out
-of it, sockets with sendmsg and recv_into, and UCX without headers, order or an event loop. "pages"
-is what workers do: frames of pages over tcp, with header and checksum, scattered into the pages of
-the receiver. All take turns in one run, so that a busy machine slows all of them; the figures are
-medians over the rounds.
+of it, sockets with sendmsg and recv_into, gloo and UCX without headers, order or an event loop.
+"pages" is what workers do: frames of pages over tcp, with header and checksum, scattered into the
+pages of the receiver. All take turns in one run, so that a busy machine slows all of them; the
+figures are medians over the rounds.
 """
 
 import argparse
@@ -37,7 +37,13 @@ from pagewire.kv_transfer.shared_memory import Offer, open_offer
 from pagewire.kv_transfer.transport import Connection
 from pagewire.kv_transfer.ucx_library import UcxLibrary, open_library
 
-BASELINES = {"shm": "bare memory", "tcp": "bare socket", "ucx": "bare ucx", "pages": "tcp"}
+BASELINES = {
+    "shm": "bare memory",
+    "tcp": "bare socket",
+    "pages": "tcp",
+    "gloo": "bare gloo",
+    "ucx": "bare ucx",
+}
 RING_BYTES = NUM_BUFFERS * FRAME_BYTES  # of the bare way through shared memory
 DONE = b"done"
 
@@ -194,6 +200,18 @@ def receive_bare_ucx() -> None:
         ucx.sock.sendall(DONE)
 
 
+def bare_gloo_lane(address: str) -> Lane:
+    from harness.gloo_lane import BareGlooLane  # torch takes seconds to import
+
+    return BareGlooLane(address)
+
+
+def receive_bare_gloo() -> None:
+    from harness import gloo_lane  # first, so that the sender need not wait
+
+    gloo_lane.receive_bare_gloo(accept_one())
+
+
 @dataclass(slots=True, kw_only=True)
 class Rounds:
     """The Handler of both ends: the receiver counts frames, the sender waits for the answer."""
@@ -286,6 +304,11 @@ LANES: dict[str, tuple[Callable[[str], Lane], Callable[[], None]]] = {
         lambda: asyncio.run(receive_transport("tcp")),
     ),
     "pages": (PagesLane, lambda: asyncio.run(receive_pages())),
+    "bare gloo": (bare_gloo_lane, receive_bare_gloo),
+    "gloo": (
+        lambda address: TransportLane("gloo", address),
+        lambda: asyncio.run(receive_transport("gloo")),
+    ),
     "bare ucx": (BareUcxLane, receive_bare_ucx),
     "ucx": (
         lambda address: TransportLane("ucx", address),

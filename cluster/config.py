@@ -66,7 +66,7 @@ class ServeConfig(BaseSettings):
     launcher: Literal["ray", "subprocess"] = Field(
         default="ray", description="what starts the workers"
     )
-    transport: Literal["auto", "shm", "ucx", "tcp"] = Field(
+    transport: Literal["auto", "shm", "ucx", "gloo", "tcp"] = Field(
         default="auto", description="what carries KV pages"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pagewire.kv_transfer.gloo import GlooTransport
 from pagewire.kv_transfer.shared_memory import SharedMemoryError, require_shared_memory
 from pagewire.kv_transfer.shm import ShmTransport
 from pagewire.kv_transfer.tcp import TcpTransport
@@ -10,8 +11,8 @@ from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.kv_transfer.ucx_library import open_library, versions
 
-KINDS = ("auto", "shm", "ucx", "tcp")  # what a worker can be configured with
-PREFERENCE = ("local", "shm", "ucx", "tcp")  # best first
+KINDS = ("auto", "shm", "ucx", "gloo", "tcp")  # what a worker can be configured with
+PREFERENCE = ("local", "shm", "ucx", "gloo", "tcp")  # best first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,12 @@ def create_transports(kind: str, incarnation: bytes, handler: Handler, host: str
                 raise TransportError(found.explanation)
             ucx = UcxTransport(incarnation=incarnation, handler=handler, host=host)
             return Choice(transports=(ucx,), explanation=f"{found.explanation}, as configured")
+        case "gloo":
+            gloo = GlooTransport(incarnation=incarnation, handler=handler, host=host)
+            return Choice(
+                transports=(gloo,),
+                explanation="KV frames go through torch.distributed over gloo, as configured",
+            )
         case "auto":
             return _all_usable(incarnation, handler, host)
     raise TransportError(f"transport is {kind!r}; choose one of {', '.join(KINDS)}")

@@ -13,7 +13,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from pagewire.kv_transfer.transport import ConnectionLost, TransportError
+from pagewire.kv_transfer.announced import fail
+from pagewire.kv_transfer.transport import TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary
 
 _STEPS_PER_TURN = 64  # bounds how long one turn keeps the event loop
@@ -22,7 +23,6 @@ _STEPS_TO_END = 10
 # asked again at once a few times, and then this often, for a peer may be slow or stopped.
 _NUM_BUSY_TURNS = 100
 _POLL_S = 0.001
-_FIRST_BYTE = 1 << 63  # a number that no payload has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,8 @@ class UcxLink:
         self._descriptor: int = self._worker.epoll_file_descriptor
         self._endpoint: Any = None
         self._transfers: list[_Transfer] = []
+        self._num_sends = 0
+        self._num_receives = 0
         self._turn: asyncio.Handle | None = None
         self._poll: asyncio.TimerHandle | None = None
         self._num_idle_turns = 0  # since UCX last had something to do
@@ -60,20 +62,22 @@ class UcxLink:
         self._create_endpoint(address)
         byte_in, byte_out = memoryview(bytearray(1)), memoryview(bytearray(1))
         received, sent = self._loop.create_future(), self._loop.create_future()
-        self.receive(byte_in, _FIRST_BYTE, received)
-        self.send(byte_out, _FIRST_BYTE, sent)
+        self.receive(byte_in, received)
+        self.send(byte_out, sent)
         await asyncio.gather(received, sent)
 
-    def send(self, payload: memoryview, number: int, done: asyncio.Future[None]) -> None:
-        """Send `payload` to the receive of the same `number` at the peer."""
+    def send(self, payload: memoryview, done: asyncio.Future[None]) -> None:
+        """Send `payload` to the receive of the same number at the peer."""
         array = self._library.array(payload)
-        request = self._endpoint.tag_send(array, self._library.api.UCXXTag(number))
+        request = self._endpoint.tag_send(array, self._library.api.UCXXTag(self._num_sends))
+        self._num_sends += 1
         self._follow(request, array, done)
 
-    def receive(self, target: memoryview, number: int, done: asyncio.Future[None]) -> None:
-        """Receive into `target` what the peer sends under `number`."""
+    def receive(self, target: memoryview, done: asyncio.Future[None]) -> None:
+        """Receive into `target` what the peer sends under the same number."""
         array = self._library.array(target)
-        request = self._worker.tag_recv(array, self._library.api.UCXXTag(number))
+        request = self._worker.tag_recv(array, self._library.api.UCXXTag(self._num_receives))
+        self._num_receives += 1
         self._follow(request, array, done)
 
     def close(self) -> None:
@@ -90,6 +94,9 @@ class UcxLink:
         # Dropping a request cancels it; dropping the worker destroys it.
         self._transfers.clear()
         self._worker = None
+
+    async def wait_closed(self) -> None:
+        """Nothing is left to free after `close`."""
 
     def _create_endpoint(self, address: bytes) -> None:
         api = self._library.api
@@ -164,10 +171,3 @@ class UcxLink:
             return
         if not transfer.done.done():
             transfer.done.set_result(None)
-
-
-def fail(done: asyncio.Future[None], reason: str) -> None:
-    """End `done` with ConnectionLost, unless it has ended; whoever waits for it may be gone."""
-    if not done.done():
-        done.set_exception(ConnectionLost(reason))
-        done.exception()  # asyncio shall not complain that nobody asked

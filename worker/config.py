@@ -24,7 +24,7 @@ class WorkerConfig:
     served_model: str  # the name that clients use
     routers: tuple[str, ...]  # host:port of each router's Membership service
     host: str = "127.0.0.1"  # where the worker listens for routers and for other workers
-    transport: str = "auto"  # auto, shm, ucx or tcp
+    transport: str = "auto"  # auto, shm, ucx, gloo or tcp
     dtype: str = "bfloat16"
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO

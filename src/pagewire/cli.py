@@ -76,7 +76,7 @@ def serve(
     dashboard_port: Annotated[
         int | None, typer.Option(help="port of Ray's dashboard; 0: any free one")
     ] = None,
-    transport: Annotated[str | None, typer.Option(help="auto, shm, ucx or tcp")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto, shm, ucx, gloo or tcp")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
     quantization: Annotated[str | None, typer.Option(help="none, int8 or int4")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype) or int8")] = None,

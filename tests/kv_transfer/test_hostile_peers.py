@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagewire.kv_transfer.framing import MAX_PAYLOAD_BYTES, Kind
+from pagewire.kv_transfer.gloo import GlooTransport
 from pagewire.kv_transfer.handshake import NOBODY, Hello
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
@@ -24,12 +25,13 @@ from pagewire.kv_transfer.ucx import UcxTransport
 
 ME, OTHER, STRANGER = b"m" * 16, b"o" * 16, b"s" * 16
 PATIENCE_S = 20.0
-KINDS = ["tcp", "shm", *(["ucx"] if probe().usable else [])]
+KINDS = ["tcp", "shm", "gloo", *(["ucx"] if probe().usable else [])]
 
 AnyTransport = SocketTransport[Any]
 CLASSES: dict[str, Callable[..., AnyTransport]] = {
     "tcp": TcpTransport,
     "shm": ShmTransport,
+    "gloo": GlooTransport,
     "ucx": UcxTransport,
 }
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

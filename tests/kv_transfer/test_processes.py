@@ -16,7 +16,7 @@ from pagewire.kv_transfer.transport import Connection, ConnectionLost, Transport
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("peer_process.py")
-KINDS = ["tcp", "shm", *(["ucx"] if probe().usable else [])]
+KINDS = ["tcp", "shm", "gloo", *(["ucx"] if probe().usable else [])]
 PATIENCE_S = 30.0
 MARK = b"\xee"
 

@@ -43,6 +43,11 @@ def test_shm_alone() -> None:
     assert kinds("shm")[0] == ["shm"]
 
 
+def test_gloo_only_where_it_is_asked_for() -> None:
+    assert kinds("gloo")[0] == ["gloo"]
+    assert "gloo" not in kinds("auto")[0]
+
+
 def test_without_shared_memory_auto_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.memfd_create")
     found, explanation = kinds("auto")
@@ -77,7 +82,7 @@ def test_without_ucxx_ucx_is_an_error_with_a_remedy() -> None:
 
 
 def test_an_unknown_kind_names_the_choices() -> None:
-    with pytest.raises(TransportError, match="auto, shm, ucx, tcp"):
+    with pytest.raises(TransportError, match="auto, shm, ucx, gloo, tcp"):
         create_transports("pigeon", ME, Nobody(), "127.0.0.1")
 
 

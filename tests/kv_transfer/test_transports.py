@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagewire.kv_transfer.framing import FramingError
+from pagewire.kv_transfer.gloo import GlooTransport
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
@@ -22,7 +23,7 @@ from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Connection, ConnectionLost, Transport, TransportError
 from pagewire.kv_transfer.ucx import UcxTransport
 
-KINDS = ["local", "tcp", "shm", *(["ucx"] if probe().usable else [])]
+KINDS = ["local", "tcp", "shm", "gloo", *(["ucx"] if probe().usable else [])]
 PATIENCE_S = 20.0
 A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
 
@@ -103,6 +104,8 @@ async def pair(kind: str) -> AsyncIterator[Pair]:
             return TcpTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
         if kind == "shm":
             return ShmTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
+        if kind == "gloo":
+            return GlooTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
         return UcxTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
 
     a, b = create(A, inbox_a), create(B, inbox_b)

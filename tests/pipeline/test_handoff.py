@@ -73,7 +73,7 @@ def test_disaggregated_equals_aggregated_equals_transformers(
     assert tokens == [greedy_tokens(model.reference, prompt, 8) for prompt in inputs]
 
 
-@pytest.mark.parametrize("kind", ["local", "shm", "ucx"])
+@pytest.mark.parametrize("kind", ["local", "shm", "gloo", "ucx"])
 def test_other_transports_carry_the_same_tokens(kind: str, llama: Path) -> None:
     if kind == "ucx" and not probe().usable:
         pytest.skip(probe().explanation)
