@@ -11,6 +11,7 @@ from pagewire.sim.registration import RegistrationDesk
 from pagewire.sim.transport import Fabric
 from pagewire.sim.worker import SimWorker
 from pagewire.worker.effects import Scatter
+from pagewire.worker.interval import Interval
 
 
 class SimDecodeWorker(SimWorker[DecodeCore]):
@@ -52,7 +53,7 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
         is_sound = checksum(payload) == frame.checksum
         if is_sound:
             self.memory.scatter(frame.part, effect.page_table, payload)
-        self.carry_out(self.core.on_scattered(frame, is_sound))
+        self.carry_out(self.core.on_scattered(frame, is_sound, self.process.now))
 
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         raise AssertionError("a decode worker sends no frames")
