@@ -27,6 +27,7 @@ from enum import Enum, auto
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason, Request, RequestFailed, TokenUpdate
+from pagewire.router.time_ledger import Part, PartTimes, worker_times
 from pagewire.router.token_log import TokenConflict, TokenGap, TokenLog
 
 
@@ -103,14 +104,17 @@ class Lifecycle:
         self._is_prefill_sent = False
         self._unfinished = set(range(request.n))  # choices
         self._is_sealed = False  # from then on the decode worker answers for the attempt
+        self._enqueued_at = 0.0  # seconds on the router's clock
+        self._times: dict[Part, float] = {}  # seconds, not delivered yet
 
     @property
     def is_live(self) -> bool:
         return self.state not in TERMINAL
 
-    def enqueue(self) -> None:
+    def enqueue(self, now: float) -> None:
         assert self.state is State.ADMITTED, f"enqueued while {self.state.name}"
         self.state = State.QUEUED
+        self._enqueued_at = now
 
     def dispatch(self, assignment: Assignment) -> list[Effect]:
         """A pair has room: the decode worker learns of the hand-off first."""
@@ -141,6 +145,7 @@ class Lifecycle:
                 return self._on_attached(assigned, now)
             case "first_token" if is_prefill:
                 token = event.first_token
+                self._note(worker_times(token.times))
                 logprobs = (token.logprobs,) if token.HasField("logprobs") else ()
                 return self._on_tokens(
                     token.choice,
@@ -152,13 +157,16 @@ class Lifecycle:
                     num_cached_tokens=min(token.cached_tokens, len(self.request.token_ids)),
                 )
             case "sealed" if is_prefill:
+                self._note(worker_times(event.sealed.times))
                 self._is_sealed = True
                 return []
             case "ready" if is_decode:
+                self._note(worker_times(event.ready.times))
                 self.state = State.DECODING
                 return []
             case "tokens" if is_decode:
                 tokens = event.tokens
+                self._note(worker_times(tokens.times))
                 return self._on_tokens(
                     tokens.choice,
                     tokens.position,
@@ -225,6 +233,7 @@ class Lifecycle:
         if self._is_prefill_sent:
             return []
         self._is_prefill_sent = True
+        self._note({Part.QUEUE: now - self._enqueued_at})
         prefill = pb.Prefill(
             token_ids=self.request.token_ids,
             sampling=self.request.sampling,
@@ -277,7 +286,9 @@ class Lifecycle:
                 finish_reason=finish,
                 logprobs=logprobs[len(token_ids) - len(new) :] if wants_logprobs else (),
                 num_cached_tokens=num_cached_tokens,
+                times=self._times,
             )
+            self._times = {}
             is_last = not self._unfinished
             effects.append(
                 Deliver(request_id=self.request.request_id, update=update, is_last=is_last)
@@ -288,6 +299,12 @@ class Lifecycle:
             if ended_on_prefill and self.assignment is not None:
                 effects.append(self._abort(self.assignment.decode, "finished at token 0"))
         return effects
+
+    def _note(self, times: PartTimes) -> None:
+        """Parts of the request's time, for its next update; those that took none are left out."""
+        for part, seconds in times.items():
+            if seconds:
+                self._times[part] = self._times.get(part, 0.0) + seconds
 
     def _aborts(self, reason: str, gone: bytes | None = None) -> list[Effect]:
         if self.assignment is None:
