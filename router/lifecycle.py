@@ -27,7 +27,7 @@ from enum import Enum, auto
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason, Request, RequestFailed, TokenUpdate
-from pagewire.router.time_ledger import Part, PartTimes, worker_times
+from pagewire.router.time_ledger import Part, worker_times
 from pagewire.router.token_log import TokenConflict, TokenGap, TokenLog
 
 
@@ -106,6 +106,7 @@ class Lifecycle:
         self._is_sealed = False  # from then on the decode worker answers for the attempt
         self._enqueued_at = 0.0  # seconds on the router's clock
         self._times: dict[Part, float] = {}  # seconds, not delivered yet
+        self._reported: set[Part] = set()  # by the workers
 
     @property
     def is_live(self) -> bool:
@@ -145,7 +146,7 @@ class Lifecycle:
                 return self._on_attached(assigned, now)
             case "first_token" if is_prefill:
                 token = event.first_token
-                self._note(worker_times(token.times))
+                self._on_times(token.times)
                 logprobs = (token.logprobs,) if token.HasField("logprobs") else ()
                 return self._on_tokens(
                     token.choice,
@@ -157,16 +158,16 @@ class Lifecycle:
                     num_cached_tokens=min(token.cached_tokens, len(self.request.token_ids)),
                 )
             case "sealed" if is_prefill:
-                self._note(worker_times(event.sealed.times))
+                self._on_times(event.sealed.times)
                 self._is_sealed = True
                 return []
             case "ready" if is_decode:
-                self._note(worker_times(event.ready.times))
+                self._on_times(event.ready.times)
                 self.state = State.DECODING
                 return []
             case "tokens" if is_decode:
                 tokens = event.tokens
-                self._note(worker_times(tokens.times))
+                self._on_times(tokens.times)
                 return self._on_tokens(
                     tokens.choice,
                     tokens.position,
@@ -233,7 +234,7 @@ class Lifecycle:
         if self._is_prefill_sent:
             return []
         self._is_prefill_sent = True
-        self._note({Part.QUEUE: now - self._enqueued_at})
+        self._add_time(Part.QUEUE, now - self._enqueued_at)
         prefill = pb.Prefill(
             token_ids=self.request.token_ids,
             sampling=self.request.sampling,
@@ -300,11 +301,17 @@ class Lifecycle:
                 effects.append(self._abort(self.assignment.decode, "finished at token 0"))
         return effects
 
-    def _note(self, times: PartTimes) -> None:
-        """Parts of the request's time, for its next update; those that took none are left out."""
-        for part, seconds in times.items():
-            if seconds:
-                self._times[part] = self._times.get(part, 0.0) + seconds
+    def _on_times(self, times: pb.TimeParts) -> None:
+        """What a worker has measured. A part that was reported before adds nothing."""
+        for part, seconds in worker_times(times).items():
+            if part not in self._reported:
+                self._reported.add(part)
+                self._add_time(part, seconds)
+
+    def _add_time(self, part: Part, seconds: float) -> None:
+        """For the next update, from which parts that took no time are left out."""
+        if seconds:
+            self._times[part] = self._times.get(part, 0.0) + seconds
 
     def _aborts(self, reason: str, gone: bytes | None = None) -> list[Effect]:
         if self.assignment is None:

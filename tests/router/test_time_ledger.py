@@ -113,6 +113,7 @@ def test_times_travel_with_the_next_update() -> None:
     event = first_token(P)
     event.first_token.times.CopyFrom(pb.TimeParts(queue_s=0.25, prefill_s=2.0))
     update = delivered(lifecycle.on_event(event, 13.0))
+    assert lifecycle.on_event(event, 13.0) == []  # repeated: it adds nothing
     assert update.times == {Part.QUEUE: 0.75, Part.PREFILL: 2.0}
 
     event = sealed(P)
