@@ -40,6 +40,11 @@ _VLLM_NAMES = {
     "pagewire_request_prompt_tokens": "vllm:request_prompt_tokens",
     "pagewire_request_generation_tokens": "vllm:request_generation_tokens",
 }
+_PARTS = "pagewire_request_part_seconds"
+_VLLM_PARTS = {
+    Part.QUEUE: "vllm:request_queue_time_seconds",
+    Part.PREFILL: "vllm:request_prefill_time_seconds",
+}
 
 
 class RouterMetrics:
@@ -89,8 +94,8 @@ class RouterMetrics:
         )
 
         parts = Histogram(
-            "pagewire_request_part_seconds",
-            "Where the time of finished requests went: parts that sum to their latency.",
+            _PARTS,
+            "Where the time of requests that got tokens went: the parts of their latency.",
             ["model_name", "part"],
             buckets=_PART_SECONDS,
             registry=self._registry,
@@ -114,6 +119,12 @@ class RouterMetrics:
             *_worker_families(workers),
         ]
         aliases = [_under_vllm_name(each) for each in families if each.name in _VLLM_NAMES]
+        aliases += [
+            _part_under_vllm_name(each, part)
+            for each in families
+            for part in _VLLM_PARTS
+            if each.name == _PARTS
+        ]
         return generate_latest(_Page([*families, *aliases]))
 
     def _counter(self, name: str, help_text: str) -> Counter:
@@ -209,6 +220,19 @@ def _under_vllm_name(family: Metric) -> Metric:
         Sample(name + sample.name.removeprefix(family.name), *sample[1:])
         for sample in family.samples
     ]
+    return alias
+
+
+def _part_under_vllm_name(family: Metric, part: Part) -> Metric:
+    """One part of all, which has a family of its own there."""
+    name = _VLLM_PARTS[part]
+    alias = Metric(name, family.documentation, family.type)
+    for sample in family.samples:
+        labels = {key: value for key, value in sample.labels.items() if key != "part"}
+        if sample.labels["part"] == part.value:
+            alias.samples.append(
+                Sample(name + sample.name.removeprefix(family.name), labels, *sample[2:])
+            )
     return alias
 
 

@@ -183,6 +183,24 @@ def test_a_handoff_becomes_tokens() -> None:
     check_nothing_is_left(core)
 
 
+def test_the_router_learns_where_the_time_went() -> None:
+    core = decode_core()
+    credit = grants(begin(core))
+    frames = [frame(credit[seq], seq) for seq in range(2)]
+    for item in frames:
+        land(core, item)
+    core.on_scattered(frames[0], True, 1.0)
+    core.on_message(PREFILL, seal(), 2.0)
+    (event,) = events(core.on_scattered(frames[1], True, 5.0))
+    assert event.ready.times == pb.TimeParts(scatter_s=3.0)
+    core.next_batch(7.0)
+    (event,) = events(core.on_batch_done(StepResult(tokens=((8,),)), 7.5))
+    assert event.tokens.times == pb.TimeParts(decode_queue_s=2.0, decode_s=0.5)
+    core.next_batch(8.0)
+    (event,) = events(core.on_batch_done(StepResult(tokens=((9,),)), 9.0))
+    assert not event.tokens.HasField("times")
+
+
 def test_frames_are_acknowledged_and_slots_granted_again() -> None:
     core = decode_core(num_slots=1)
     (credit,) = grants(begin(core))

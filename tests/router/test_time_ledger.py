@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pagewire.router.time_ledger import Part, PartTimes, TimeLedger, worker_time
 P, D = b"p" * 16, b"d" * 16
 REPORTED = [part for part in Part if part not in (Part.PREPROCESS, Part.NETWORK)]
 COMPLETIONS = "/v1/completions"
+PROTOCOL = Path(__file__).parents[2] / "docs" / "PROTOCOL.md"
 
 seconds = st.floats(0, 1e4)
 # Of the processes that report, some may have a bug: what they say must not reach the sums.
@@ -199,3 +201,11 @@ def test_each_part_is_a_histogram(client: TestClient) -> None:
     for part in Part:
         labels = f'{{model_name="smollm2",part="{part.value}"}}'
         assert f"pagewire_request_part_seconds_count{labels} 1.0" in page
+    for name in ("queue", "prefill"):
+        assert f'vllm:request_{name}_time_seconds_count{{model_name="smollm2"}} 1.0' in page
+
+
+def test_the_protocol_document_defines_every_part() -> None:
+    section = PROTOCOL.read_text(encoding="utf-8").partition("\n## Where the time goes\n")[2]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    assert [row[1].strip() for row in rows] == [part.value for part in Part]
