@@ -48,7 +48,7 @@ class TokenUpdate:
     logprobs: tuple[pb.TokenLogprobs, ...] = ()  # one for each id when asked for, else none
     num_cached_tokens: int = 0  # of the prompt; set on the update that token 0 brings
     choice: int = 0
-    times: PartTimes = field(default_factory=dict)  # what has become known of them since the last
+    times: PartTimes = field(default_factory=dict)  # that the last update did not have
 
 
 class RequestFailed(Exception):

@@ -70,7 +70,10 @@ class TimeLedger:
         self._add(Part.PREPROCESS, now - self._arrived)
 
     def record(self, times: PartTimes, now: float) -> None:
-        """Parts that have become known. From the first step's decode on, all time is decode."""
+        """Parts that have become known.
+
+        Once the first step of the decode worker is among them, all time that follows is decode.
+        """
         for part, seconds in times.items():
             self._add(part, seconds)
         if Part.DECODE in times and self._decoding_since is None:

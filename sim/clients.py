@@ -6,7 +6,7 @@ from enum import Enum, auto
 from pagewire.router.request import FinishReason, RequestFailed, TokenUpdate
 from pagewire.sim.violation import require
 
-_ROUNDING_S = 1e-9
+_ROUNDING_S = 1e-9  # of sums of times
 
 
 class Outcome(Enum):
