@@ -49,6 +49,10 @@ HEADERS = sorted(str(path) for path in Path("kernels/cpu").glob("*.h"))
 class BuildPlainLibrary(build_ext):
     """Shared libraries with a C ABI instead of Python modules: ctypes loads them."""
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = True  # the instruction sets side by side
+
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 

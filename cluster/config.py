@@ -80,7 +80,13 @@ class ServeConfig(BaseSettings):
         default=KVCacheDtype.AUTO,
         description="KV cache: auto, that is dtype, or int8 for about twice as many pages",
     )
+    decode_kv_cache_dtype: KVCacheDtype | None = Field(
+        default=None, description="of decode workers; none: that of prefill workers, kv_cache_dtype"
+    )
     page_size: PageSize = Field(default=64, description="token slots of a page")
+    decode_page_size: PageSize | None = Field(
+        default=None, description="of decode workers; none: that of prefill workers, page_size"
+    )
     num_pages: int | None = Field(
         default=None, ge=1, description="pages of a worker; none: by memory"
     )

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from pagewire.cluster.config import ServeConfig
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.worker.config import Role, WorkerConfig
 
 # Drafts of a decode step, shared out among its rows. It bounds how long a step takes and how many
@@ -46,7 +47,7 @@ def worker_configs(
 
     `router` is host:port of the router's Membership service. `cores` are shared out
     step by step, on the board `core_board`, unless the number of threads was chosen.
-    `dtype` is what auto means: the same for all, since pages of one dtype are no use to another.
+    `dtype` is what auto means, the same for all.
     `prefix_cache_secret` is hexadecimal; without it nothing is cached.
     """
     names = [(Role.PREFILL, index) for index in range(config.prefill)]
@@ -61,8 +62,8 @@ def worker_configs(
             transport=config.transport,
             dtype=_dtype(config, dtype),
             quantization=config.quantization,
-            kv_cache_dtype=config.kv_cache_dtype,
-            page_size=config.page_size,
+            kv_cache_dtype=_kv_cache_dtype(config, role),
+            page_size=_page_size(config, role),
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,
             num_threads=config.num_threads or cores,
@@ -85,6 +86,18 @@ def _dtype(config: ServeConfig, auto: str) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "float32" if config.deterministic else auto
+
+
+def _kv_cache_dtype(config: ServeConfig, role: Role) -> KVCacheDtype:
+    if role is Role.PREFILL or config.decode_kv_cache_dtype is None:
+        return config.kv_cache_dtype
+    return config.decode_kv_cache_dtype
+
+
+def _page_size(config: ServeConfig, role: Role) -> int:
+    if role is Role.PREFILL or config.decode_page_size is None:
+        return config.page_size
+    return config.decode_page_size
 
 
 def worker_environment(config: WorkerConfig) -> dict[str, str]:

@@ -31,7 +31,7 @@ from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
 from pagewire.engine.errors import EngineError
 from pagewire.engine.loading.resolve import resolve_model, served_name
 from pagewire.engine.precision import default_dtype
-from pagewire.proto.page_hash import KEY_BYTES, PageHasher
+from pagewire.proto.page_hash import KEY_BYTES
 from pagewire.router.control import RouterControl
 from pagewire.router.request import WorkerView
 from pagewire.router.tokenizer import Tokenizer
@@ -67,8 +67,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                 await asyncio.to_thread(require_same_tokens, base.tokenizer, draft_model)
             # Not before Ray runs: it forks, which gRPC's threads in this process do not like.
             secret = secrets.token_bytes(KEY_BYTES) if config.prefix_cache else None
-            hasher = PageHasher(secret=secret, page_size=config.page_size) if secret else None
-            control = RouterControl(max_queued=config.max_queued, hasher=hasher)
+            control = RouterControl(max_queued=config.max_queued, page_secret=secret)
             core_board = _make_core_board(stack, config.prefill + config.decode)
             workers = worker_configs(
                 config,
@@ -92,7 +91,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             url = _url(listener)
             with terminal.step("sending a first prompt"):
                 await self_test(url)
-            terminal.show(_banner(workers[0], views, url, base.dashboard_url))
+            terminal.show(_banner(workers, views, url, base.dashboard_url))
             await first_of(_report(exits, terminal), control.failure())
 
 
@@ -187,21 +186,23 @@ def _url(listener: socket.socket) -> str:
 
 
 def _banner(
-    config: WorkerConfig,
+    configs: Sequence[WorkerConfig],
     views: Sequence[WorkerView],
     url: str,
     dashboard_url: str | None,
 ) -> Banner:
+    config = configs[0]
+    page_sizes = {each.name: each.page_size for each in configs}
     return Banner(
         model=config.served_model,
         dtype=config.dtype,
-        page_size=config.page_size,
         workers=[
             WorkerLine(
                 name=view.name,
                 pid=view.pid,
                 device=view.device,
                 num_pages=view.state.pages.total,
+                page_size=page_sizes[view.name],
             )
             for view in sorted(views, key=lambda view: (view.role != Role.PREFILL, view.name))
         ],

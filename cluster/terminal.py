@@ -21,6 +21,7 @@ class WorkerLine:
     pid: int
     device: str
     num_pages: int
+    page_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,6 @@ class Banner:
 
     model: str
     dtype: str
-    page_size: int
     workers: Sequence[WorkerLine]
     transport: str  # what carries KV pages, best first, with the reason where it is not the best
     url: str
@@ -43,7 +43,7 @@ class Banner:
         for worker in self.workers:
             yield (
                 f"  {worker.name:<9}  pid {worker.pid}, {worker.device}, "
-                f"{worker.num_pages} pages of {self.page_size} tokens"
+                f"{worker.num_pages} pages of {worker.page_size} tokens"
             )
         yield f"  transport  {self.transport}"
         yield f"  API        {self.url}/v1"

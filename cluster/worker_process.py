@@ -26,6 +26,7 @@ from pagewire.prefill_worker.worker import PrefillWorker
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.sessions import RegistrationRefused
+from pagewire.worker.shell import new_model_thread
 
 ENDS_WITH_STDIN = "--ends-with-stdin"
 
@@ -47,20 +48,29 @@ async def run_worker(
     Raises one of StartError, with a sentence for the user, when the worker cannot work.
     """
     incarnation = secrets.token_bytes(16)
-    runner = await asyncio.to_thread(_load_engine, config)
+    loop = asyncio.get_running_loop()
+    model_thread = new_model_thread(config.num_threads)
+    runner = await loop.run_in_executor(model_thread, _load_engine, config)
     worker: PrefillWorker | DecodeWorker
     if config.role is Role.PREFILL:
         worker = PrefillWorker(
-            config=config, incarnation=incarnation, runner=runner, on_state=on_state
+            config=config,
+            incarnation=incarnation,
+            runner=runner,
+            model_thread=model_thread,
+            on_state=on_state,
         )
     else:
-        speculation, draft_model = await asyncio.to_thread(load_speculation, config, runner)
+        speculation, draft_model = await loop.run_in_executor(
+            model_thread, load_speculation, config, runner
+        )
         worker = DecodeWorker(
             config=config,
             incarnation=incarnation,
             runner=runner,
             speculation=speculation,
             draft_model=draft_model,
+            model_thread=model_thread,
             on_state=on_state,
         )
     chosen = create_transports(config.transport, incarnation, worker, config.host)

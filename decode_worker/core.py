@@ -22,7 +22,7 @@ from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.token_history import TokenHistory
-from pagewire.kv_transfer.layout import KVLayout, require_slot
+from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import (
     Accepted,
     Closed,
@@ -76,10 +76,7 @@ class DecodeCore:
         """`closing_s` bounds the wait for the sender of a hand-off that was given up.
 
         Without a `hasher` nothing is cached, without `speculation` nothing is drafted.
-
-        Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
-        require_slot(layout, slot_bytes)
         self.incarnation = incarnation
         self.layout = layout
         self.pool = pool
@@ -324,10 +321,11 @@ class DecodeCore:
             return self._grant_slots()
         request.receiver.on_landed(frame)
         self._grow(request, request.num_prompt_tokens)
-        pages = request.pages[frame.first_page : frame.first_page + frame.num_pages]
+        pages = [request.pages[index] for index in request.receiver.pages_of(frame)]
         self.pool.pin(pages)
         self._scattering[request.key, frame.seq] = pages
-        return [Scatter(frame=frame, page_table=tuple(request.pages))]
+        source = request.receiver.source
+        return [Scatter(frame=frame, source=source, page_table=tuple(request.pages))]
 
     def _on_seal(self, seal: Seal, now: float) -> list[Effect]:
         request = self._addressee(seal.id)
@@ -382,21 +380,24 @@ class DecodeCore:
     def _admit_waiting(self) -> list[Effect]:
         """Reserve for those who wait, first come, first served: the sum never exceeds the pool.
 
-        Pages of the prompt that are cached here need no room, and are not sent.
+        Pages of the prompt that are cached here need no room, and are not sent. Of smaller pages
+        than the sender's so many are used that they make whole ones of it: frames are whole pages,
+        and must not write into one that is shared.
         """
         effects: list[Effect] = []
         while self._waiting:
             request = self._waiting[0]
             num_pages = request.demand.num_pages(self.layout.page_size)
-            reserved = self.cache.reserve(request.page_keys, num_pages)
+            unit = request.receiver.hit_unit
+            reserved = self.cache.reserve(request.page_keys, num_pages, unit=unit)
             if reserved is None:
                 break
             self._waiting.popleft()
             request.pages = list(reserved.hits)
             request.reservation = reserved.reservation
-            request.receiver.on_reserved(len(reserved.hits))
+            num_hit_pages = request.receiver.on_reserved(len(reserved.hits))
             self._receiving[request.key] = request
-            accepted = Accepted(id=request.receiver.id, num_hit_pages=len(reserved.hits))
+            accepted = Accepted(id=request.receiver.id, num_hit_pages=num_hit_pages)
             effects.append(Send(message=accepted))
         return [*effects, *self._grant_slots()]
 

@@ -46,12 +46,24 @@ class Receiver:
         self._prefix_hash = prefix_hash
         self._num_prompt_tokens = num_prompt_tokens
         self._layout = layout
-        self._layout_digest = layout.digest()
+        self._source = layout
+        self._source_digest = b""
+        self._num_hit_pages = 0  # of the sender
         self._all_layers = (1 << layout.num_layers) - 1
-        self._covered = [0] * layout.num_pages(num_prompt_tokens)  # per page, a bit per layer
+        self._covered: list[int] = []  # per page of the sender, a bit per layer
         self._checksums: dict[int, int] = {}  # by seq, of the frames that lie in pages
         self._landing: set[int] = set()  # seqs between header and the end of their payload
         self._scattering: set[int] = set()  # seqs between their slot and their pages
+
+    @property
+    def source(self) -> KVLayout:
+        """The layout of the sender, once it has begun: its pages are what frames carry."""
+        return self._source
+
+    @property
+    def hit_unit(self) -> int:
+        """Pages of this worker that hold whole pages of the sender: hits count in these."""
+        return max(1, self._source.page_size // self._layout.page_size)
 
     @property
     def is_open(self) -> bool:
@@ -69,22 +81,38 @@ class Receiver:
             return None
         if message.ticket != self._ticket:
             return RefuseReason.UNKNOWN_TICKET
-        if message.layout_digest != self._layout_digest:
+        if not message.layout.holds_same_kv(self._layout):
             return RefuseReason.LAYOUT
         if (message.prefix_hash, message.num_prompt_tokens) != (
             self._prefix_hash,
             self._num_prompt_tokens,
         ):
             return RefuseReason.PREFIX
+        self._source = message.layout
+        self._source_digest = message.layout.digest()
+        self._covered = [0] * message.layout.num_pages(self._num_prompt_tokens)
         self.state = ReceiverState.WAITING
         return None
 
-    def on_reserved(self, num_hit_pages: int = 0) -> None:
-        """There is room; the first pages of the prompt are here already."""
+    def on_reserved(self, num_hits: int = 0) -> int:
+        """There is room, and the first `num_hits` pages of the prompt are here, in whole units.
+
+        Returns how many pages of the sender these are.
+        """
         if self.state is not ReceiverState.WAITING:
-            return
+            return 0
         self.state = ReceiverState.RECEIVING
-        self._covered[:num_hit_pages] = [self._all_layers] * num_hit_pages
+        count = num_hits * self._layout.page_size // self._source.page_size
+        self._covered[:count] = [self._all_layers] * count
+        self._num_hit_pages = count
+        return count
+
+    def pages_of(self, frame: Frame) -> range:
+        """The pages that `frame` is scattered into, by their index in the sequence."""
+        first = frame.first_page * self._source.page_size
+        end = first + frame.num_pages * self._source.page_size
+        end = min(end, self._num_prompt_tokens)
+        return range(first // self._layout.page_size, self._layout.num_pages(end))
 
     def is_repeated(self, frame: Frame) -> bool:
         return any(frame.seq in seqs for seqs in (self._landing, self._scattering, self._checksums))
@@ -93,13 +121,14 @@ class Receiver:
         """Whether a frame with `length` bytes of payload is one that this hand-off can have."""
         part = frame.part
         return (
-            frame.layout_digest == self._layout_digest
+            frame.layout_digest == self._source_digest
             and frame.prefix_hash == self._prefix_hash
             and part.num_pages > 0
             and part.num_layers > 0
+            and part.first_page >= self._num_hit_pages  # which are shared: nothing writes them
             and part.first_page + part.num_pages <= len(self._covered)
             and part.first_layer + part.num_layers <= self._layout.num_layers
-            and length == part.num_bytes(self._layout)
+            and length == part.num_bytes(self._source)
         )
 
     def on_landing(self, frame: Frame) -> None:

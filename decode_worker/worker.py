@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.drafting import Speculation
@@ -30,6 +31,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         runner: ModelRunner,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
+        model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
     ) -> None:
         """`draft_model` makes the drafts that `speculation` asks for."""
@@ -45,13 +47,17 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
         )
-        super().__init__(config=config, core=core, runner=runner, reader=None, on_state=on_state)
+        super().__init__(
+            config=config,
+            core=core,
+            runner=runner,
+            reader=None,
+            model_thread=model_thread,
+            on_state=on_state,
+        )
         self._draft_model = draft_model
         self._writer = FrameWriter(
-            runner.layout,
-            runner.kv_cache.buffer(),
-            num_slots=config.num_slots,
-            slot_bytes=config.slot_bytes,
+            runner.kv_cache, num_slots=config.num_slots, slot_bytes=config.slot_bytes
         )
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
@@ -73,6 +79,6 @@ class DecodeWorker(WorkerShell[DecodeCore]):
     async def _scatter(self, effect: Scatter) -> None:
         loop = asyncio.get_running_loop()
         is_sound = await loop.run_in_executor(
-            self.io_thread, self._writer.write, effect.frame, effect.page_table
+            self.io_thread, self._writer.write, effect.frame, effect.source, effect.page_table
         )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.clock()))

@@ -13,7 +13,7 @@ _LEAST_GAIN = 1.05  # drafting has to promise more than the error of its estimat
 _MEMORY = 0.8  # how much of what was seen counts still, one drafting step later
 _MOST_REMEMBERED = 8  # drafts: a long copy that has ended is soon forgotten
 _PRIOR = 0.8  # share of right drafts before any was seen; counts as much as one draft
-_FIRST_PAUSE = 8  # tokens
+_FIRST_PAUSE = 16  # tokens
 _LONGEST_PAUSE = 512
 
 
@@ -44,7 +44,8 @@ class DraftLength:
     """Follows the drafts of one sequence, and says how many come next.
 
     When none would pay, drafting pauses, for twice as long each time, so that a sequence on which
-    it never pays bears the cost of ever fewer attempts. After a pause it begins without prejudice.
+    it never pays bears the cost of ever fewer attempts; drafts that are right halve the pause.
+    After it drafting begins without prejudice.
     """
 
     def __init__(self, costs: DraftCosts) -> None:
@@ -85,7 +86,7 @@ class DraftLength:
         self._num_right = memory * self._num_right + num_accepted
         self._num_checked = memory * self._num_checked + num_accepted + num_wrong
         if num_accepted > 1:
-            self._pause = _FIRST_PAUSE
+            self._pause = max(_FIRST_PAUSE, self._pause // 2)
 
     def _begin_pause(self) -> None:
         self._num_skipped = self._pause

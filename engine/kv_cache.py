@@ -35,15 +35,7 @@ class KVCache:
     @property
     def pages(self) -> KVPool:
         """The pool as the model sees it."""
-        layout = self.layout
-        return KVPool(
-            self.pool,
-            getattr(torch, layout.dtype),
-            num_layers=layout.num_layers,
-            num_kv_heads=layout.num_kv_heads,
-            page_size=layout.page_size,
-            head_dim=layout.head_dim,
-        )
+        return view_pages(self.pool, self.layout)
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Make copies of whole pages, one after another."""
@@ -58,6 +50,21 @@ class KVCache:
         if self.pool.device.type != "cpu":
             raise TypeError(f"the KV pool is on {self.pool.device}; only host memory has a buffer")
         return self.pool.view(-1).numpy().data
+
+
+def view_pages(data: Tensor, layout: KVLayout, *, num_layers: int | None = None) -> KVPool:
+    """Pages as operations see them; with `num_layers` so many layers of each, packed.
+
+    data: uint8 [num_pages, bytes of a page], contiguous. Raises ValueError as KVPool does.
+    """
+    return KVPool(
+        data,
+        getattr(torch, layout.dtype),
+        num_layers=layout.num_layers if num_layers is None else num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        page_size=layout.page_size,
+        head_dim=layout.head_dim,
+    )
 
 
 def _host_memory(num_bytes: int) -> Tensor:

@@ -75,11 +75,11 @@ def load_engine(
             draft_page_bytes=draft_page_bytes,
         )
     logger.info(
-        "weights take %d MB, %d pages of KV cache %d MB in %s",
+        "weights take %d MB, %d pages of %s KV cache %d MB",
         model.weight_bytes // 10**6,
         num_pages,
-        num_pages * layout.page_bytes // 10**6,
         layout.dtype,
+        num_pages * layout.page_bytes // 10**6,
     )
     return ModelRunner(
         model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)

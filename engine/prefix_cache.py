@@ -90,12 +90,18 @@ class PrefixCache:
         self._use(keys, hits)
         return AllocatedPages(hits + self._pool.allocate(num_pages - len(hits)), len(hits))
 
-    def reserve(self, keys: Sequence[PageKey], num_pages: int) -> ReservedPages | None:
-        """As `allocate`, with a promise instead of the pages that are not cached."""
+    def reserve(
+        self, keys: Sequence[PageKey], num_pages: int, *, unit: int = 1
+    ) -> ReservedPages | None:
+        """As `allocate`, with a promise instead of the pages that are not cached.
+
+        Hits are used in whole units of `unit` pages.
+        """
         hits = self.lookup(keys)
+        hits = hits[: len(hits) // unit * unit]
         if not self._has_room(hits, num_pages):
             return None
-        self._use(keys, hits)
+        self._use(keys[: len(hits)], hits)
         return ReservedPages(hits, self._pool.reserve(num_pages - len(hits)))
 
     def register(self, keys: Sequence[PageKey], pages: Sequence[int]) -> None:

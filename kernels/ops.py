@@ -26,7 +26,9 @@ class QuantizedActivation:
     Every implementation gives the same bytes.
     """
 
-    groups: Tensor  # uint8 [num_tokens, num_groups, 72]: 32 values, 32 remainders, scale, sum
+    # uint8 [num_tokens, num_groups, 76]: 32 values, 32 remainders, float32 scale, float32 sum of
+    # the features, int32 1 where there are remainders
+    groups: Tensor
     num_features: int
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pagewire.kernels.ops import GROUP, Activation, QuantizedActivation
 
-GROUP_BYTES = 2 * GROUP + 8  # values, remainders, float32 scale, float32 sum of the group
+GROUP_BYTES = 2 * GROUP + 12  # values, remainders; scale and sum in float32; int32 refined
 
 _REFINEMENT = 128  # steps of a remainder in one of a value
-_REFINE_ABOVE = 1.5  # times the mean scale of a token
+_REFINE_ABOVE = 2.0  # times the mean scale of a token
 
 
 def num_groups(num_features: int) -> int:
@@ -26,9 +26,16 @@ def quantize(x: Tensor) -> QuantizedActivation:
     exact = groups / scales.masked_fill(scales == 0, 1)[..., None]
     values = exact.round()
     limits = scales.double().sum(dim=1, keepdim=True) / scales.shape[1] * _REFINE_ABOVE
-    remainders = ((exact - values) * _REFINEMENT).round() * (scales > limits)[..., None]
+    refined = (scales > limits)[..., None]
+    remainders = ((exact - values) * _REFINEMENT).round() * refined
     sums = (values * _REFINEMENT + remainders).sum(dim=-1) * (scales / _REFINEMENT)
-    parts = (values.to(torch.int8), remainders.to(torch.int8), scales[..., None], sums[..., None])
+    parts = (
+        values.to(torch.int8),
+        remainders.to(torch.int8),
+        scales[..., None],
+        sums[..., None],
+        refined.to(torch.int32),
+    )
     return QuantizedActivation(
         groups=torch.cat([part.view(torch.uint8) for part in parts], dim=-1),
         num_features=x.shape[1],

@@ -49,6 +49,16 @@ class KVLayout:
         vector_bytes = self.head_dim * DTYPE_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0)
         return 2 * self.page_size * vector_bytes
 
+    def vectors(self) -> Iterator[tuple[int, int]]:
+        """(offset, bytes of one slot) of each ``[slot]`` run in `head_bytes`: of K, of V, and of
+        quantised values the scales of K and of V.
+        """
+        offset = 0
+        for slot_bytes in (self.head_dim * DTYPE_BYTES[self.dtype], SCALE_BYTES.get(self.dtype, 0)):
+            for _ in range(2 if slot_bytes else 0):
+                yield offset, slot_bytes
+                offset += self.page_size * slot_bytes
+
     @property
     def layer_bytes(self) -> int:
         """Bytes of one layer of one page."""
@@ -62,6 +72,17 @@ class KVLayout:
     def num_pages(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
+
+    def holds_same_kv(self, other: "KVLayout") -> bool:
+        """Whether the KV of one can be brought into pages of the other.
+
+        Page sizes and dtypes may differ.
+        """
+        return (self.num_layers, self.num_kv_heads, self.head_dim) == (
+            other.num_layers,
+            other.num_kv_heads,
+            other.head_dim,
+        )
 
     def digest(self) -> bytes:
         """16 bytes that two workers compare before they exchange pages."""
@@ -122,22 +143,31 @@ def plan_frames(
 
 
 def byte_runs(
-    layout: KVLayout, frame: FrameRange, page_table: tuple[int, ...]
+    layout: KVLayout,
+    frame: FrameRange,
+    page_table: tuple[int, ...],
+    heads: range | None = None,
 ) -> Iterator[tuple[int, int]]:
     """(offset, length) of each contiguous run of `frame` in a pool, in payload order.
 
     `page_table` maps the sequence's page indices to pages of the pool. Neighbouring pages that are
-    sent with all their layers come as one run.
+    sent with all their layers come as one run. Of a range of `heads` there is one run for each page
+    and layer; None stands for all.
     """
-    length = frame.num_layers * layout.layer_bytes
+    heads = heads or range(layout.num_kv_heads)
+    has_all = len(heads) == layout.num_kv_heads  # then the layers of a page are one run
+    num_layers, layer_step = (1, frame.num_layers) if has_all else (frame.num_layers, 1)
+    length = layer_step * len(heads) * layout.head_bytes
+    first = frame.first_layer * layout.layer_bytes + heads.start * layout.head_bytes
     start = end = -1
     for index in range(frame.first_page, frame.first_page + frame.num_pages):
-        offset = page_table[index] * layout.page_bytes + frame.first_layer * layout.layer_bytes
-        if offset == end:
-            end += length
-            continue
-        if start >= 0:
-            yield start, end - start
-        start, end = offset, offset + length
+        for layer in range(num_layers):
+            offset = page_table[index] * layout.page_bytes + first + layer * layout.layer_bytes
+            if offset == end:
+                end += length
+                continue
+            if start >= 0:
+                yield start, end - start
+            start, end = offset, offset + length
     if start >= 0:
         yield start, end - start

@@ -5,13 +5,13 @@ only the declared fields with their declared types and ranges: these bytes come 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar
 
 import msgpack
 
-from pagewire.kv_transfer.layout import FrameRange
+from pagewire.kv_transfer.layout import FrameRange, KVLayout, LayoutError
 
 MAX_HEADER_BYTES = 16 * 1024
 MAX_BYTES = 512  # of one value
@@ -76,7 +76,7 @@ class Open:
     id: HandoffId
     ticket: bytes = _bytes()
     num_prompt_tokens: int = _uint()
-    layout_digest: bytes = _bytes()
+    layout: KVLayout = field(metadata={"layout": True})  # of P's pages, and so of the frames
     prefix_hash: bytes = _bytes()  # of the prompt's token ids
 
 
@@ -99,7 +99,7 @@ class Frame:
     seq: int = _uint()
     slot: int = _uint()
     slot_generation: int = _uint(2**63)
-    first_page: int = _uint()
+    first_page: int = _uint()  # in pages of P, as everywhere in this protocol
     num_pages: int = _uint()
     first_layer: int = _uint()
     num_layers: int = _uint()
@@ -166,7 +166,10 @@ class Closed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """D → P: the pages are reserved; Grants follow. P leaves the hits out."""
+    """D → P: the pages are reserved; Grants follow. P leaves the hits out.
+
+    Where page sizes differ, D counts the pages of P that it has whole.
+    """
 
     code: ClassVar[int] = 9
     id: HandoffId
@@ -189,7 +192,8 @@ def encode(message: Message) -> bytes:
         message.id.sender,
         message.id.receiver,
     ]
-    body.extend(getattr(message, item.name) for item in fields(message) if item.name != "id")
+    values = (getattr(message, item.name) for item in fields(message) if item.name != "id")
+    body.extend(astuple(value) if isinstance(value, KVLayout) else value for value in values)
     packed: bytes = msgpack.packb(body)
     return packed
 
@@ -243,6 +247,8 @@ def _checked(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
         _check_bytes(name, value, metadata["length"])
     elif "max_length" in metadata:
         _check_opaque(name, value, metadata["max_length"])
+    elif "layout" in metadata:
+        return _read_layout(name, value)
     else:
         try:
             return metadata["enum"](value)
@@ -264,3 +270,13 @@ def _check_bytes(name: str, value: object, length: int) -> None:
 def _check_opaque(name: str, value: object, max_length: int) -> None:
     if type(value) is not bytes or len(value) > max_length:
         raise MessageError(f"{name} is not at most {max_length} bytes")
+
+
+def _read_layout(name: str, value: object) -> KVLayout:
+    items = fields(KVLayout)
+    if type(value) is not list or [type(each) for each in value] != [item.type for item in items]:
+        raise MessageError(f"{name} is not {', '.join(item.name for item in items)}")
+    try:
+        return KVLayout(**{item.name: each for item, each in zip(items, value, strict=True)})
+    except LayoutError as error:
+        raise MessageError(f"{name} cannot be: {error}") from error

@@ -52,7 +52,8 @@ _REFUSALS = {
     ),
     RefuseReason.LAYOUT: (
         pb.FAILURE_CODE_INVALID,
-        "prefill and decode worker lay out their KV cache differently",
+        "prefill and decode worker have KV caches of other layers, heads or head_dim, or the "
+        "decode worker's staging slots are smaller than a frame",
     ),
     RefuseReason.PREFIX: (
         pb.FAILURE_CODE_INTEGRITY,

@@ -90,7 +90,7 @@ class Sender:
                 id=self.id,
                 ticket=self._ticket,
                 num_prompt_tokens=self._num_prompt_tokens,
-                layout_digest=self._layout_digest,
+                layout=self._layout,
                 prefix_hash=self._prefix_hash,
             )
         ]

@@ -1,6 +1,7 @@
 """The prefill worker: the shared shell around PrefillCore, with frames going out."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
@@ -23,6 +24,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         config: WorkerConfig,
         incarnation: bytes,
         runner: ModelRunner,
+        model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
     ) -> None:
         core = PrefillCore(
@@ -36,7 +38,14 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             hasher=config.page_hasher,
         )
         reader = FrameReader(runner.layout, runner.kv_cache.buffer())
-        super().__init__(config=config, core=core, runner=runner, reader=reader, on_state=on_state)
+        super().__init__(
+            config=config,
+            core=core,
+            runner=runner,
+            reader=reader,
+            model_thread=model_thread,
+            on_state=on_state,
+        )
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
         raise MessageError("a prefill worker takes no frames")

@@ -3,9 +3,13 @@
 It may be a heartbeat old or lost altogether: it decides where a request goes, never what it gets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from pagewire.proto import worker_pb2 as pb
+
+PageHashes = Mapping[int, Sequence[bytes]]  # of a prompt's full pages, for each page size
+NO_HASHES: PageHashes = MappingProxyType({})
 
 
 class CachedPages:

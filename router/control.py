@@ -15,7 +15,6 @@ import grpc
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto import worker_pb2_grpc as pb_grpc
 from pagewire.proto.channel import GRPC_OPTIONS
-from pagewire.proto.page_hash import PageHasher
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Deliver, Effect, Fail, SendCommand
 from pagewire.router.members import Member, RegistrationRefused
@@ -37,7 +36,7 @@ class RouterControl:
         host: str = "127.0.0.1",
         port: int = 0,
         max_queued: int = 1024,
-        hasher: PageHasher | None = None,
+        page_secret: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host = host
@@ -47,7 +46,7 @@ class RouterControl:
             incarnation=secrets.token_bytes(16),
             max_queued=max_queued,
             make_ticket=lambda: secrets.token_bytes(16),
-            hasher=hasher,
+            page_secret=page_secret,
         )
         self._sessions: dict[bytes, _Session] = {}  # by incarnation of the worker
         self._streams: dict[str, _ControlStream] = {}  # by request id

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.choices import max_context_tokens
 from pagewire.proto.page_hash import PageHasher
+from pagewire.router.cached_pages import NO_HASHES, PageHashes
 from pagewire.router.lifecycle import Assignment, Effect, Lifecycle, SendCommand, State
 from pagewire.router.members import HEARTBEAT_S, Member, Members
 from pagewire.router.policy import Pair, choose_pair
@@ -29,14 +30,17 @@ class DispatchCore:
         incarnation: bytes,
         max_queued: int,
         make_ticket: Callable[[], bytes],
-        hasher: PageHasher | None = None,
+        page_secret: bytes | None = None,
     ) -> None:
-        """Without a `hasher` prefix caches play no part in the choice of workers."""
+        """`page_secret` is that of PageHasher.
+
+        Without it prefix caches play no part in the choice of workers.
+        """
         self.incarnation = incarnation
         self.members = Members()
         self._max_queued = max_queued
         self._make_ticket = make_ticket
-        self._hasher = hasher
+        self._page_secret = page_secret
         self._live: dict[str, Lifecycle] = {}
         self._queue: list[Lifecycle] = []  # by priority, then first come, first served
         self._prefilling: dict[str, int] = {}  # prompt tokens to compute, not known to be
@@ -203,10 +207,16 @@ class DispatchCore:
                 break
         return effects
 
-    def _page_hashes(self, request: Request) -> tuple[bytes, ...]:
-        if self._hasher is None:
-            return ()
-        return tuple(key.hash for key in self._hasher.keys(request.token_ids, request.cache_salt))
+    def _page_hashes(self, request: Request) -> PageHashes:
+        """For every page size that a worker has now; one that joins later counts as empty."""
+        if self._page_secret is None:
+            return NO_HASHES
+        hashes: dict[int, tuple[bytes, ...]] = {}
+        for page_size in {member.info.layout.page_size for member in self.members}:
+            hasher = PageHasher(secret=self._page_secret, page_size=page_size)
+            keys = hasher.keys(request.token_ids, request.cache_salt)
+            hashes[page_size] = tuple(key.hash for key in keys)
+        return hashes
 
     def _ask_snapshot(self, member: Member) -> SendCommand:
         route = pb.Route(sender=self.incarnation, receiver=member.incarnation)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.router.cached_pages import NO_HASHES, PageHashes
 from pagewire.router.request import FinishReason, Request, RequestFailed, TokenUpdate
 from pagewire.router.time_ledger import Part, worker_times
 from pagewire.router.token_log import TokenConflict, TokenGap, TokenLog
@@ -92,7 +93,7 @@ class Lifecycle:
     """One request. The methods return what is to be done."""
 
     def __init__(
-        self, request: Request, router: bytes, page_hashes: tuple[bytes, ...] = ()
+        self, request: Request, router: bytes, page_hashes: PageHashes = NO_HASHES
     ) -> None:
         """`page_hashes` are those of the prompt's full pages, for the choice of workers."""
         self.request = request

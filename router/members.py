@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pagewire.proto import worker_pb2 as pb
-from pagewire.router.cached_pages import CachedPages
+from pagewire.router.cached_pages import CachedPages, PageHashes
 
 HEARTBEAT_S = 1.0
 MISSED_HEARTBEATS = 3
@@ -37,6 +37,11 @@ class Member:
     def num_pages(self, num_tokens: int) -> int:
         """Pages of this worker that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
+
+    def num_cached_tokens(self, page_hashes: PageHashes) -> int:
+        """Leading tokens of a prompt whose KV this worker has, as far as the router knows."""
+        page_size = self.info.layout.page_size
+        return self.cached_pages.num_leading(page_hashes.get(page_size, ())) * page_size
 
     @property
     def num_unpromised_pages(self) -> int:
@@ -78,7 +83,8 @@ class Members:
                     "both workers with the same files"
                 )
             _require_common_transport(info, member)
-            for name in ("page_size", "num_layers", "num_kv_heads", "head_dim", "dtype"):
+            # Page sizes and dtypes may differ: the receiver of a hand-off converts.
+            for name in ("num_layers", "num_kv_heads", "head_dim"):
                 mine, theirs = getattr(info.layout, name), getattr(member.info.layout, name)
                 _require_equal(f"layout.{name}", mine, theirs, member)
 

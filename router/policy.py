@@ -1,9 +1,10 @@
 """Which pair of workers serves a request. Pure: values in, a choice out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pagewire.proto.choices import PageDemand
+from pagewire.router.cached_pages import NO_HASHES, PageHashes
 from pagewire.router.members import Member
 
 
@@ -20,7 +21,7 @@ def choose_pair(
     decode: Iterable[Member],
     *,
     demand: PageDemand,
-    page_hashes: Sequence[bytes] = (),
+    page_hashes: PageHashes = NO_HASHES,
 ) -> Pair | None:
     """The least loaded pair that can hold the request; None while all are full.
 
@@ -31,8 +32,7 @@ def choose_pair(
     """
 
     def num_uncached(member: Member) -> int:
-        num_hits = member.cached_pages.num_leading(page_hashes)
-        return max(1, demand.num_prompt_tokens - num_hits * member.page_size)
+        return max(1, demand.num_prompt_tokens - member.num_cached_tokens(page_hashes))
 
     prefills = [
         member
@@ -56,7 +56,7 @@ def choose_pair(
             decodes,
             key=lambda member: (
                 member.num_projected_pages / member.info.num_pages,
-                -member.cached_pages.num_leading(page_hashes),
+                -member.num_cached_tokens(page_hashes),
                 member.info.name,
             ),
         ),

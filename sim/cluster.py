@@ -89,7 +89,7 @@ class Cluster:
             process=self._process(name),
             max_queued=self._scenario.max_queued,
             clients=self._clients,
-            hasher=_HASHER,
+            page_secret=_HASHER.secret,
         )
         self._checks[router.process] = partial(check_router, router)
         return router

@@ -6,6 +6,7 @@ from pagewire.decode_worker.core import DecodeCore
 from pagewire.kv_transfer.checksum import checksum
 from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.proto import worker_pb2 as pb
+from pagewire.sim.kv_memory import LAYOUT
 from pagewire.sim.process import Process
 from pagewire.sim.registration import RegistrationDesk
 from pagewire.sim.transport import Fabric
@@ -52,6 +53,7 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
         payload = self._slots[frame.slot]
         is_sound = checksum(payload) == frame.checksum
         if is_sound:
+            assert effect.source == LAYOUT, "simulated workers have one layout"
             self.memory.scatter(frame.part, effect.page_table, payload)
         self.carry_out(self.core.on_scattered(frame, is_sound, self.process.now))
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from pagewire.proto import worker_pb2 as pb
-from pagewire.proto.page_hash import PageHasher
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Deliver, Effect, Fail, SendCommand
 from pagewire.router.request import Request, RequestFailed
@@ -19,7 +18,7 @@ class SimRouter:
     """Feeds the real DispatchCore with clients' requests and workers' sessions."""
 
     def __init__(
-        self, *, process: Process, max_queued: int, clients: Clients, hasher: PageHasher
+        self, *, process: Process, max_queued: int, clients: Clients, page_secret: bytes
     ) -> None:
         self.process = process
         self._environment = process.environment
@@ -29,7 +28,7 @@ class SimRouter:
             incarnation=random.randbytes(16),
             max_queued=max_queued,
             make_ticket=lambda: random.randbytes(16),
-            hasher=hasher,
+            page_secret=page_secret,
         )
         self._sessions: dict[bytes, Session] = {}  # by incarnation of the worker
 

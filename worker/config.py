@@ -27,9 +27,9 @@ class WorkerConfig:
     transport: str = "auto"  # auto, shm, ucx or tcp
     dtype: str = "bfloat16"
     quantization: Quantization = Quantization.NONE
-    kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO  # the same for all workers
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
     device: str = "cpu"
-    page_size: int = 64
+    page_size: int = 64  # as the dtype of the KV cache, it may differ between the roles
     num_pages: int | None = None  # None: sized from the memory that is free
     max_model_len: int | None = None  # None: what the model says
     num_threads: int = 1  # compute threads of a step; with a core board, at most

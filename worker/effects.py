@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, Message
 from pagewire.proto import worker_pb2 as pb
 
@@ -41,12 +42,13 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scatter:
-    """Verify a frame in its slot and copy it into pages; then tell the core how it went.
+    """Verify a frame in its slot and bring it into pages; then tell the core how it went.
 
     The pages are pinned until then.
     """
 
     frame: Frame
+    source: KVLayout  # of the sender: what the frame's pages and payload are counted in
     page_table: tuple[int, ...]
 
 

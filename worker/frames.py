@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.kv_scatter import KVScatter
 from pagewire.kv_transfer.checksum import checksum
 from pagewire.kv_transfer.layout import KVLayout, byte_runs
 from pagewire.kv_transfer.messages import Frame
@@ -35,27 +37,25 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Staging slots, and the way from them into a page pool."""
+    """Staging slots, and the way from them into pages."""
 
-    def __init__(
-        self, layout: KVLayout, pool: memoryview, *, num_slots: int, slot_bytes: int
-    ) -> None:
-        self._layout = layout
-        self._pool: Bytes = np.frombuffer(pool, dtype=np.uint8)
+    def __init__(self, cache: KVCache, *, num_slots: int, slot_bytes: int) -> None:
+        """Raises TypeError when the cache is not in host memory."""
+        self._scatter = KVScatter(cache)
         self._slots: Bytes = np.empty((num_slots, slot_bytes), dtype=np.uint8)
 
     def slot(self, index: int, length: int) -> memoryview:
         """Where a payload of `length` bytes lands."""
         return self._slots[index, :length].data
 
-    def write(self, frame: Frame, page_table: tuple[int, ...]) -> bool:
-        """Copy a landed frame into pages. False, and nothing is copied, when its bytes are bad."""
+    def write(self, frame: Frame, source: KVLayout, page_table: tuple[int, ...]) -> bool:
+        """Bring a landed frame, in the layout of its sender, into pages.
+
+        False, and nothing is written, when its bytes are bad.
+        """
         part = frame.part
-        payload = self._slots[frame.slot, : part.num_bytes(self._layout)]
+        payload = self._slots[frame.slot, : part.num_bytes(source)]
         if checksum(payload.data) != frame.checksum:
             return False
-        position = 0
-        for offset, length in byte_runs(self._layout, part, page_table):
-            self._pool[offset : offset + length] = payload[position : position + length]
-            position += length
+        self._scatter.write(payload, part, source, page_table)
         return True

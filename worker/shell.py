@@ -42,6 +42,16 @@ Core = TypeVar("Core", bound=WorkerCore)
 logger = logging.getLogger(__name__)
 
 
+def new_model_thread(num_threads: int) -> ThreadPoolExecutor:
+    """The thread that loads a model and runs its steps, with so many OpenMP threads."""
+    return ThreadPoolExecutor(
+        max_workers=1,
+        thread_name_prefix="model",
+        initializer=torch.set_num_threads,
+        initargs=(num_threads,),
+    )
+
+
 class WorkerShell(Handler, Generic[Core]):
     """One worker process: a core, a model, routers above and peers beside it.
 
@@ -56,17 +66,28 @@ class WorkerShell(Handler, Generic[Core]):
         core: Core,
         runner: ModelRunner,
         reader: FrameReader | None,
+        model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`model_thread` is the one thread in which the model was loaded, and is closed in the end.
+
+        Every thread that runs parallel code has OpenMP threads of its own. With more of them than
+        cores, OpenMP sends them to sleep after each matrix, and a step takes twice as long.
+        """
         self._config = config
         self.core = core
         self._runner = runner
         self._reader = reader
         self._on_state = on_state
         self.clock = clock
-        self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self.io_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="frames")
+        self._model_thread = model_thread or new_model_thread(config.num_threads)
+        self.io_thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="frames",
+            initializer=torch.set_num_threads,
+            initargs=(1,),  # the other cores belong to the model
+        )
         self._tasks = TaskSet()
         self._service = WorkerService(
             incarnation=core.incarnation,

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from pagewire.engine.kv_cache import KVCache
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, FrameAck, HandoffId, decode, encode
 from pagewire.kv_transfer.select import create_transports
@@ -45,8 +46,10 @@ class PageRounds:
         self.ended.set()
 
 
-def make_pool() -> memoryview:
-    return memoryview(bytearray(os.urandom(LAYOUT.page_bytes) * NUM_PAGES))
+def make_cache() -> KVCache:
+    cache = KVCache(LAYOUT, NUM_PAGES)
+    cache.buffer()[:] = os.urandom(LAYOUT.page_bytes) * NUM_PAGES
+    return cache
 
 
 def page_table(seq: int) -> tuple[int, ...]:
@@ -60,7 +63,7 @@ class PagesLane:
     def __init__(self, address: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._reader = FrameReader(LAYOUT, make_pool())
+        self._reader = FrameReader(LAYOUT, make_cache().buffer())
         self._rounds = PageRounds()
         self._loop.run_until_complete(self._connect(address))
 
@@ -109,7 +112,7 @@ def make_frame(seq: int) -> Frame:
 
 
 async def receive_pages() -> None:
-    writer = FrameWriter(LAYOUT, make_pool(), num_slots=NUM_BUFFERS, slot_bytes=FRAME_BYTES)
+    writer = FrameWriter(make_cache(), num_slots=NUM_BUFFERS, slot_bytes=FRAME_BYTES)
     rounds = PageRounds(writer=writer)
     transport = create_transports("tcp", RECEIVER, rounds, "127.0.0.1").transports[0]
     await transport.start()
@@ -121,7 +124,7 @@ async def receive_pages() -> None:
         while True:
             frame = await rounds.arrived.get()
             is_sound = await loop.run_in_executor(
-                thread, writer.write, frame, page_table(frame.seq)
+                thread, writer.write, frame, LAYOUT, page_table(frame.seq)
             )
             assert is_sound
             connection = transport.connection(SENDER)
@@ -137,8 +140,8 @@ async def receive_pages() -> None:
 
 def seconds_around_a_frame(num_frames: int = 32) -> float:
     """What header, checksum and scatter of one frame cost both ends, in seconds of one core."""
-    reader = FrameReader(LAYOUT, make_pool())
-    writer = FrameWriter(LAYOUT, make_pool(), num_slots=NUM_BUFFERS, slot_bytes=FRAME_BYTES)
+    reader = FrameReader(LAYOUT, make_cache().buffer())
+    writer = FrameWriter(make_cache(), num_slots=NUM_BUFFERS, slot_bytes=FRAME_BYTES)
     seconds = []
     for seq in range(num_frames):
         started = time.thread_time()
@@ -150,6 +153,6 @@ def seconds_around_a_frame(num_frames: int = 32) -> float:
         for start, part in zip((0, FRAME_BYTES // 2), payload, strict=True):
             landed[start : start + len(part)] = part  # the transport's part
         landed_at = time.thread_time()
-        assert writer.write(sent, page_table(seq))
+        assert writer.write(sent, LAYOUT, page_table(seq))
         seconds.append(between - started + time.thread_time() - landed_at)
     return statistics.median(seconds)

@@ -51,7 +51,7 @@ def _hand_off(
         id=handoff,
         ticket=TICKET,
         num_prompt_tokens=len(prompt),
-        layout_digest=layout.digest(),
+        layout=layout,
         prefix_hash=prefix_hash(prompt),
     )
     grant = _grant(core.on_message(PREFILL, opening, 0.0))

@@ -13,14 +13,15 @@ constexpr int64_t kGroup = 32;  // input features
 // x ≈ scale * (values + remainders / kRefinement). QuantizedActivation in ops.py has the same bytes.
 struct ActivationGroup {
     int8_t values[kGroup];
-    int8_t remainders[kGroup];  // all 0 where one byte is enough
+    int8_t remainders[kGroup];
     float scale;
     float sum;  // of the 32 features, as they are represented here
+    int32_t refined;  // 0: the remainders are all 0
 };
 
 constexpr float kRefinement = 128.0f;
 // A group gets its second term when its scale is more than so many times the mean of its token's.
-constexpr double kRefineAbove = 1.5;
+constexpr double kRefineAbove = 2.0;
 
 inline float largest_magnitude(const float* x) {
     // Compared as integers, magnitudes keep their order and a NaN is above infinity, so that it
@@ -51,6 +52,7 @@ inline void quantize_group(const float* x, bool refine, ActivationGroup* to) {
         store(to->remainders + i, remainders);
         total += values * kRefinement + remainders;
     }
+    to->refined = refine;
     to->sum = sum(total) * (to->scale / kRefinement);
 }
 

@@ -27,8 +27,10 @@ constexpr int64_t kRows = 6, kSums = 8;
 constexpr int64_t kRows = 12, kSums = 16;
 #endif
 
-// Floats of x that are multiplied with one panel after another, and stay in the second-level cache.
+// What stays in the second-level cache while it is used again and again: so many floats of x, and so
+// many input features of a panel. Sums wait in memory between two blocks of features.
 constexpr int64_t kBlockSize = 1 << 16;
+constexpr int64_t kBlockDepth = 640;
 
 // Input features between the weights that are multiplied and those that are fetched.
 constexpr int64_t kAhead = 48;
@@ -47,6 +49,20 @@ struct Matrix {
     int64_t out_features;
 
     int64_t num_panels() const { return (out_features + kPanel - 1) / kPanel; }
+    int64_t num_channels() const { return num_panels() * kPanel; }
+};
+
+// A tile of R rows.
+template <typename T>
+struct Tile {
+    const float* x;  // [in_features, R]
+    float* sums;     // [num_panels, R, kPanel], over the features in front of a block
+    T* out;          // [R, out_features]
+};
+
+struct Features {
+    int64_t begin;
+    int64_t end;
 };
 
 template <typename W>
@@ -79,31 +95,51 @@ void store_channels(const Matrix<W>& matrix, int64_t channel, Floats sums, T* ou
         store_first(out + channel, values, count);
 }
 
-// R rows times P panels. x: [in_features, R]; out: the first of R rows of [rows, out_features].
+// Calls body(r, p, half) for every sum of R rows times P panels.
+template <int64_t R, int64_t P, typename Body>
+inline __attribute__((always_inline)) void for_each_sum(Body body) {
+    UNROLL for (int64_t r = 0; r < R; ++r)
+        UNROLL for (int64_t p = 0; p < P; ++p)
+            UNROLL for (int64_t half = 0; half < 2; ++half) body(r, p, half);
+}
+
+// R rows times P panels, over a block of features.
 template <int64_t R, int64_t P, typename W, typename T>
-void multiply_tile(const Matrix<W>& matrix, const float* x, int64_t panel, int64_t lane, T* out) {
+void multiply_tile(const Matrix<W>& matrix, const Tile<T>& tile, Features block, int64_t panel,
+                   int64_t lane) {
     const int64_t depth = matrix.in_features;
     const W* weight = matrix.weight + panel * depth * kPanel;
+    const auto channel = [&](int64_t p, int64_t half) {
+        return (panel + p) * kPanel + half * kHalf + lane;
+    };
+    const auto so_far = [&](int64_t r, int64_t p, int64_t half) {
+        return tile.sums + ((panel + p) * R + r) * kPanel + half * kHalf + lane;
+    };
     Floats sums[R][P][2] = {};
-    for (int64_t k = 0; k < depth; ++k) {
+    if (block.begin > 0)
+        for_each_sum<R, P>([&](int64_t r, int64_t p, int64_t half) {
+            sums[r][p][half] = load(so_far(r, p, half));
+        });
+    for (int64_t k = block.begin; k < block.end; ++k) {
         Floats weights[P][2];
         UNROLL for (int64_t p = 0; p < P; ++p) {
             const W* feature = weight + (p * depth + k) * kPanel;
             prefetch(feature + kAhead * kPanel);
             load_halves(feature, lane, weights[p][0], weights[p][1]);
         }
-        UNROLL for (int64_t r = 0; r < R; ++r) {
-            const float value = x[k * R + r];
-            UNROLL for (int64_t p = 0; p < P; ++p)
-                UNROLL for (int64_t half = 0; half < 2; ++half)
-                    sums[r][p][half] += value * weights[p][half];
-        }
+        for_each_sum<R, P>([&](int64_t r, int64_t p, int64_t half) {
+            sums[r][p][half] += tile.x[k * R + r] * weights[p][half];
+        });
     }
-    UNROLL for (int64_t r = 0; r < R; ++r)
-        UNROLL for (int64_t p = 0; p < P; ++p)
-            UNROLL for (int64_t half = 0; half < 2; ++half)
-                store_channels(matrix, (panel + p) * kPanel + half * kHalf + lane,
-                               sums[r][p][half], out + r * matrix.out_features);
+    if (block.end < depth)
+        for_each_sum<R, P>([&](int64_t r, int64_t p, int64_t half) {
+            store(so_far(r, p, half), sums[r][p][half]);
+        });
+    else
+        for_each_sum<R, P>([&](int64_t r, int64_t p, int64_t half) {
+            store_channels(matrix, channel(p, half), sums[r][p][half],
+                           tile.out + r * matrix.out_features);
+        });
 }
 
 // The rows of x in tiles of even sizes, at most kRows.
@@ -133,14 +169,14 @@ void pack_tile(const W* x, int64_t depth, float* to) {
 
 // One tile times consecutive panels.
 template <int64_t R, typename W, typename T>
-void multiply_panels(const Matrix<W>& matrix, const float* x, int64_t panel, int64_t num_panels,
-                     T* out) {
+void multiply_panels(const Matrix<W>& matrix, const Tile<T>& tile, Features block, int64_t panel,
+                     int64_t num_panels) {
     for (int64_t lane = 0; lane < kHalf; lane += kLanes) {
         if (num_panels == panels_of(R))
-            multiply_tile<R, panels_of(R)>(matrix, x, panel, lane, out);
+            multiply_tile<R, panels_of(R)>(matrix, tile, block, panel, lane);
         else
             for (int64_t p = panel; p < panel + num_panels; ++p)
-                multiply_tile<R, 1>(matrix, x, p, lane, out);
+                multiply_tile<R, 1>(matrix, tile, block, p, lane);
     }
 }
 
@@ -149,8 +185,12 @@ void multiply(const Matrix<W>& matrix, const W* x, int64_t rows, T* out) {
     const int64_t depth = matrix.in_features, num_panels = matrix.num_panels();
     const Tiles tiles{rows};
     const int64_t num_tiles = tiles.count(), step = panels_of(tiles.size(0));
-    const int64_t block = std::max<int64_t>(1, kBlockSize / (kRows * depth));
+    // One tile reads every weight once, so there is nothing to keep in a cache.
+    const int64_t num_blocks = num_tiles > 1 ? (depth + kBlockDepth - 1) / kBlockDepth : 1;
+    const int64_t block_tiles = std::max<int64_t>(1, kBlockSize * num_blocks / (kRows * depth));
     const std::unique_ptr<float[]> packed(new float[rows * depth]);
+    const std::unique_ptr<float[]> sums(
+        new float[num_blocks > 1 ? rows * matrix.num_channels() : 0]);
 #pragma omp parallel if (rows * depth * matrix.out_features > kSerialProducts)
     {
 #pragma omp for
@@ -159,16 +199,23 @@ void multiply(const Matrix<W>& matrix, const W* x, int64_t rows, T* out) {
                 const int64_t start = tiles.start(tile) * depth;
                 pack_tile<size()>(x + start, depth, packed.get() + start);
             });
+        for (int64_t block = 0; block < num_blocks; ++block) {
+            const Features features{depth * block / num_blocks, depth * (block + 1) / num_blocks};
 #pragma omp for collapse(2)
-        for (int64_t first = 0; first < num_tiles; first += block)
-            for (int64_t panel = 0; panel < num_panels; panel += step)
-                for (int64_t tile = first; tile < std::min(first + block, num_tiles); ++tile)
-                    with_constant<kRows>(tiles.size(tile), [&](auto size) {
-                        const int64_t row = tiles.start(tile);
-                        multiply_panels<size()>(matrix, packed.get() + row * depth, panel,
-                                                std::min(step, num_panels - panel),
-                                                out + row * matrix.out_features);
-                    });
+            for (int64_t first = 0; first < num_tiles; first += block_tiles)
+                for (int64_t panel = 0; panel < num_panels; panel += step)
+                    for (int64_t tile = first; tile < std::min(first + block_tiles, num_tiles);
+                         ++tile)
+                        with_constant<kRows>(tiles.size(tile), [&](auto size) {
+                            const int64_t row = tiles.start(tile);
+                            multiply_panels<size()>(matrix,
+                                                    Tile<T>{packed.get() + row * depth,
+                                                            sums.get() + row * matrix.num_channels(),
+                                                            out + row * matrix.out_features},
+                                                    features, panel,
+                                                    std::min(step, num_panels - panel));
+                        });
+        }
     }
 }
 

@@ -80,6 +80,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
     quantization: Annotated[str | None, typer.Option(help="none, int8 or int4")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype) or int8")] = None,
+    decode_kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="of decode workers, if it is to be another")
+    ] = None,
     deterministic: Annotated[
         bool | None,
         typer.Option(
@@ -87,6 +90,9 @@ def serve(
         ),
     ] = None,
     page_size: Annotated[int | None, typer.Option(help="token slots of a page")] = None,
+    decode_page_size: Annotated[
+        int | None, typer.Option(help="of decode workers, if it is to be another")
+    ] = None,
     num_pages: Annotated[int | None, typer.Option(help="pages of each worker")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens, prompt plus output")] = None,
     num_threads: Annotated[int | None, typer.Option(help="threads of each worker")] = None,
@@ -124,7 +130,9 @@ def serve(
         "quantization": quantization,
         "kv_cache_dtype": kv_cache_dtype,
         "deterministic": deterministic,
+        "decode_kv_cache_dtype": decode_kv_cache_dtype,
         "page_size": page_size,
+        "decode_page_size": decode_page_size,
         "num_pages": num_pages,
         "max_model_len": max_model_len,
         "num_threads": num_threads,

@@ -80,6 +80,18 @@ def test_parameters_reach_the_worker() -> None:
     assert WorkerConfig.from_json(worker.to_json()) == worker
 
 
+def test_decode_workers_may_have_other_pages() -> None:
+    config = ServeConfig(
+        page_size=128, decode_page_size=32, decode_kv_cache_dtype=KVCacheDtype.INT8
+    )
+    assert [(item.page_size, item.kv_cache_dtype) for item in place(config, 1)] == [
+        (128, KVCacheDtype.AUTO),
+        (32, KVCacheDtype.INT8),
+    ]
+    same = place(ServeConfig(page_size=16, kv_cache_dtype=KVCacheDtype.INT8), 1)
+    assert {(item.page_size, item.kv_cache_dtype) for item in same} == {(16, KVCacheDtype.INT8)}
+
+
 def test_decode_workers_alone_have_a_draft_model() -> None:
     config = ServeConfig(
         speculation="draft", draft_model="small", draft_quantization=Quantization.INT8

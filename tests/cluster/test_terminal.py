@@ -12,10 +12,9 @@ from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
 BANNER = Banner(
     model="SmolLM2-135M-Instruct",
     dtype="bfloat16",
-    page_size=64,
     workers=[
-        WorkerLine(name="prefill-0", pid=11, device="cpu", num_pages=100),
-        WorkerLine(name="decode-0", pid=12, device="cpu", num_pages=200),
+        WorkerLine(name="prefill-0", pid=11, device="cpu", num_pages=100, page_size=64),
+        WorkerLine(name="decode-0", pid=12, device="cpu", num_pages=200, page_size=128),
     ],
     transport="ucx, tcp",
     url="http://127.0.0.1:8000",
@@ -34,8 +33,8 @@ def test_banner_tells_where_everything_is() -> None:
     text = show(BANNER)
     for part in (
         "SmolLM2-135M-Instruct",
-        "prefill-0  pid 11, cpu, 100 pages",
-        "decode-0   pid 12, cpu, 200 pages",
+        "prefill-0  pid 11, cpu, 100 pages of 64 tokens",
+        "decode-0   pid 12, cpu, 200 pages of 128 tokens",
         "http://127.0.0.1:8000/v1",
         "http://127.0.0.1:8265",
         "ready in 9.9 s",

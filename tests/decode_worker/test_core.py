@@ -69,7 +69,7 @@ def opening(request_id: str = "request") -> Open:
         id=handoff_id(request_id),
         ticket=TICKET,
         num_prompt_tokens=len(PROMPT),
-        layout_digest=LAYOUT.digest(),
+        layout=LAYOUT,
         prefix_hash=prefix_hash(PROMPT),
     )
 

@@ -21,7 +21,7 @@ OPEN = Open(
     id=ID,
     ticket=TICKET,
     num_prompt_tokens=NUM_TOKENS,
-    layout_digest=LAYOUT.digest(),
+    layout=LAYOUT,
     prefix_hash=PREFIX_HASH,
 )
 
@@ -94,7 +94,9 @@ def test_open_and_reservation_lead_to_receiving() -> None:
     ("change", "reason"),
     [
         ({"ticket": b"x" * 16}, RefuseReason.UNKNOWN_TICKET),
-        ({"layout_digest": b"x" * 16}, RefuseReason.LAYOUT),
+        ({"layout": replace(LAYOUT, num_layers=3)}, RefuseReason.LAYOUT),
+        ({"layout": replace(LAYOUT, num_kv_heads=2)}, RefuseReason.LAYOUT),
+        ({"layout": replace(LAYOUT, head_dim=2)}, RefuseReason.LAYOUT),
         ({"prefix_hash": b"x" * 16}, RefuseReason.PREFIX),
         ({"num_prompt_tokens": NUM_TOKENS + 1}, RefuseReason.PREFIX),
     ],
@@ -202,6 +204,37 @@ def test_a_frame_that_cannot_be_is_not_believed(change: dict[str, Any], length: 
     first, *_ = make_frames()
     assert receiving().agrees(first, LAYOUT.page_bytes)
     assert not receiving().agrees(replace(first, **change), length)
+
+
+def test_a_frame_that_would_write_into_shared_pages_is_not_believed() -> None:
+    first, second, _ = make_frames()
+    receiver = expecting()
+    receiver.on_open(OPEN)
+    assert receiver.on_reserved(1) == 1
+    assert not receiver.agrees(first, LAYOUT.page_bytes)
+    assert receiver.agrees(second, LAYOUT.page_bytes)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "hit_unit", "num_hits", "num_hit_pages"),
+    [(16, 1, 2, 2), (32, 2, 2, 1), (64, 4, 0, 0)],
+)
+def test_the_sender_counts_in_its_own_pages(
+    page_size: int, hit_unit: int, num_hits: int, num_hit_pages: int
+) -> None:
+    receiver = expecting()
+    source = replace(LAYOUT, page_size=page_size)
+    assert receiver.on_open(replace(OPEN, layout=source)) is None
+    assert (receiver.source, receiver.hit_unit) == (source, hit_unit)
+    assert receiver.on_reserved(num_hits) == num_hit_pages
+    last = NUM_TOKENS // page_size  # which ends behind the prompt
+    frame = replace(make_frames()[0], first_page=last, layout_digest=source.digest())
+    assert receiver.agrees(frame, source.page_bytes)
+    assert not receiver.agrees(replace(frame, first_page=last + 1), source.page_bytes)
+    assert not receiver.agrees(
+        replace(frame, layout_digest=replace(source, page_size=128).digest()), source.page_bytes
+    )
+    assert receiver.pages_of(frame) == range(last * page_size // LAYOUT.page_size, 3)
 
 
 def test_a_second_seal_changes_nothing() -> None:

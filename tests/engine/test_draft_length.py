@@ -65,7 +65,7 @@ def test_drafting_begins_again_after_a_pause_without_prejudice() -> None:
     while not length.choose(MAX_DRAFTS, num_rows=1).length:
         length.on_step(num_drafted=0, num_accepted=0)
         num_steps += 1
-    assert num_steps == 8
+    assert num_steps == 16
     assert length.choose(MAX_DRAFTS, num_rows=1).length == first
 
 

@@ -55,12 +55,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.owners.update(pages)
         return prompt, pages
 
-    @rule(target=reservations, prompt=prompts)
-    def reserve(self, prompt: tuple[int, ...]) -> object:
-        reserved = self.cache.reserve(HASHER.keys(prompt), -(-len(prompt) // 2))
+    @rule(target=reservations, prompt=prompts, unit=st.sampled_from([1, 2, 4]))
+    def reserve(self, prompt: tuple[int, ...], unit: int) -> object:
+        cached = self.cache.lookup(HASHER.keys(prompt))
+        reserved = self.cache.reserve(HASHER.keys(prompt), -(-len(prompt) // 2), unit=unit)
         if reserved is None:
             return multiple()
         hits, reservation = reserved
+        assert hits == cached[: len(cached) - len(cached) % unit]
         self.owners.update(hits)
         return prompt, hits, reservation
 

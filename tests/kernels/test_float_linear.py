@@ -87,7 +87,8 @@ def test_native_over_blocks_of_rows(library: NativeLibrary) -> None:
 def test_a_row_is_the_same_in_every_batch(
     dtype: torch.dtype, library: NativeLibrary, cuts: list[int]
 ) -> None:
-    weight, x = torch.randn(51, 160, dtype=dtype), torch.randn(sum(cuts), 160, dtype=dtype)
+    # Deep enough that sums of many rows wait in memory between blocks of features.
+    weight, x = torch.randn(51, 1300, dtype=dtype), torch.randn(sum(cuts), 1300, dtype=dtype)
     linear = native_linear(weight, torch.randn(51), out_dtype=dtype, library=library)
     assert torch.equal(torch.cat([linear(part) for part in torch.split(x, cuts)]), linear(x))
 

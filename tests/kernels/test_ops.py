@@ -55,13 +55,15 @@ def test_quantize(ops: Ops) -> None:
 
     quantized = ops.quantize(x)
 
-    assert (quantized.groups.dtype, quantized.groups.shape) == (torch.uint8, (1, 3, 72))
+    assert (quantized.groups.dtype, quantized.groups.shape) == (torch.uint8, (1, 3, 76))
     small, large, zeros = torch.split(quantized.groups[0], 1)
     assert small[0, :64].view(torch.int8).tolist() == [127, -127, 0, 2, -2, *[0] * 59]
-    assert small[0, 64:].view(torch.float32).tolist() == [1.0, 0.0]  # scale and sum
+    assert small[0, 64:72].view(torch.float32).tolist() == [1.0, 0.0]  # scale and sum
+    assert small[0, 72:].view(torch.int32).tolist() == [0]
     assert large[0, :32].view(torch.int8).tolist() == [127, 0, 0, *[0] * 29]
     assert large[0, 32:64].view(torch.int8).tolist() == [0, 64, -16, *[0] * 29]
-    assert large[0, 64:].view(torch.float32).tolist() == [10.0, 1273.75]
+    assert large[0, 64:72].view(torch.float32).tolist() == [10.0, 1273.75]
+    assert large[0, 72:].view(torch.int32).tolist() == [1]
     assert zeros.count_nonzero() == 0
     expected = x.round()  # halves to even
     expected[0, 34] = -1.25

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagewire.kv_transfer.layout import DTYPE_BYTES, PAGE_SIZES, KVLayout
 from pagewire.kv_transfer.messages import (
     ID_BYTES,
     MAX_HEADER_BYTES,
@@ -49,6 +50,16 @@ ids = st.builds(
 )
 
 
+layouts = st.builds(
+    KVLayout,
+    page_size=st.sampled_from(PAGE_SIZES),
+    num_layers=st.integers(1, 200),
+    num_kv_heads=st.integers(1, 200),
+    head_dim=st.integers(1, 512),
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+)
+
+
 def _values(metadata: Any) -> st.SearchStrategy[object]:
     if "items" in metadata:
         return st.lists(_values(metadata["items"]), max_size=MAX_ITEMS // 2).map(tuple)
@@ -58,6 +69,8 @@ def _values(metadata: Any) -> st.SearchStrategy[object]:
         return st.binary(min_size=metadata["length"], max_size=metadata["length"])
     if "max_length" in metadata:
         return st.binary(max_size=metadata["max_length"])
+    if "layout" in metadata:
+        return layouts
     return st.sampled_from(metadata["enum"])
 
 
@@ -121,6 +134,27 @@ def test_truncated_or_prolonged(message: Message, data: st.DataObject) -> None:
     encoded = encode(message)
     assert _decodes(encoded[: data.draw(st.integers(0, len(encoded) - 1))]) is None
     assert _decodes(encoded + data.draw(st.binary(min_size=1, max_size=20))) is None
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "sentence"),
+    [
+        (0, 24, "layout cannot be: page_size is 24"),
+        (1, 0, "num_layers is 0"),
+        (1, True, "layout is not page_size, num_layers, num_kv_heads, head_dim, dtype"),
+        (4, "fp8", "dtype is 'fp8'"),
+        (4, 1, "layout is not page_size"),
+    ],
+)
+@given(message=_messages(Open))
+def test_a_layout_that_cannot_be(
+    index: int, value: object, sentence: str, message: Message
+) -> None:
+    body = msgpack.unpackb(encode(message))
+    (layout,) = (item for item in body if isinstance(item, list))
+    layout[index] = value
+    with pytest.raises(MessageError, match=sentence):
+        decode(msgpack.packb(body))
 
 
 def test_over_the_limit() -> None:

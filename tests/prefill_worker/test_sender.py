@@ -122,7 +122,7 @@ def test_open_says_what_was_agreed() -> None:
     (message,) = make_sender().open()
     assert isinstance(message, Open)
     assert (message.ticket, message.num_prompt_tokens) == (TICKET, NUM_TOKENS)
-    assert (message.layout_digest, message.prefix_hash) == (LAYOUT.digest(), b"h" * 16)
+    assert (message.layout, message.prefix_hash) == (LAYOUT, b"h" * 16)
 
 
 def test_the_last_send_ends_the_draining() -> None:

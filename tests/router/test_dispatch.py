@@ -18,6 +18,7 @@ from routing import (
 )
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.page_hash import KEY_BYTES, PageHasher
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Deliver, Effect, Fail, SendCommand
 from pagewire.router.members import RegistrationRefused
@@ -27,12 +28,13 @@ P = registration("prefill-0", pb.ROLE_PREFILL)
 D = registration("decode-0", pb.ROLE_DECODE)
 
 
-def make_core(max_queued: int = 2) -> DispatchCore:
+def make_core(max_queued: int = 2, page_secret: bytes | None = None) -> DispatchCore:
     tickets = count()
     return DispatchCore(
         incarnation=ROUTER,
         max_queued=max_queued,
         make_ticket=lambda: next(tickets).to_bytes(16, "big"),
+        page_secret=page_secret,
     )
 
 
@@ -273,8 +275,8 @@ def test_a_worker_that_joins_gets_what_waits() -> None:
 def test_a_worker_that_does_not_fit_is_refused() -> None:
     core = running_core()
     misfit = registration("decode-1", pb.ROLE_DECODE)
-    misfit.layout.page_size = 32
-    with pytest.raises(RegistrationRefused, match=r"layout\.page_size"):
+    misfit.layout.head_dim = 2
+    with pytest.raises(RegistrationRefused, match=r"layout\.head_dim"):
         core.on_registered(misfit, 0.0)
     assert core.members.named("decode-1") is None
 
@@ -343,6 +345,25 @@ def test_a_router_that_stops_fails_what_runs_and_takes_no_more() -> None:
     assert core.refuse_all() == []
     with pytest.raises(RequestFailed, match="the server is stopping"):
         core.submit(make_request("late"), 0.0)
+
+
+def test_a_prompt_is_hashed_for_every_page_size_of_a_worker() -> None:
+    secret = bytes(KEY_BYTES)
+    core = make_core(page_secret=secret)
+    core.on_registered(P, 0.0)
+    cached = registration("prefill-1", pb.ROLE_PREFILL)
+    cached.layout.page_size = 64
+    core.on_registered(cached, 0.0)
+    core.on_registered(D, 0.0)
+    request = make_request(num_prompt_tokens=70)
+    keys = PageHasher(secret=secret, page_size=64).keys(request.token_ids)
+    route = heartbeat(cached.incarnation).route
+    delta = pb.KvDelta(epoch=1, seq=0, stored=[key.hash for key in keys])
+    core.on_event(pb.WorkerEvent(route=route, kv_delta=delta), 0.0)
+    core.submit(request, 0.0)
+    member = core.members.get(cached.incarnation)
+    assert member is not None
+    assert member.num_projected_tokens == 70 - 64
 
 
 def test_a_gap_in_what_a_worker_says_of_its_cache_is_asked_about() -> None:

@@ -56,12 +56,31 @@ def test_a_cached_prefix_counts_against_the_queue() -> None:
         workers = [prefill("p0"), prefill("p1", projected=projected)], [decode("d0"), decode("d1")]
         for with_cache in (workers[0][1], workers[1][1]):
             with_cache.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[:4]))
-        pair = choose_pair(*workers, demand=demand(80, 90), page_hashes=hashes)
+        pair = choose_pair(*workers, demand=demand(80, 90), page_hashes={16: hashes})
         assert pair is not None
         return pair.prefill.info.name, pair.decode.info.name, pair.num_uncached_tokens
 
     assert chosen(63) == ("p1", "d1", 16)
     assert chosen(65) == ("p0", "d1", 80)
+
+
+def test_cached_pages_of_unequal_sizes_compare_in_tokens() -> None:
+    """Three pages of 64 are more than eleven of 16."""
+    hashes = {size: [bytes([size, index] * 8) for index in range(200 // size)] for size in (16, 64)}
+    small, large = decode("d0", num_pages=20), decode("d1", num_pages=20)
+    large.info.layout.page_size = 64
+    small.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[16][:11]))
+    large.cached_pages.apply(pb.KvDelta(epoch=1, stored=hashes[64]))
+    assert (small.num_cached_tokens(hashes), large.num_cached_tokens(hashes)) == (176, 192)
+    assert small.num_cached_tokens({64: hashes[64]}) == 0
+    pair = choose_pair(
+        [prefill("p0", num_pages=20)],
+        [decode("d0", num_pages=20), large, small],
+        demand=demand(200, 300),
+        page_hashes=hashes,
+    )
+    assert pair is not None
+    assert pair.decode is large
 
 
 @pytest.mark.parametrize(

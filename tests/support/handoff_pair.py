@@ -98,10 +98,11 @@ def prefill_core(
     max_batch_tokens: int = 32,
     slot_bytes: int = LAYOUT.page_bytes,
     hasher: PageHasher | None = None,
+    layout: KVLayout = LAYOUT,
 ) -> PrefillCore:
     return PrefillCore(
         incarnation=PREFILL,
-        layout=LAYOUT,
+        layout=layout,
         pool=PagePool(num_pages),
         vocab_size=VOCAB_SIZE,
         max_model_len=256,
@@ -119,10 +120,11 @@ def decode_core(
     slot_bytes: int = 4 * LAYOUT.page_bytes,
     hasher: PageHasher | None = None,
     speculation: Speculation | None = None,
+    layout: KVLayout = LAYOUT,
 ) -> DecodeCore:
     return DecodeCore(
         incarnation=DECODE,
-        layout=LAYOUT,
+        layout=layout,
         pool=PagePool(num_pages),
         slots=SlotPool(num_slots),
         vocab_size=VOCAB_SIZE,
@@ -206,7 +208,7 @@ class HandoffPair:
         if not isinstance(message, Frame):
             self.carry_out(self.decode.on_message(message.id.sender, message, 0.0))
             return
-        length = message.part.num_bytes(LAYOUT)
+        length = message.part.num_bytes(self.prefill.layout)
         slot, effects = self.decode.place(message.id.sender, message, length)
         self.carry_out(effects)
         if slot is not None:

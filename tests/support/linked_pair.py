@@ -26,6 +26,7 @@ from handoff_pair import (
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, decode
@@ -128,12 +129,11 @@ class LinkedWorker:
         self.arrived: list[bytes] = []  # headers, of the frames that were not wanted, too
         self.now = 0.0
         self._tasks = tasks
-        self._pool: Pool = np.zeros((NUM_PAGES, *PAGE_SHAPE), dtype=np.float32)
-        buffer = self._pool.reshape(-1).view(np.uint8).data
-        self._writer = FrameWriter(
-            LAYOUT, buffer, num_slots=NUM_SLOTS, slot_bytes=2 * LAYOUT.page_bytes
-        )
-        self._reader = FrameReader(LAYOUT, buffer)
+        cache = KVCache(LAYOUT, NUM_PAGES)
+        cache.pool.zero_()
+        self._pool: Pool = np.frombuffer(cache.buffer(), np.float32).reshape(NUM_PAGES, *PAGE_SHAPE)
+        self._writer = FrameWriter(cache, num_slots=NUM_SLOTS, slot_bytes=2 * LAYOUT.page_bytes)
+        self._reader = FrameReader(LAYOUT, cache.buffer())
         self._batch: Batch | None = None
 
     def start(self, transport: Recorder) -> None:
@@ -162,7 +162,7 @@ class LinkedWorker:
                     self._links.disconnect(peer)
                 case Scatter():
                     assert isinstance(self.core, DecodeCore)
-                    is_sound = self._writer.write(effect.frame, effect.page_table)
+                    is_sound = self._writer.write(effect.frame, effect.source, effect.page_table)
                     self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.now))
 
     def step(self) -> None:

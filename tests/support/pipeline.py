@@ -2,10 +2,11 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
@@ -115,8 +116,12 @@ async def pipeline(
     max_draft_tokens: int = 0,
     draft_model: Path | None = None,
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO,
+    by_role: Mapping[Role, Mapping[str, Any]] | None = None,
 ) -> AsyncIterator[Pipeline]:
-    """Start it, wait until every worker has registered, stop it in the end."""
+    """Start it, wait until every worker has registered, stop it in the end.
+
+    `by_role` has fields of WorkerConfig that are to be others for the workers of a role.
+    """
     control = RouterControl()
     address = await control.start()
 
@@ -137,6 +142,7 @@ async def pipeline(
             draft_model=str(draft_model) if draft_model and role is Role.DECODE else None,
             prefix_cache_secret="5a" * KEY_BYTES if prefix_cache else None,
         )
+        config = replace(config, **(by_role or {}).get(role, {}))
         return start_worker(config, make_transports)
 
     cluster = Pipeline(control=control, workers={}, start=start)
@@ -159,6 +165,7 @@ def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> Runni
         Path(config.model),
         dtype=config.dtype,
         kv_cache_dtype=config.kv_cache_dtype,
+        page_size=config.page_size,
         num_pages=config.num_pages,
         num_threads=1,
     )

@@ -127,29 +127,32 @@ def test_a_frame_with_a_wrong_checksum_ends_the_handoff(seq: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "reason", "failures"),
+    ("change", "reason", "failures"),
     [
-        ("ticket", RefuseReason.UNKNOWN_TICKET, [(PREFILL, pb.FAILURE_CODE_PEER_LOST)]),
         (
-            "layout_digest",
+            {"ticket": b"x" * 16},
+            RefuseReason.UNKNOWN_TICKET,
+            [(PREFILL, pb.FAILURE_CODE_PEER_LOST)],
+        ),
+        (
+            {"layout": replace(LAYOUT, head_dim=2)},
             RefuseReason.LAYOUT,
             [(DECODE, pb.FAILURE_CODE_INTEGRITY), (PREFILL, pb.FAILURE_CODE_INVALID)],
         ),
         (
-            "prefix_hash",
+            {"prefix_hash": b"x" * 16},
             RefuseReason.PREFIX,
             [(DECODE, pb.FAILURE_CODE_INTEGRITY), (PREFILL, pb.FAILURE_CODE_INTEGRITY)],
         ),
     ],
 )
 def test_what_was_not_agreed_is_refused(
-    field: str, reason: RefuseReason, failures: list[tuple[bytes, int]]
+    change: dict[str, Any], reason: RefuseReason, failures: list[tuple[bytes, int]]
 ) -> None:
     pair = started()
     pair.step_prefill()
     (message,) = pair.to_decode
     assert isinstance(message, Open)
-    change: dict[str, Any] = {field: b"x" * 16}
     pair.to_decode[0] = replace(message, **change)
     pair.deliver_to_decode()
     (refusal,) = pair.to_prefill

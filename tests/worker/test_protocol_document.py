@@ -28,7 +28,7 @@ OPEN = Open(
     id=ID,
     ticket=TICKET,
     num_prompt_tokens=NUM_TOKENS,
-    layout_digest=LAYOUT.digest(),
+    layout=LAYOUT,
     prefix_hash=PREFIX,
 )
 GRANT = Grant(id=ID.reply(), slot=0, slot_generation=1)
@@ -47,6 +47,7 @@ FRAME = Frame(
 )
 SEAL = Seal(id=ID, num_frames=1, digest=digest_of([CHECKSUM]), first_tokens=(3,))
 SEAL_OF_HITS = replace(SEAL, num_frames=0, digest=digest_of([]))
+OTHER_LAYOUT = replace(OPEN, layout=replace(LAYOUT, num_layers=9))
 
 Table = Mapping[str, Mapping[str, str]]  # row → column → cell
 SenderEvent = Callable[[Sender], list[Message] | None]
@@ -63,6 +64,10 @@ def table(heading: str) -> Table:
 
 def finish(sender: Sender) -> list[Message]:
     return [*sender.on_computed(NUM_TOKENS, 0.0), *sender.finish((3,), 0.0)]
+
+
+def reserve(receiver: Receiver, num_hits: int) -> None:
+    receiver.on_reserved(num_hits)
 
 
 SENDER_EVENTS: dict[str, SenderEvent] = {
@@ -93,10 +98,12 @@ SENDER_SITUATIONS: dict[str, list[str]] = {
 RECEIVER_EVENTS: dict[str, ReceiverEvent] = {
     "Open": lambda receiver: receiver.on_open(OPEN),
     "Open, other ticket": lambda receiver: receiver.on_open(replace(OPEN, ticket=bytes(16))),
-    "Open, other layout": lambda receiver: receiver.on_open(replace(OPEN, layout_digest=bytes(16))),
+    "Open, other layout": lambda receiver: receiver.on_open(
+        replace(OPEN, layout=replace(LAYOUT, num_layers=9))
+    ),
     "Open, other prompt": lambda receiver: receiver.on_open(replace(OPEN, prefix_hash=bytes(16))),
-    "reserved": lambda receiver: receiver.on_reserved(0),
-    "reserved, all cached": lambda receiver: receiver.on_reserved(1),
+    "reserved": lambda receiver: reserve(receiver, 0),
+    "reserved, all cached": lambda receiver: reserve(receiver, 1),
     "Frame": lambda receiver: receiver.on_landing(FRAME),
     "payload": lambda receiver: receiver.on_landed(FRAME),
     "scattered": lambda receiver: receiver.on_scattered(FRAME),
