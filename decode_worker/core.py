@@ -97,6 +97,7 @@ class DecodeCore:
         self._receiving: dict[AttemptKey, DecodeRequest] = {}
         self._copies = PageCopies(pool)
         self._batch: list[DecodeSequence] = []  # the step that runs now
+        self._batch_began = 0.0  # seconds on the worker's clock
         self._orphans = OrphanedPages(pool)
         self._scattering: dict[tuple[AttemptKey, int], list[int]] = {}  # pages, by frame
         self._ended = EndedAttempts()
@@ -231,7 +232,7 @@ class DecodeCore:
             case Frame():
                 return self._on_frame(message)
             case Seal():
-                return self._on_seal(message)
+                return self._on_seal(message, now)
             case Closed():
                 return self._on_closed(message)
             case _:
@@ -259,7 +260,7 @@ class DecodeCore:
         request.receiver.on_landing(frame)
         return frame.slot, []
 
-    def on_scattered(self, frame: Frame, is_sound: bool) -> list[Effect]:
+    def on_scattered(self, frame: Frame, is_sound: bool, now: float) -> list[Effect]:
         """The slot of `frame` is not read any more; its bytes are in pages if they were sound."""
         key = AttemptKey.of(frame.id)
         self.pool.unpin(self._scattering.pop((key, frame.seq)))
@@ -273,7 +274,7 @@ class DecodeCore:
         if fault is not None:
             return self._fail_handoff(request, fault)
         ack = Send(message=FrameAck(id=request.receiver.id, seq=frame.seq))
-        return [ack, *self._start_if_ready(request), *self._grant_slots()]
+        return [ack, *self._start_if_ready(request, now), *self._grant_slots()]
 
     def on_peer_lost(self, peer: bytes) -> list[Effect]:
         """A prefill worker is gone, or cannot be reached; nothing writes its slots any more."""
@@ -326,7 +327,7 @@ class DecodeCore:
         source = request.receiver.source
         return [Scatter(frame=frame, source=source, page_table=tuple(request.pages))]
 
-    def _on_seal(self, seal: Seal) -> list[Effect]:
+    def _on_seal(self, seal: Seal, now: float) -> list[Effect]:
         request = self._addressee(seal.id)
         if request is None or request.receiver.state is not ReceiverState.RECEIVING:
             self._num_dropped += 1
@@ -336,7 +337,8 @@ class DecodeCore:
         fault = request.receiver.on_seal(seal)
         if fault is not None:
             return self._fail_handoff(request, fault)
-        return self._start_if_ready(request)
+        request.sealed_at = now
+        return self._start_if_ready(request, now)
 
     def _is_credible(self, request: DecodeRequest, seal: Seal) -> bool:
         """Whether a Seal can be one of this request; takes the logprobs of its tokens.
@@ -426,15 +428,17 @@ class DecodeCore:
             assert owner.reservation is not None, "who grows was reserved for"
             owner.pages += self.pool.take(owner.reservation, missing)
 
-    def _start_if_ready(self, request: DecodeRequest) -> list[Effect]:
+    def _start_if_ready(self, request: DecodeRequest, now: float) -> list[Effect]:
         """Put a complete hand-off into the running batch and let the sender free its pages."""
         receiver = request.receiver
         if receiver.state is not ReceiverState.READY or receiver.seal is None:
             return []
         del self._receiving[request.key]
         self.slots.reclaim_granted(request.holder)
-        ready = pb.WorkerEvent(route=reply_route(request.route), ready=pb.Ready())
-        effects: list[Effect] = [Send(message=Committed(id=receiver.id)), Emit(event=ready)]
+        request.queued_at = now
+        ready = pb.Ready(times=pb.TimeParts(scatter_s=now - request.sealed_at))
+        event = pb.WorkerEvent(route=reply_route(request.route), ready=ready)
+        effects: list[Effect] = [Send(message=Committed(id=receiver.id)), Emit(event=event)]
         sequences, request.sequences = request.sequences, []
         for sequence in sequences:
             sequence.append(receiver.seal.first_tokens[sequence.choice])
@@ -484,6 +488,7 @@ class DecodeCore:
         """What the model runs next. At most one batch is out at a time."""
         assert not self._batch, "a batch is out already"
         self._batch = self._scheduler.schedule()
+        self._batch_began = now
         if not self._batch:
             self._copies.drop()
             return None, self._admit_waiting()
@@ -505,7 +510,7 @@ class DecodeCore:
             request = self._requests.get(sequence.key)
             if request is not None and sequence in request.sequences:
                 logprobs = result.logprobs.get(index, ())
-                effects += self._on_tokens(request, sequence, tokens, logprobs)
+                effects += self._on_tokens(request, sequence, tokens, logprobs, now)
         self._copies.finish()
         self._orphans.free()
         return [*effects, *self._admit_waiting()]
@@ -538,6 +543,7 @@ class DecodeCore:
         sequence: DecodeSequence,
         sampled: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
+        now: float,
     ) -> list[Effect]:
         """Take the tokens of a step up to the one that ends the sequence."""
         if sequence.drafting is not None:
@@ -552,10 +558,17 @@ class DecodeCore:
             if reason:
                 break
         sequence.logprobs += map(logprobs_message, logprobs)
-        effects: list[Effect] = [_tokens(sequence, reason)]
+        effects: list[Effect] = [_tokens(sequence, reason, self._first_step_times(request, now))]
         if reason:
             effects += self._end_choice(request, sequence)
         return effects
+
+    def _first_step_times(self, request: DecodeRequest, now: float) -> pb.TimeParts | None:
+        """Of the step that ends now, when it is the first of a request; None after that."""
+        if request.queued_at is None:
+            return None
+        queue_s, request.queued_at = self._batch_began - request.queued_at, None
+        return pb.TimeParts(decode_queue_s=queue_s, decode_s=now - self._batch_began)
 
     # --- Time and state ---------------------------------------------------------------------------
 
@@ -657,13 +670,18 @@ class DecodeCore:
             self.pool.cancel(sequence.reservation)
 
 
-def _tokens(sequence: DecodeSequence, reason: "pb.FinishReason.ValueType") -> Emit:
+def _tokens(
+    sequence: DecodeSequence,
+    reason: "pb.FinishReason.ValueType",
+    times: pb.TimeParts | None = None,
+) -> Emit:
     """What the router has not been told of a sequence's output."""
     tokens = pb.Tokens(
         choice=sequence.choice,
         position=sequence.num_emitted,
         token_ids=sequence.output[sequence.num_emitted :],
         finish_reason=reason,
+        times=times,
     )
     tokens.logprobs.extend(sequence.logprobs[: len(tokens.token_ids)])
     sequence.logprobs.clear()

@@ -29,6 +29,8 @@ class DecodeRequest:
     sequences: list[DecodeSequence] = field(default_factory=list)  # those that have not ended
     reservation: Reservation | None = None  # from Open on; the sequences take their parts of it
     pages: list[int] = field(default_factory=list)  # of the prompt, until the hand-off is complete
+    sealed_at: float = 0.0  # seconds on the worker's clock, once the Seal was here
+    queued_at: float | None = None  # since when it waits for its first step; None: it does not
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -16,6 +16,7 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter
 from pagewire.worker.frames import FrameWriter
+from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
 
 
@@ -72,7 +73,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             batch = self._draft_model.add_drafts(batch)
         return super()._run_batch(batch)
 
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         raise AssertionError("a decode worker sends no frames")
 
     async def _scatter(self, effect: Scatter) -> None:
@@ -80,4 +81,4 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         is_sound = await loop.run_in_executor(
             self.io_thread, self._writer.write, effect.frame, effect.source, effect.page_table
         )
-        self.carry_out(self.core.on_scattered(effect.frame, is_sound))
+        self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.clock()))

@@ -41,6 +41,7 @@ from pagewire.worker.identity import (
     read_work,
     reply_route,
 )
+from pagewire.worker.interval import Interval
 from pagewire.worker.ledger import EndedAttempts
 from pagewire.worker.orphans import OrphanedPages
 
@@ -255,12 +256,17 @@ class PrefillCore:
                 )
         return effects
 
-    def on_frame_sent(self, frame: Frame, checksum: int | None, now: float) -> list[Effect]:
-        """The pages of `frame` are not read any more; without a checksum it was not sent."""
+    def on_frame_sent(
+        self, frame: Frame, checksum: int | None, now: float, gathered: Interval | None = None
+    ) -> list[Effect]:
+        """The pages of `frame` are not read any more; without a checksum it was not sent.
+
+        `gathered` is when its checksum was made, where that is known.
+        """
         key = AttemptKey.of(frame.id)
         sender, pages = self._sending.pop((key, frame.seq))
         self.pool.unpin(pages)
-        messages = sender.on_sent(frame.seq, checksum, now)
+        messages = sender.on_sent(frame.seq, checksum, now, gathered)
         sequence = self._sequences.get(key)
         if sequence is not None:
             return self._carry_out(sequence, messages)
@@ -300,6 +306,7 @@ class PrefillCore:
 
     def _open(self, sequence: PrefillSequence, now: float) -> list[Effect]:
         """Begin the hand-off. Pages out of the cache are complete and can leave at once."""
+        sequence.started = now
         messages = sequence.sender.open()
         messages += sequence.sender.on_computed(sequence.num_cached, now)
         return self._carry_out(sequence, messages)
@@ -353,7 +360,7 @@ class PrefillCore:
             )
         self._num_generated_tokens += len(tokens)
         values = [logprobs_message(each) for each in logprobs]
-        first_tokens = _first_tokens(sequence, tokens, values)
+        first_tokens = _first_tokens(sequence, tokens, values, now)
         if all(finish_reason(token, 1, sequence.sampling) for token in tokens):
             return [*first_tokens, *self._end(sequence)]
         messages = sequence.sender.on_computed(sequence.num_computed, now)
@@ -437,7 +444,7 @@ class PrefillCore:
                     self._sending[sequence.key, message.seq] = (sequence.sender, pages)
                     effects.append(SendFrame(frame=message, page_table=sequence.pages))
                 case Seal():
-                    effects += [Send(message=message), _sealed(sequence.route)]
+                    effects += [Send(message=message), _sealed(sequence)]
                 case _:
                     if sequence.sender.state is SenderState.STREAMING:
                         peer = sequence.sender.id.receiver
@@ -462,9 +469,15 @@ def _row(chunk: Chunk) -> BatchRow:
 
 
 def _first_tokens(
-    sequence: PrefillSequence, tokens: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
+    sequence: PrefillSequence,
+    tokens: Sequence[int],
+    logprobs: Sequence[pb.TokenLogprobs],
+    now: float,
 ) -> list[Emit]:
     """Token 0 of each choice, with `logprobs` where they were asked for."""
+    times = pb.TimeParts(
+        queue_s=sequence.started - sequence.arrived, prefill_s=now - sequence.started
+    )
     bodies = [
         pb.FirstToken(
             choice=choice,
@@ -472,6 +485,7 @@ def _first_tokens(
             finish_reason=finish_reason(token, 1, sequence.sampling),
             logprobs=logprobs[choice] if logprobs else None,
             cached_tokens=sequence.num_cached,
+            times=None if choice else times,
         )
         for choice, token in enumerate(tokens)
     ]
@@ -479,5 +493,10 @@ def _first_tokens(
     return [Emit(event=pb.WorkerEvent(route=route, first_token=body)) for body in bodies]
 
 
-def _sealed(route: pb.Route) -> Emit:
-    return Emit(event=pb.WorkerEvent(route=reply_route(route), sealed=pb.Sealed()))
+def _sealed(sequence: PrefillSequence) -> Emit:
+    exposed = sequence.sender.exposed
+    times = pb.TimeParts(
+        grant_wait_s=exposed.grant_wait_s, gather_s=exposed.gather_s, wire_s=exposed.wire_s
+    )
+    route = reply_route(sequence.route)
+    return Emit(event=pb.WorkerEvent(route=route, sealed=pb.Sealed(times=times)))

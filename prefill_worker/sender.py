@@ -23,6 +23,8 @@ from enum import Enum, auto
 from pagewire.kv_transfer.checksum import digest_of
 from pagewire.kv_transfer.layout import FrameRange, KVLayout, plan_frames
 from pagewire.kv_transfer.messages import Closed, Frame, Grant, HandoffId, Message, Open, Seal
+from pagewire.prefill_worker.exposed_time import ExposedTime
+from pagewire.worker.interval import Interval
 
 
 class SenderState(Enum):
@@ -52,6 +54,7 @@ class Sender:
     ) -> None:
         self.id = id
         self.state = SenderState.QUEUED
+        self.exposed = ExposedTime()  # complete when the hand-off is sealed
         self._ticket = ticket
         self._prefix_hash = prefix_hash
         self._num_prompt_tokens = num_prompt_tokens
@@ -128,6 +131,7 @@ class Sender:
             return []
         self._first_tokens = first_tokens
         self._first_logprobs = first_logprobs
+        self.exposed.begin(now)
         return self._seal_if_complete(now)
 
     def on_grant(self, grant: Grant, now: float) -> list[Message]:
@@ -138,8 +142,14 @@ class Sender:
         self._grants.append(grant)
         return self._pair_frames_with_credit(now)
 
-    def on_sent(self, seq: int, checksum: int | None, now: float) -> list[Message]:
-        """The pages of frame `seq` are not read any more; without a checksum it was not sent."""
+    def on_sent(
+        self, seq: int, checksum: int | None, now: float, gathered: Interval | None = None
+    ) -> list[Message]:
+        """The pages of frame `seq` are not read any more; without a checksum it was not sent.
+
+        `gathered` is when its checksum was made, where that is known.
+        """
+        self.exposed.sent(now, gathered)
         self._num_sending -= 1
         self._progress_at = now
         if checksum is not None:
@@ -200,6 +210,8 @@ class Sender:
         return frames
 
     def _frame(self, part: FrameRange, grant: Grant, now: float) -> Frame:
+        if not self._num_sending:
+            self.exposed.waited(now)
         seq = self._num_frames
         self._num_frames += 1
         self._num_sending += 1
@@ -230,6 +242,7 @@ class Sender:
         ):
             return []
         self.state = SenderState.SEALED
+        self.exposed.waited(now)
         self._progress_at = now
         return [
             Seal(

@@ -11,6 +11,7 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter
 from pagewire.worker.frames import FrameReader
+from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
 
 
@@ -49,8 +50,8 @@ class PrefillWorker(WorkerShell[PrefillCore]):
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
         raise MessageError("a prefill worker takes no frames")
 
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
-        self.carry_out(self.core.on_frame_sent(frame, checksum, self.clock()))
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
+        self.carry_out(self.core.on_frame_sent(frame, checksum, self.clock(), gathered))
 
     async def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")

@@ -366,6 +366,51 @@ class PageCounts(_message.Message):
 Global___PageCounts: _TypeAlias = PageCounts  # noqa: Y015
 
 @_typing.final
+class TimeParts(_message.Message):
+    """Where the time of a request went at a worker: seconds, measured by the clock of that worker alone.
+    docs/PROTOCOL.md defines the parts. Each is reported once, by the event that ends it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    GRANT_WAIT_S_FIELD_NUMBER: _builtins.int
+    GATHER_S_FIELD_NUMBER: _builtins.int
+    WIRE_S_FIELD_NUMBER: _builtins.int
+    SCATTER_S_FIELD_NUMBER: _builtins.int
+    DECODE_QUEUE_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    queue_s: _builtins.float
+    prefill_s: _builtins.float
+    grant_wait_s: _builtins.float
+    gather_s: _builtins.float
+    wire_s: _builtins.float
+    scatter_s: _builtins.float
+    decode_queue_s: _builtins.float
+    decode_s: _builtins.float
+    """of the step that gave the request its first token of the decode worker"""
+    def __init__(
+        self,
+        *,
+        queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        grant_wait_s: _builtins.float = ...,
+        gather_s: _builtins.float = ...,
+        wire_s: _builtins.float = ...,
+        scatter_s: _builtins.float = ...,
+        decode_queue_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_queue_s", b"decode_queue_s", "decode_s", b"decode_s", "gather_s", b"gather_s", "grant_wait_s", b"grant_wait_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "scatter_s", b"scatter_s", "wire_s", b"wire_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimeParts: _TypeAlias = TimeParts  # noqa: Y015
+
+@_typing.final
 class RegisterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -779,6 +824,7 @@ class FirstToken(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """when set for every choice there is no hand-off"""
@@ -789,6 +835,10 @@ class FirstToken(_message.Message):
     def logprobs(self) -> Global___TokenLogprobs:
         """when asked for"""
 
+    @_builtins.property
+    def times(self) -> Global___TimeParts:
+        """of choice 0: queue and prefill"""
+
     def __init__(
         self,
         *,
@@ -797,10 +847,11 @@ class FirstToken(_message.Message):
         logprobs: Global___TokenLogprobs | None = ...,
         cached_tokens: _builtins.int = ...,
         choice: _builtins.int = ...,
+        times: Global___TimeParts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "times", b"times", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -812,12 +863,19 @@ class Sealed(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    TIMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def times(self) -> Global___TimeParts:
+        """grant_wait, gather and wire"""
+
     def __init__(
         self,
+        *,
+        times: Global___TimeParts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -829,12 +887,19 @@ class Ready(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    TIMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def times(self) -> Global___TimeParts:
+        """scatter"""
+
     def __init__(
         self,
+        *,
+        times: Global___TimeParts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -853,6 +918,7 @@ class Tokens(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """of the first id, counted in output tokens"""
     finish_reason: Global___FinishReason.ValueType
@@ -863,6 +929,10 @@ class Tokens(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
         """one for each id when asked for, else none"""
 
+    @_builtins.property
+    def times(self) -> Global___TimeParts:
+        """decode_queue and decode, once a request: with its first step"""
+
     def __init__(
         self,
         *,
@@ -871,10 +941,11 @@ class Tokens(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         choice: _builtins.int = ...,
+        times: Global___TimeParts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "position", b"position", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "position", b"position", "times", b"times", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,7 +64,7 @@ class DispatchCore:
                 retry_after_s=1,
             )
         lifecycle = Lifecycle(request, self.incarnation, self._page_hashes(request))
-        lifecycle.enqueue()
+        lifecycle.enqueue(now)
         self._live[request.request_id] = lifecycle
         insort(self._queue, lifecycle, key=lambda item: item.request.priority)
         return self._dispatch_queued()

@@ -12,6 +12,7 @@ from pagewire.router.errors import ClientGone, internal
 from pagewire.router.metrics import RequestMetrics
 from pagewire.router.output import OutputText
 from pagewire.router.request import Dispatcher, FinishReason, Request
+from pagewire.router.time_ledger import TimeSplit
 
 
 class Piece(NamedTuple):
@@ -40,6 +41,7 @@ class Generation:
 
     def __enter__(self) -> "Generation":
         """Submit the request. Raises RequestFailed when it cannot be taken."""
+        self._metrics.submit()
         self._stream = self._dispatcher.submit(self._request)
         return self
 
@@ -75,12 +77,19 @@ class Generation:
         """Tokens of the prompt, which the choices share, that were in the prefix cache."""
         return max(output.num_cached_tokens for output in self.outputs)
 
+    @property
+    def time_split(self) -> TimeSplit:
+        """Where its time went, once its block has been left."""
+        assert self._metrics.split is not None, "a split needs the whole"
+        return self._metrics.split
+
     async def pieces(self) -> AsyncIterator[Piece]:
         """The outputs in pieces, until every one of them has its finish_reason.
 
         Raises RequestFailed.
         """
         async for update in self._stream:
+            self._metrics.update(update)
             output = self.outputs[update.choice]
             if output.finish_reason is not None:  # it was on its way when the choice was stopped
                 continue

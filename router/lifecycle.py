@@ -28,6 +28,7 @@ from enum import Enum, auto
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.cached_pages import NO_HASHES, PageHashes
 from pagewire.router.request import FinishReason, Request, RequestFailed, TokenUpdate
+from pagewire.router.time_ledger import Part, worker_times
 from pagewire.router.token_log import TokenConflict, TokenGap, TokenLog
 
 
@@ -104,14 +105,18 @@ class Lifecycle:
         self._is_prefill_sent = False
         self._unfinished = set(range(request.n))  # choices
         self._is_sealed = False  # from then on the decode worker answers for the attempt
+        self._enqueued_at = 0.0  # seconds on the router's clock
+        self._times: dict[Part, float] = {}  # seconds, not delivered yet
+        self._reported: set[Part] = set()  # by the workers
 
     @property
     def is_live(self) -> bool:
         return self.state not in TERMINAL
 
-    def enqueue(self) -> None:
+    def enqueue(self, now: float) -> None:
         assert self.state is State.ADMITTED, f"enqueued while {self.state.name}"
         self.state = State.QUEUED
+        self._enqueued_at = now
 
     def dispatch(self, assignment: Assignment) -> list[Effect]:
         """A pair has room: the decode worker learns of the hand-off first."""
@@ -142,6 +147,7 @@ class Lifecycle:
                 return self._on_attached(assigned, now)
             case "first_token" if is_prefill:
                 token = event.first_token
+                self._on_times(token.times)
                 logprobs = (token.logprobs,) if token.HasField("logprobs") else ()
                 return self._on_tokens(
                     token.choice,
@@ -153,13 +159,16 @@ class Lifecycle:
                     num_cached_tokens=min(token.cached_tokens, len(self.request.token_ids)),
                 )
             case "sealed" if is_prefill:
+                self._on_times(event.sealed.times)
                 self._is_sealed = True
                 return []
             case "ready" if is_decode:
+                self._on_times(event.ready.times)
                 self.state = State.DECODING
                 return []
             case "tokens" if is_decode:
                 tokens = event.tokens
+                self._on_times(tokens.times)
                 return self._on_tokens(
                     tokens.choice,
                     tokens.position,
@@ -226,6 +235,7 @@ class Lifecycle:
         if self._is_prefill_sent:
             return []
         self._is_prefill_sent = True
+        self._add_time(Part.QUEUE, now - self._enqueued_at)
         prefill = pb.Prefill(
             token_ids=self.request.token_ids,
             sampling=self.request.sampling,
@@ -278,7 +288,9 @@ class Lifecycle:
                 finish_reason=finish,
                 logprobs=logprobs[len(token_ids) - len(new) :] if wants_logprobs else (),
                 num_cached_tokens=num_cached_tokens,
+                times=self._times,
             )
+            self._times = {}
             is_last = not self._unfinished
             effects.append(
                 Deliver(request_id=self.request.request_id, update=update, is_last=is_last)
@@ -289,6 +301,18 @@ class Lifecycle:
             if ended_on_prefill and self.assignment is not None:
                 effects.append(self._abort(self.assignment.decode, "finished at token 0"))
         return effects
+
+    def _on_times(self, times: pb.TimeParts) -> None:
+        """What a worker has measured. A part that was reported before adds nothing."""
+        for part, seconds in worker_times(times).items():
+            if part not in self._reported:
+                self._reported.add(part)
+                self._add_time(part, seconds)
+
+    def _add_time(self, part: Part, seconds: float) -> None:
+        """For the next update, from which parts that took no time are left out."""
+        if seconds:
+            self._times[part] = self._times.get(part, 0.0) + seconds
 
     def _aborts(self, reason: str, gone: bytes | None = None) -> list[Effect]:
         if self.assignment is None:

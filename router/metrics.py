@@ -13,10 +13,12 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from pagewire.router.request import WorkerView
+from pagewire.router.request import TokenUpdate, WorkerView
+from pagewire.router.time_ledger import Part, TimeLedger, TimeSplit
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_PART_SECONDS = (0.0001, 0.0005, *_GAP_SECONDS, 10, 30, 60, 120, 300, 600)
 _TOKENS = tuple(2**n for n in range(18))
 
 # Our name -> vLLM's, of the same meaning, so that dashboards and schedulers made for it work.
@@ -37,6 +39,11 @@ _VLLM_NAMES = {
     "pagewire_request_latency_seconds": "vllm:e2e_request_latency_seconds",
     "pagewire_request_prompt_tokens": "vllm:request_prompt_tokens",
     "pagewire_request_generation_tokens": "vllm:request_generation_tokens",
+}
+_PARTS = "pagewire_request_part_seconds"
+_VLLM_PARTS = {
+    Part.QUEUE: "vllm:request_queue_time_seconds",
+    Part.PREFILL: "vllm:request_prefill_time_seconds",
 }
 
 
@@ -86,6 +93,15 @@ class RouterMetrics:
             "request_generation_tokens", "Tokens generated for one request.", _TOKENS
         )
 
+        parts = Histogram(
+            _PARTS,
+            "Where the time of requests that got tokens went: the parts of their latency.",
+            ["model_name", "part"],
+            buckets=_PART_SECONDS,
+            registry=self._registry,
+        )
+        self.parts = {part: parts.labels(model_name, part.value) for part in Part}
+
     def count_response(self, endpoint: str, status: int) -> None:
         """Count an HTTP response. `endpoint` is a route of the app, never a path as received."""
         self._http_responses.labels(endpoint, str(status)).inc()
@@ -103,6 +119,12 @@ class RouterMetrics:
             *_worker_families(workers),
         ]
         aliases = [_under_vllm_name(each) for each in families if each.name in _VLLM_NAMES]
+        aliases += [
+            _part_under_vllm_name(each, part)
+            for each in families
+            for part in _VLLM_PARTS
+            if each.name == _PARTS
+        ]
         return generate_latest(_Page([*families, *aliases]))
 
     def _counter(self, name: str, help_text: str) -> Counter:
@@ -127,6 +149,16 @@ class RequestMetrics:
         self._metrics = metrics
         self._arrived = arrived  # seconds on the clock of `metrics`
         self._choices: dict[int, _ChoiceTimes] = {}
+        self._ledger = TimeLedger(arrived=arrived)
+        self.split: TimeSplit | None = None  # set when the request has finished
+
+    def submit(self) -> None:
+        """The request is valid and goes to the dispatcher."""
+        self._ledger.submit(self._metrics.clock())
+
+    def update(self, update: TokenUpdate) -> None:
+        """Something of the request arrived."""
+        self._ledger.record(update.times, self._metrics.clock())
 
     def tokens(self, count: int, choice: int = 0) -> None:
         """New tokens of one choice arrived."""
@@ -148,11 +180,14 @@ class RequestMetrics:
         metrics.generation_tokens.inc(num_tokens)
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
         metrics.request_generation_tokens.observe(num_tokens)
-        metrics.latency.observe(metrics.clock() - self._arrived)
+        self.split = self._ledger.close(metrics.clock())
+        metrics.latency.observe(self.split.total_s)
         if not self._choices:
             return
         metrics.cache_queries.inc(num_prompt_tokens)
         metrics.cache_hits.inc(num_cached_tokens)
+        for part, seconds in self.split.parts.items():
+            metrics.parts[part].observe(seconds)
         for times in self._choices.values():
             if times.num_tokens > 1:
                 decoding_s = times.last - times.first
@@ -185,6 +220,19 @@ def _under_vllm_name(family: Metric) -> Metric:
         Sample(name + sample.name.removeprefix(family.name), *sample[1:])
         for sample in family.samples
     ]
+    return alias
+
+
+def _part_under_vllm_name(family: Metric, part: Part) -> Metric:
+    """One part of all, which has a family of its own there."""
+    name = _VLLM_PARTS[part]
+    alias = Metric(name, family.documentation, family.type)
+    for sample in family.samples:
+        labels = {key: value for key, value in sample.labels.items() if key != "part"}
+        if sample.labels["part"] == part.value:
+            alias.samples.append(
+                Sample(name + sample.name.removeprefix(family.name), labels, *sample[2:])
+            )
     return alias
 
 

@@ -160,6 +160,7 @@ class OpenAIEndpoints:
             ),
             shape=shape,
             num_prompt_tokens=len(request.token_ids),
+            wants_ledger=fields.ledger,
         )
         if not fields.stream:
             return WholeResponse(answer)

@@ -1,12 +1,13 @@
 """A request inside the router, and the seam between the HTTP endpoints and the dispatcher."""
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.choices import PageDemand
+from pagewire.router.time_ledger import PartTimes
 
 
 class FinishReason(StrEnum):
@@ -47,6 +48,7 @@ class TokenUpdate:
     logprobs: tuple[pb.TokenLogprobs, ...] = ()  # one for each id when asked for, else none
     num_cached_tokens: int = 0  # of the prompt; set on the update that token 0 brings
     choice: int = 0
+    times: PartTimes = field(default_factory=dict)  # that the last update did not have
 
 
 class RequestFailed(Exception):

@@ -19,6 +19,7 @@ from pagewire.router.output import OutputText
 from pagewire.router.settings import RouterSettings
 from pagewire.router.shapes import ChoiceShape, ResponseShape, Usage
 from pagewire.router.sse import EventWriter
+from pagewire.router.time_ledger import TimeSplit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +29,20 @@ class Answer:
     generation: Generation
     shape: ResponseShape
     num_prompt_tokens: int
+    wants_ledger: bool = False
+
+    @property
+    def time_split(self) -> TimeSplit | None:
+        """Where the time of the finished generation went, if the client wants to know."""
+        return self.generation.time_split if self.wants_ledger else None
 
     def usage(self) -> dict[str, Any]:
-        """Tokens up to now."""
+        """Tokens and time of the finished generation."""
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.generation.num_tokens,
             cached_tokens=self.generation.num_cached_tokens,
+            time_split=self.time_split,
         ).as_dict()
 
 
@@ -53,9 +61,11 @@ class WholeResponse(Response):
 
     async def _respond(self) -> Response:
         try:
-            return JSONResponse(await self._collect())
+            body = await self._collect()
         except Exception as error:  # whatever went wrong, the client gets an error object
             return error_response(as_failure(error))
+        split = self._answer.time_split
+        return JSONResponse(body, headers={"Server-Timing": split.server_timing()} if split else {})
 
     async def _collect(self) -> dict[str, Any]:
         shape = self._answer.shape

@@ -143,6 +143,7 @@ class GenerationRequest(RequestModel):
     cache_salt: Text = Field("", max_length=256)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    ledger: bool = False  # of Pagewire: report in the usage where the time went
 
     @property
     def include_usage(self) -> bool:

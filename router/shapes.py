@@ -15,23 +15,27 @@ from pagewire.router.logprobs import (
     TokenLogprob,
 )
 from pagewire.router.output import OutputText
+from pagewire.router.time_ledger import TimeSplit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of one request."""
+    """Tokens of one request, and its time where that was asked for."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    time_split: TimeSplit | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in a response."""
+        ledger = {"ledger": self.time_split.as_dict()} if self.time_split else {}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **ledger,
         }
 
 

@@ -214,6 +214,7 @@ def _parse(
     _check_choices(fields, settings)
     _check_stop(fields, settings)
     _check_stream_options(fields)
+    _check_ledger(fields)
     _check_top_logprobs(fields)
     return fields
 
@@ -281,6 +282,15 @@ def _check_stream_options(fields: GenerationRequest) -> None:
         raise invalid(
             "'stream_options' is for streams only; remove it or set 'stream'.",
             param="stream_options",
+        )
+
+
+def _check_ledger(fields: GenerationRequest) -> None:
+    if fields.ledger and fields.stream and not fields.include_usage:
+        raise invalid(
+            "'ledger' is part of the usage, which a stream reports only when asked; set "
+            "'stream_options.include_usage'.",
+            param="ledger",
         )
 
 

@@ -6,6 +6,8 @@ from enum import Enum, auto
 from pagewire.router.request import FinishReason, RequestFailed, TokenUpdate
 from pagewire.sim.violation import require
 
+_ROUNDING_S = 1e-9  # of sums of times
+
 
 class Outcome(Enum):
     DONE = auto()
@@ -32,6 +34,8 @@ class ClientStream:
     request_id: str
     router: str  # name of its process
     choices: list[ClientChoice]
+    opened: float  # seconds of virtual time
+    reported_s: float = 0.0  # parts of its time, of which it was told
     outcome: Outcome | None = None
     error: RequestFailed | None = None
 
@@ -53,8 +57,14 @@ class Clients:
     def add(self, stream: ClientStream) -> None:
         self.streams[stream.request_id] = stream
 
-    def on_update(self, request_id: str, update: TokenUpdate) -> None:
+    def on_update(self, request_id: str, update: TokenUpdate, now: float) -> None:
         stream = self.streams[request_id]
+        stream.reported_s += sum(update.times.values())
+        require(
+            min(update.times.values(), default=0.0) >= 0
+            and stream.reported_s <= now - stream.opened + _ROUNDING_S,
+            f"{request_id} was told of {stream.reported_s} s within {now - stream.opened} s",
+        )
         choice = stream.choices[update.choice]
         name = f"choice {update.choice} of {request_id}"
         require(stream.outcome is None and not choice.has_ended, f"{name} got tokens after its end")

@@ -12,6 +12,7 @@ from pagewire.sim.registration import RegistrationDesk
 from pagewire.sim.transport import Fabric
 from pagewire.sim.worker import SimWorker
 from pagewire.worker.effects import Scatter
+from pagewire.worker.interval import Interval
 
 
 class SimDecodeWorker(SimWorker[DecodeCore]):
@@ -54,7 +55,7 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
         if is_sound:
             assert effect.source == LAYOUT, "simulated workers have one layout"
             self.memory.scatter(frame.part, effect.page_table, payload)
-        self.carry_out(self.core.on_scattered(frame, is_sound))
+        self.carry_out(self.core.on_scattered(frame, is_sound, self.process.now))
 
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         raise AssertionError("a decode worker sends no frames")

@@ -15,6 +15,8 @@ from pagewire.sim.kv_memory import KvMemory
 from pagewire.sim.process import Process
 from pagewire.sim.transport import SimConnection, SimTransport
 from pagewire.worker.effects import Connect, Send, SendFrame
+from pagewire.worker.interval import Interval
+from pagewire.worker.links import OnFrameSent
 
 Outgoing = Connect | Send | SendFrame
 
@@ -28,7 +30,7 @@ class Outbox:
         process: Process,
         transport: SimTransport,
         memory: KvMemory,
-        on_frame_sent: Callable[[Frame, int | None], None],
+        on_frame_sent: OnFrameSent,
         on_unreachable: Callable[[bytes], None],
     ) -> None:
         self.process = process
@@ -81,7 +83,7 @@ class _PeerQueue:
         while self._effects:
             effect = self._effects.popleft()
             if isinstance(effect, SendFrame):
-                self._outbox.on_frame_sent(effect.frame, None)
+                self._outbox.on_frame_sent(effect.frame, None, None)
 
     def _go_on(self) -> None:
         while self._effects and not self._is_closed:
@@ -113,26 +115,27 @@ class _PeerQueue:
     def _gather(self, effect: SendFrame) -> None:
         process = self._outbox.process
         delay = process.environment.costs.gather.draw(process.environment.random)
-        process.after(delay, partial(self._start_frame, effect))
+        process.after(delay, partial(self._start_frame, effect, process.now))
 
-    def _start_frame(self, effect: SendFrame) -> None:
+    def _start_frame(self, effect: SendFrame, started: float) -> None:
         """The checksum is known; the pages are read until the payload has left."""
         payload = self._outbox.memory.gather(effect.frame.part, effect.page_table)
         frame = replace(effect.frame, checksum=checksum(payload))
         process = self._outbox.process
+        gathered = Interval(started, process.now)
         delay = process.environment.costs.wire.draw(process.environment.random)
-        process.after(delay, partial(self._finish_frame, effect, frame))
+        process.after(delay, partial(self._finish_frame, effect, frame, gathered))
 
-    def _finish_frame(self, effect: SendFrame, frame: Frame) -> None:
+    def _finish_frame(self, effect: SendFrame, frame: Frame, gathered: Interval) -> None:
         connection = self._connection()
         if connection is None or self._is_closed:
-            self._outbox.on_frame_sent(effect.frame, None)
+            self._outbox.on_frame_sent(effect.frame, None, gathered)
             if not self._is_closed:
                 self._outbox.report_unreachable(self._peer)
             return
         payload = self._outbox.memory.gather(effect.frame.part, effect.page_table)
         connection.send(self._outbox.transport, encode(frame), payload)
-        self._outbox.on_frame_sent(effect.frame, frame.checksum)
+        self._outbox.on_frame_sent(effect.frame, frame.checksum, gathered)
         self._go_on()
 
     def _connection(self) -> SimConnection | None:

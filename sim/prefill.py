@@ -5,6 +5,7 @@ from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.sim.worker import SimWorker
 from pagewire.worker.effects import Scatter
+from pagewire.worker.interval import Interval
 
 
 class SimPrefillWorker(SimWorker[PrefillCore]):
@@ -21,5 +22,5 @@ class SimPrefillWorker(SimWorker[PrefillCore]):
     def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")
 
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
-        self.carry_out(self.core.on_frame_sent(frame, checksum, self.process.now))
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
+        self.carry_out(self.core.on_frame_sent(frame, checksum, self.process.now, gathered))

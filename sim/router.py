@@ -111,6 +111,6 @@ class SimRouter:
                     if session is not None:
                         session.send(command)
                 case Deliver(request_id=request_id, update=update):
-                    self._clients.on_update(request_id, update)
+                    self._clients.on_update(request_id, update, self.process.now)
                 case Fail(request_id=request_id, error=error):
                     self._clients.on_failed(request_id, error)

@@ -21,6 +21,7 @@ from pagewire.sim.session import Session
 from pagewire.sim.transport import Fabric, SimHandler, SimTransport
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.interval import Interval
 
 _HEARTBEAT_S = 1.0
 _TICK_S = 0.25
@@ -171,7 +172,7 @@ class SimWorker(SimHandler, Generic[Core]):
         self.carry_out(effects)
 
     @abstractmethod
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         """The pages of `frame` are not read any more."""
 
     @abstractmethod

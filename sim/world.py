@@ -76,6 +76,7 @@ class World:
                 request_id=arrival.request_id,
                 router=router.process.name,
                 choices=[_choice(arrival, expected) for expected in arrival.expected],
+                opened=self._environment.now,
             )
         )
         if not router.process.is_alive:

@@ -11,11 +11,15 @@ from pagewire.kv_transfer.select import Candidate, candidates
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
 from pagewire.worker.effects import Connect, Send, SendFrame
 from pagewire.worker.frames import FrameReader
+from pagewire.worker.interval import Interval
 from pagewire.worker.tasks import Spawn
 
 logger = logging.getLogger(__name__)
 
 _Outgoing = Connect | Send | SendFrame
+
+# The frame, its checksum unless it was not sent, and when that was made unless it was not.
+OnFrameSent = Callable[[Frame, int | None, Interval | None], None]
 
 
 class Links:
@@ -27,9 +31,10 @@ class Links:
         transports: Sequence[Transport],
         reader: FrameReader | None,
         io_thread: Executor,
-        on_frame_sent: Callable[[Frame, int | None], None],
+        on_frame_sent: OnFrameSent,
         on_peer_lost: Callable[[bytes], None],
         spawn: Spawn,
+        clock: Callable[[], float],
     ) -> None:
         self.transports: Mapping[str, Transport] = {item.kind: item for item in transports}
         self._reader = reader
@@ -37,6 +42,7 @@ class Links:
         self.on_frame_sent = on_frame_sent
         self.spawn = spawn
         self._on_peer_lost = on_peer_lost
+        self._clock = clock
         self._links: dict[bytes, _Link] = {}
 
     def put(self, effect: _Outgoing) -> None:
@@ -102,14 +108,17 @@ class Links:
         """Checksum and send a frame; whatever happens, its pages are let go."""
         assert self._reader is not None, "only a prefill worker sends frames"
         checksum: int | None = None
+        gathered: Interval | None = None
+        started = self._clock()
         try:
             frame, payload = await asyncio.get_running_loop().run_in_executor(
                 self._io_thread, self._reader.read, effect.frame, effect.page_table
             )
+            gathered = Interval(started, self._clock())
             await connection.send(encode(frame), *payload)
             checksum = frame.checksum
         finally:
-            self.on_frame_sent(effect.frame, checksum)
+            self.on_frame_sent(effect.frame, checksum, gathered)
 
     def report_unreachable(self, peer: bytes, link: "_Link") -> None:
         """There is no connection to `peer`, so no transport will report its loss."""
@@ -139,7 +148,7 @@ class _Link:
         while self._queue:
             effect = self._queue.popleft()
             if isinstance(effect, SendFrame):
-                self._links.on_frame_sent(effect.frame, None)
+                self._links.on_frame_sent(effect.frame, None, None)
 
     async def _drain(self) -> None:
         while self._queue and not self._is_closed:
@@ -167,7 +176,7 @@ class _Link:
         connection = self._links.connection(self._peer)
         if isinstance(effect, SendFrame):
             if connection is None:
-                self._links.on_frame_sent(effect.frame, None)
+                self._links.on_frame_sent(effect.frame, None, None)
             else:
                 await self._links.send_frame(connection, effect)
         elif connection is not None:

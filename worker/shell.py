@@ -28,6 +28,7 @@ from pagewire.worker.core import WorkerCore
 from pagewire.worker.core_board import CoreBoard
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
 from pagewire.worker.frames import FrameReader
+from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
 from pagewire.worker.sessions import WorkerService, keep_registered
 from pagewire.worker.step_loop import StepLoop
@@ -127,6 +128,7 @@ class WorkerShell(Handler, Generic[Core]):
                 on_frame_sent=self._on_frame_sent,
                 on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
                 spawn=self._tasks.spawn,
+                clock=self.clock,
             )
             stack.push_async_callback(self._links.close)
             for transport in transports:
@@ -237,7 +239,7 @@ class WorkerShell(Handler, Generic[Core]):
     # --- What only one kind of worker does --------------------------------------------------------
 
     @abstractmethod
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         """The pages of `frame` are not read any more; without a checksum it was not sent."""
 
     @abstractmethod

@@ -70,7 +70,7 @@ def _hand_off(
     )
     core.place(PREFILL, frame, frame.part.num_bytes(layout))
     core.on_message(PREFILL, frame, 0.0)
-    core.on_scattered(frame, True)
+    core.on_scattered(frame, True, 0.0)
     digest = extend_digest(EMPTY_DIGEST, CHECKSUM)
     seal = Seal(
         id=handoff,

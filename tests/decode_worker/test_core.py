@@ -114,7 +114,7 @@ def hand_off(core: DecodeCore, request_id: str = "request", max_tokens: int = 3)
     credit = grants(begin(core, request_id, max_tokens))
     for seq in range(2):
         land(core, frame(credit[seq], seq, request_id))
-        core.on_scattered(frame(credit[seq], seq, request_id), True)
+        core.on_scattered(frame(credit[seq], seq, request_id), True, 0.0)
     return core.on_message(PREFILL, seal(request_id), 0.0)
 
 
@@ -183,13 +183,31 @@ def test_a_handoff_becomes_tokens() -> None:
     check_nothing_is_left(core)
 
 
+def test_the_router_learns_where_the_time_went() -> None:
+    core = decode_core()
+    credit = grants(begin(core))
+    frames = [frame(credit[seq], seq) for seq in range(2)]
+    for item in frames:
+        land(core, item)
+    core.on_scattered(frames[0], True, 1.0)
+    core.on_message(PREFILL, seal(), 2.0)
+    (event,) = events(core.on_scattered(frames[1], True, 5.0))
+    assert event.ready.times == pb.TimeParts(scatter_s=3.0)
+    core.next_batch(7.0)
+    (event,) = events(core.on_batch_done(StepResult(tokens=((8,),)), 7.5))
+    assert event.tokens.times == pb.TimeParts(decode_queue_s=2.0, decode_s=0.5)
+    core.next_batch(8.0)
+    (event,) = events(core.on_batch_done(StepResult(tokens=((9,),)), 9.0))
+    assert not event.tokens.HasField("times")
+
+
 def test_frames_are_acknowledged_and_slots_granted_again() -> None:
     core = decode_core(num_slots=1)
     (credit,) = grants(begin(core))
     (scatter,) = land(core, frame(credit, 0))
     assert isinstance(scatter, Scatter)
     assert core.pool.counts().pinned == 1
-    effects = core.on_scattered(scatter.frame, True)
+    effects = core.on_scattered(scatter.frame, True, 0.0)
     assert messages(effects)[0] == FrameAck(id=handoff_id().reply(), seq=0)
     (again,) = grants(effects)
     assert (again.slot, again.slot_generation) == (credit.slot, credit.slot_generation + 1)
@@ -224,7 +242,7 @@ def test_whoever_waits_is_admitted_when_a_quarantine_ends() -> None:
     core.on_message(PREFILL, Closed(id=handoff_id("first")), 0.0)
     assert core.pool.counts().quarantined == 1
     assert core.state().queued == 1
-    assert grants(core.on_scattered(scatter.frame, True))
+    assert grants(core.on_scattered(scatter.frame, True, 0.0))
     assert core.state().queued == 0
 
 
@@ -279,7 +297,9 @@ def test_a_lost_peer_does_not_concern_what_has_landed() -> None:
     core.on_message(PREFILL, seal(), 0.0)
     assert core.on_peer_lost(PREFILL) == []
     effects = [
-        effect for seq in range(2) for effect in core.on_scattered(frame(credit[seq], seq), True)
+        effect
+        for seq in range(2)
+        for effect in core.on_scattered(frame(credit[seq], seq), True, 0.0)
     ]
     assert [event.WhichOneof("body") for event in events(effects)] == ["ready"]
 
@@ -414,7 +434,7 @@ def test_a_seal_with_a_token_that_ends_the_request_is_refused(
     credit = grants(core.on_message(PREFILL, opening(), 0.0))
     for seq in range(2):
         land(core, frame(credit[seq], seq))
-        core.on_scattered(frame(credit[seq], seq), True)
+        core.on_scattered(frame(credit[seq], seq), True, 0.0)
     effects = core.on_message(PREFILL, seal(first_token=first_token), 0.0)
     assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY
 
@@ -426,8 +446,8 @@ def test_a_hand_off_whose_last_frame_is_here_outlives_its_sender() -> None:
         land(core, frame(credit[seq], seq))
     core.on_message(PREFILL, seal(), 0.0)
     assert events(core.on_peer_lost(PREFILL)) == []
-    core.on_scattered(frame(credit[0], 0), True)
-    (event,) = events(core.on_scattered(frame(credit[1], 1), True))
+    core.on_scattered(frame(credit[0], 0), True, 0.0)
+    (event,) = events(core.on_scattered(frame(credit[1], 1), True, 0.0))
     assert event.HasField("ready")
 
 

@@ -34,6 +34,7 @@ from pagewire.kv_transfer.messages import (
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame
+from pagewire.worker.interval import Interval
 
 PROMPT = list(range(20))  # 2 pages
 ID = HandoffId(request_id="request", attempt=1, sender=DECODE, receiver=PREFILL)
@@ -161,6 +162,26 @@ def test_pages_are_kept_until_the_handoff_is_committed() -> None:
         assert core.on_message(DECODE, FrameAck(id=ID, seq=seq), 0.0) == []
     assert core.on_message(DECODE, Committed(id=ID), 0.0) == []
     check_nothing_is_left(core)
+
+
+def test_the_router_learns_where_the_time_went() -> None:
+    core = prefill_core(max_batch_tokens=16)
+    core.on_command(prefill_command(PROMPT), 1.0)
+    core.next_batch(3.0)
+    core.on_batch_done(StepResult(tokens=((),)), 4.0)
+    core.on_message(DECODE, Accepted(id=ID, num_hit_pages=0), 4.5)
+    (hidden,) = core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 4.5)
+    batch, _ = core.next_batch(5.0)
+    assert batch is not None
+    first_token = event(core.on_batch_done(step_result(batch), 7.0)).first_token
+    assert first_token.times == pb.TimeParts(queue_s=2.0, prefill_s=4.0)
+
+    assert isinstance(hidden, SendFrame)
+    assert core.on_frame_sent(hidden.frame, 5, 8.0, Interval(4.5, 7.5)) == []
+    (last,) = core.on_message(DECODE, Grant(id=ID, slot=1, slot_generation=0), 10.0)
+    assert isinstance(last, SendFrame)
+    sealed = event(core.on_frame_sent(last.frame, 6, 13.0, Interval(10.0, 11.0))).sealed
+    assert sealed.times == pb.TimeParts(grant_wait_s=2.0, gather_s=1.5, wire_s=2.5)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ REFUSED: dict[str, list[Any]] = {
     "skip_special_tokens": [False],
     "priority": [-101, 101, 1.5, "1", True],
     "cache_salt": [5, True, ["x"], "x" * 257],
+    "ledger": [1, "true", {}, []],
     "kv_transfer_params": [{}],
     "bootstrap_room": [1],
 }

@@ -44,7 +44,7 @@ STOP, LENGTH = pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH
 
 def prefill_sent(n: int) -> Lifecycle:
     lifecycle = Lifecycle(make_request(n=n), ROUTER)
-    lifecycle.enqueue()
+    lifecycle.enqueue(0.0)
     assignment = Assignment(attempt=1, prefill=P, decode=D, transports=(), ticket=b"t" * 16)
     lifecycle.dispatch(assignment)
     lifecycle.on_event(attached(D), 0.0)
@@ -68,7 +68,7 @@ def command_names(effects: list[Effect]) -> list[str | None]:
 
 def test_workers_are_told_how_many() -> None:
     lifecycle = Lifecycle(make_request(n=3), ROUTER)
-    lifecycle.enqueue()
+    lifecycle.enqueue(0.0)
     assignment = Assignment(attempt=1, prefill=P, decode=D, transports=(), ticket=b"t" * 16)
     (attach,) = lifecycle.dispatch(assignment)
     (prefill,) = lifecycle.on_event(attached(D), 0.0)

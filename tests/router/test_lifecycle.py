@@ -43,7 +43,7 @@ def admitted() -> Lifecycle:
 
 def queued() -> Lifecycle:
     lifecycle = admitted()
-    lifecycle.enqueue()
+    lifecycle.enqueue(0.0)
     return lifecycle
 
 
@@ -278,7 +278,7 @@ def test_both_workers_get_the_same_work() -> None:
 
 def test_workers_learn_the_priority_and_how_long_the_request_has() -> None:
     lifecycle = Lifecycle(make_request(priority=-3, deadline=60.0), ROUTER)
-    lifecycle.enqueue()
+    lifecycle.enqueue(0.0)
     (first,) = lifecycle.dispatch(ASSIGNMENT)
     (second,) = lifecycle.on_event(attached(D), 12.5)
     assert isinstance(first, SendCommand) and isinstance(second, SendCommand)
@@ -310,7 +310,7 @@ def test_a_stream_that_lost_its_place_is_ended(item: pb.WorkerEvent) -> None:
 def wanting_logprobs() -> Lifecycle:
     lifecycle = Lifecycle(make_request(), ROUTER)
     lifecycle.request.sampling.num_logprobs = 0
-    lifecycle.enqueue()
+    lifecycle.enqueue(0.0)
     lifecycle.dispatch(ASSIGNMENT)
     lifecycle.on_event(attached(D), 0.0)
     return lifecycle

@@ -129,6 +129,11 @@ def stopped_choices_run_on(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Lifecycle, "stop_choice", lambda lifecycle, choice: [])
 
 
+def a_seal_is_dated_back(patch: pytest.MonkeyPatch) -> None:
+    on_seal = DecodeCore._on_seal
+    patch.setattr(DecodeCore, "_on_seal", lambda core, seal, now: on_seal(core, seal, 0.0))
+
+
 def busy_scenario(seed: int, costs: Costs) -> Scenario:
     """One decode worker whose pages change hands all the time."""
     return Scenario(
@@ -185,6 +190,13 @@ def test_a_missing_copy_of_a_shared_page_is_noticed(
     with pytest.raises(InvariantViolation, match="wrong token"):
         for seed in range(MAX_RUNS):
             World(crowded_scenario(seed)).run()
+
+
+def test_times_that_overlap_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_seal_is_dated_back(monkeypatch)
+    with pytest.raises(InvariantViolation, match="was told of"):
+        for seed in range(MAX_RUNS):
+            World(random_scenario(seed)).run()
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ class HandoffPair:
 
     def finish_scattering(self) -> None:
         frame = self._scattering.popleft().frame
-        self.carry_out(self.decode.on_scattered(frame, frame.seq not in self.bad_frames))
+        self.carry_out(self.decode.on_scattered(frame, frame.seq not in self.bad_frames, 0.0))
 
     def step_prefill(self) -> None:
         """End the step that runs, or begin one."""

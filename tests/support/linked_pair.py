@@ -35,6 +35,7 @@ from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
 from pagewire.worker.frames import FrameReader, FrameWriter
+from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
 from pagewire.worker.tasks import TaskSet
 
@@ -144,6 +145,7 @@ class LinkedWorker:
             on_frame_sent=self._on_frame_sent,
             on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
             spawn=self._tasks.spawn,
+            clock=lambda: self.now,
         )
 
     async def close(self) -> None:
@@ -161,7 +163,7 @@ class LinkedWorker:
                 case Scatter():
                     assert isinstance(self.core, DecodeCore)
                     is_sound = self._writer.write(effect.frame, effect.source, effect.page_table)
-                    self.carry_out(self.core.on_scattered(effect.frame, is_sound))
+                    self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.now))
 
     def step(self) -> None:
         """End the step that runs, or begin one; a core never learns that there is no model."""
@@ -201,9 +203,9 @@ class LinkedWorker:
             self._links.drop(peer)
             self.carry_out(effects)
 
-    def _on_frame_sent(self, frame: Frame, checksum: int | None) -> None:
+    def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         assert isinstance(self.core, PrefillCore)
-        self.carry_out(self.core.on_frame_sent(frame, checksum, self.now))
+        self.carry_out(self.core.on_frame_sent(frame, checksum, self.now, gathered))
 
     def _compute(self, row: BatchRow) -> None:
         """Check the KV before the row's tokens, and write theirs, as attention would."""
