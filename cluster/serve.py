@@ -29,8 +29,10 @@ from pagewire.cluster.subprocess_launcher import SubprocessLauncher
 from pagewire.cluster.supervisor import Supervisor
 from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
 from pagewire.engine.errors import EngineError
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.loading.resolve import resolve_model, served_name
 from pagewire.engine.precision import default_dtype
+from pagewire.engine.quantization import Quantization
 from pagewire.proto.page_hash import KEY_BYTES
 from pagewire.router.control import RouterControl
 from pagewire.router.request import WorkerView
@@ -195,7 +197,7 @@ def _banner(
     page_sizes = {each.name: each.page_size for each in configs}
     return Banner(
         model=config.served_model,
-        dtype=config.dtype,
+        precision=precision(configs),
         workers=[
             WorkerLine(
                 name=view.name,
@@ -211,6 +213,17 @@ def _banner(
         dashboard_url=dashboard_url,
         ready_s=processes.age_s(),
     )
+
+
+def precision(configs: Sequence[WorkerConfig]) -> str:
+    """The dtype, and what is stored in another one."""
+    config = configs[0]
+    parts = [config.dtype]
+    if config.quantization is not Quantization.NONE:
+        parts.append(f"{config.quantization} matrices")
+    kv = {each.kv_cache_dtype for each in configs} - {KVCacheDtype.AUTO}
+    parts += [f"{dtype} KV cache" for dtype in sorted(kv)]
+    return ", ".join(parts)
 
 
 def _transport(config: WorkerConfig, views: Sequence[WorkerView]) -> str:

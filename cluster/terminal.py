@@ -29,7 +29,7 @@ class Banner:
     """An instance that is ready."""
 
     model: str
-    dtype: str
+    precision: str  # of the model and its KV cache
     workers: Sequence[WorkerLine]
     transport: str  # what carries KV pages, best first, with the reason where it is not the best
     url: str
@@ -39,7 +39,7 @@ class Banner:
     def lines(self) -> Iterator[str]:
         """The text, line by line."""
         yield f"Pagewire {pagewire.__version__}"
-        yield f"  model      {self.model} ({self.dtype})"
+        yield f"  model      {self.model} ({self.precision})"
         for worker in self.workers:
             yield (
                 f"  {worker.name:<9}  pid {worker.pid}, {worker.device}, "

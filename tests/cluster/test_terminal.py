@@ -3,15 +3,20 @@
 import io
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from pagewire.cluster.serve import precision
 from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
+from pagewire.engine.quantization import Quantization
+from pagewire.worker.config import Role, WorkerConfig
 
 BANNER = Banner(
     model="SmolLM2-135M-Instruct",
-    dtype="bfloat16",
+    precision="bfloat16, int8 matrices",
     workers=[
         WorkerLine(name="prefill-0", pid=11, device="cpu", num_pages=100, page_size=64),
         WorkerLine(name="decode-0", pid=12, device="cpu", num_pages=200, page_size=128),
@@ -32,7 +37,7 @@ def show(banner: Banner) -> str:
 def test_banner_tells_where_everything_is() -> None:
     text = show(BANNER)
     for part in (
-        "SmolLM2-135M-Instruct",
+        "SmolLM2-135M-Instruct (bfloat16, int8 matrices)",
         "prefill-0  pid 11, cpu, 100 pages of 64 tokens",
         "decode-0   pid 12, cpu, 200 pages of 128 tokens",
         "http://127.0.0.1:8000/v1",
@@ -40,6 +45,17 @@ def test_banner_tells_where_everything_is() -> None:
         "ready in 9.9 s",
     ):
         assert part in text
+
+
+def test_precision_names_what_is_not_in_the_dtype() -> None:
+    plain = WorkerConfig(
+        name="prefill-0", role=Role.PREFILL, model="m", served_model="m", routers=("127.0.0.1:1",)
+    )
+    int8 = replace(plain, quantization=Quantization.INT8)
+    assert precision([plain, plain]) == "bfloat16"
+    assert precision([int8, int8]) == "bfloat16, int8 matrices"
+    int8_kv = replace(int8, kv_cache_dtype=KVCacheDtype.INT8)
+    assert precision([int8, int8_kv]) == "bfloat16, int8 matrices, int8 KV cache"
 
 
 def test_curl_line_can_be_pasted_even_from_a_narrow_terminal() -> None:
