@@ -119,9 +119,11 @@ def test_nothing_is_left_of_a_link() -> None:
 
     run(scenario())
     before = in_use()
-    run(scenario())
-    # Fewer are no fault: what other tests left behind may be collected meanwhile.
-    assert all(now <= then for now, then in zip(in_use(), before, strict=True))
+    num_links = 8
+    for _ in range(num_links):
+        run(scenario())
+    # gloo's own threads end in the background, so those of the last links may still be there.
+    assert all(now < then + num_links for now, then in zip(in_use(), before, strict=True))
 
 
 def test_gloo_listens_where_the_worker_does() -> None:
