@@ -53,6 +53,20 @@ inline float max(Floats values) {
     return largest;
 }
 
+// The largest lane, and the sum of lanes that are integers: exact in any order.
+#if defined(__AVX512F__)
+inline int32_t largest_lane(Ints values) { return _mm512_reduce_max_epi32((__m512i)values); }
+inline float sum_of_integers(Floats values) { return _mm512_reduce_add_ps((__m512)values); }
+#else
+inline int32_t largest_lane(Ints values) {
+    int32_t largest = values[0];
+    for (int64_t lane = 1; lane < kLanes; ++lane)
+        if (values[lane] > largest) largest = values[lane];
+    return largest;
+}
+inline float sum_of_integers(Floats values) { return sum(values); }
+#endif
+
 // Rounds to the nearest integer, halves to even, for |values| < 2^22: beyond 2^23 a float has no
 // fraction bits, so the addition itself rounds.
 inline Floats round_to_even(Floats values) {
@@ -165,8 +179,13 @@ inline void store(Float16* to, Floats values) {
 
 // From values that are integers already.
 inline void store(int8_t* to, Floats values) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)values)));
+#else
     const Bytes bytes = __builtin_convertvector(__builtin_convertvector(values, Ints), Bytes);
     std::memcpy(to, &bytes, sizeof bytes);
+#endif
 }
 
 // The first `count` < kLanes elements; the other lanes are 0.
