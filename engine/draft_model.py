@@ -33,7 +33,7 @@ class DraftModel:
             pending = [
                 index for index in pending if len(drafts[index]) < _num_drafts(batch.rows[index])
             ]
-        return Batch(rows=tuple(map(_with_drafts, batch.rows, drafts)))
+        return replace(batch, rows=tuple(map(_with_drafts, batch.rows, drafts)))
 
 
 def _num_drafts(row: BatchRow) -> int:

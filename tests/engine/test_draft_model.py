@@ -11,7 +11,7 @@ from noisy_models import save_noisy
 from transformers import PreTrainedModel
 
 from pagewire.engine.aggregated import generate
-from pagewire.engine.batch import Batch, BatchRow, DraftWork
+from pagewire.engine.batch import Batch, BatchRow, DraftWork, PageCopy
 from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.errors import ModelError
 from pagewire.engine.load import load_engine
@@ -173,6 +173,15 @@ def pair_probabilities(
         for first, chance in following(tokens).items()
         for second, other in following([*tokens, first]).items()
     }
+
+
+def test_drafts_leave_the_copies_of_a_batch_alone(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model("llama")
+    _, draft_model = load_pair(tmp_path, tmp_path, num_pages=2)
+    row = step_row([*PROMPT, 5], 0, SamplingParams(max_tokens=6), 0)
+    copies = (PageCopy(source=0, destination=1),)
+    for rows in ((row,), (replace(row, draft_work=None),)):
+        assert draft_model.add_drafts(Batch(rows=rows, copies=copies)).copies == copies
 
 
 def test_rows_without_work_stay_as_they_are(make_model: MakeModel, tmp_path: Path) -> None:
