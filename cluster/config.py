@@ -23,11 +23,14 @@ from pydantic_settings import (
 from pagewire.cluster.errors import ConfigError
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.quantization import Quantization
+from pagewire.kv_transfer.exposure import LOOPBACK, ExposureError, require_protected
 from pagewire.kv_transfer.layout import PAGE_SIZES
+from pagewire.kv_transfer.tls import TlsFiles
 
 ENV_PREFIX = "PAGEWIRE_"
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+_TLS_PAIR = ("kv_tls_cert", "kv_tls_key")
 
 
 def _known_page_size(value: int) -> int:
@@ -68,6 +71,24 @@ class ServeConfig(BaseSettings):
     )
     transport: Literal["auto", "shm", "ucx", "gloo", "tcp"] = Field(
         default="auto", description="what carries KV pages"
+    )
+    kv_host: str = Field(
+        default=LOOPBACK, min_length=1, description="address on which workers take KV pages"
+    )
+    kv_tls_cert: str | None = Field(
+        default=None, min_length=1, description="PEM certificate of the workers, for TLS over tcp"
+    )
+    kv_tls_key: str | None = Field(default=None, min_length=1, description="its key, not encrypted")
+    kv_tls_ca: str | None = Field(
+        default=None,
+        min_length=1,
+        validate_default=True,
+        description="PEM certificate of the authority that signs workers, and nothing else",
+    )
+    insecure_kv: bool = Field(
+        default=False,
+        validate_default=True,
+        description="let KV pages cross the network in the clear: it is your own",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="weights and KV cache; auto: what this machine is fast in"
@@ -137,6 +158,29 @@ class ServeConfig(BaseSettings):
         default=5.0, gt=0, description="for a stopped worker to end by itself"
     )
 
+    @field_validator("kv_tls_ca")
+    @classmethod
+    def _all_of_tls_or_none(cls, value: str | None, info: ValidationInfo) -> str | None:
+        given = {"kv_tls_ca": value} | {name: info.data.get(name) for name in _TLS_PAIR}
+        missing = [name for name, path in given.items() if path is None]
+        if 0 < len(missing) < len(given):
+            raise ValueError(f"TLS takes three files; give {' and '.join(missing)}, too")
+        return value
+
+    @field_validator("insecure_kv")
+    @classmethod
+    def _kv_pages_are_protected(cls, value: bool, info: ValidationInfo) -> bool:
+        data = info.data
+        if {"kv_host", "transport", "kv_tls_ca"} <= data.keys():  # else they are refused
+            has_tls = data["kv_tls_ca"] is not None
+            try:
+                require_protected(
+                    data["transport"], data["kv_host"], has_tls=has_tls, is_private=value
+                )
+            except ExposureError as error:
+                raise ValueError(str(error)) from error
+        return value
+
     @field_validator("draft_model")
     @classmethod
     def _drafts_come_from_a_model(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -166,6 +210,13 @@ class ServeConfig(BaseSettings):
             if value and info.data.get(name, choices[0]) not in choices:
                 raise ValueError(f"{name} is {info.data[name]}; choose {' or '.join(choices)}")
         return value
+
+    @property
+    def kv_tls(self) -> TlsFiles | None:
+        """The certificates of the workers, where KV pages are encrypted."""
+        if self.kv_tls_cert is None or self.kv_tls_key is None or self.kv_tls_ca is None:
+            return None
+        return TlsFiles(cert=self.kv_tls_cert, key=self.kv_tls_key, ca=self.kv_tls_ca)
 
     @classmethod
     def settings_customise_sources(

@@ -73,7 +73,14 @@ async def run_worker(
             model_thread=model_thread,
             on_state=on_state,
         )
-    chosen = create_transports(config.transport, incarnation, worker, config.host)
+    chosen = create_transports(
+        config.transport,
+        incarnation,
+        worker,
+        config.kv_host or config.host,
+        tls=config.kv_tls,
+        is_private=config.insecure_kv,
+    )
     logger.info("%s: %s", config.name, chosen.explanation)
     await worker.run(chosen.transports, stop)
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pagewire.kv_transfer.exposure import LOOPBACK, is_loopback, require_protected
 from pagewire.kv_transfer.gloo import GlooTransport
 from pagewire.kv_transfer.shared_memory import SharedMemoryError, require_shared_memory
 from pagewire.kv_transfer.shm import ShmTransport
 from pagewire.kv_transfer.tcp import TcpTransport
+from pagewire.kv_transfer.tls import Tls, TlsFiles
 from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.kv_transfer.ucx_library import open_library, versions
@@ -66,40 +68,85 @@ def probe() -> UcxProbe:
     )
 
 
-def create_transports(kind: str, incarnation: bytes, handler: Handler, host: str) -> Choice:
+def create_transports(
+    kind: str,
+    incarnation: bytes,
+    handler: Handler,
+    host: str,
+    *,
+    tls: TlsFiles | None = None,
+    is_private: bool = False,
+) -> Choice:
     """The transports that a worker configured with `kind` (one of KINDS) shall start.
 
-    `host` is the address of this machine that peers connect to. Raises TransportError for an
-    unknown kind, and with a remedy for one that this machine cannot use.
+    `host` is the address of this machine that peers connect to. On one that is not loopback pages
+    are encrypted with `tls`, unless the network `is_private`. Raises TransportError for an unknown
+    kind, and with a remedy for one that this machine cannot use or that would be unprotected.
     """
+    if kind not in KINDS:
+        raise TransportError(f"transport is {kind!r}; choose one of {', '.join(KINDS)}")
+    require_protected(kind, host, has_tls=tls is not None, is_private=is_private)
+    worker = _Worker(
+        incarnation=incarnation,
+        handler=handler,
+        host=host,
+        tls=None if tls is None else Tls(tls),
+        may_be_plain=is_loopback(host) or is_private,
+    )
+    return _all_usable(worker) if kind == "auto" else _configured(kind, worker)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Worker:
+    """What transports are made for."""
+
+    incarnation: bytes
+    handler: Handler
+    host: str
+    tls: Tls | None
+    may_be_plain: bool  # what cannot encrypt may be used
+
+    def shm(self) -> Transport:
+        """On loopback: nobody else could share memory."""
+        return ShmTransport(incarnation=self.incarnation, handler=self.handler, host=LOOPBACK)
+
+    def ucx(self) -> Transport:
+        return UcxTransport(incarnation=self.incarnation, handler=self.handler, host=self.host)
+
+    def gloo(self) -> Transport:
+        return GlooTransport(incarnation=self.incarnation, handler=self.handler, host=self.host)
+
+    def tcp(self) -> Transport:
+        return TcpTransport(
+            incarnation=self.incarnation, handler=self.handler, host=self.host, tls=self.tls
+        )
+
+
+def _configured(kind: str, worker: _Worker) -> Choice:
     match kind:
-        case "tcp":
-            tcp = TcpTransport(incarnation=incarnation, handler=handler, host=host)
-            return Choice(transports=(tcp,), explanation="KV frames go over tcp, as configured")
         case "shm":
             require_shared_memory()
-            shm = ShmTransport(incarnation=incarnation, handler=handler, host=host)
-            return Choice(
-                transports=(shm,), explanation="KV frames go through shared memory, as configured"
-            )
+            return _only(worker.shm(), "KV frames go through shared memory")
         case "ucx":
             found = probe()
             if not found.usable:
                 raise TransportError(found.explanation)
-            ucx = UcxTransport(incarnation=incarnation, handler=handler, host=host)
-            return Choice(transports=(ucx,), explanation=f"{found.explanation}, as configured")
+            return _only(worker.ucx(), found.explanation)
         case "gloo":
-            gloo = GlooTransport(incarnation=incarnation, handler=handler, host=host)
-            return Choice(
-                transports=(gloo,),
-                explanation="KV frames go through torch.distributed over gloo, as configured",
-            )
-        case "auto":
-            return _all_usable(incarnation, handler, host)
-    raise TransportError(f"transport is {kind!r}; choose one of {', '.join(KINDS)}")
+            return _only(worker.gloo(), "KV frames go through torch.distributed over gloo")
+        case _:
+            return _only(worker.tcp(), f"KV frames go over {_tcp(worker)}")
 
 
-def _all_usable(incarnation: bytes, handler: Handler, host: str) -> Choice:
+def _only(transport: Transport, explanation: str) -> Choice:
+    return Choice(transports=(transport,), explanation=f"{explanation}, as configured")
+
+
+def _tcp(worker: _Worker) -> str:
+    return "tcp" if worker.tls is None else "tcp with TLS"
+
+
+def _all_usable(worker: _Worker) -> Choice:
     """Every transport that works here, best first: which one is used, each pair decides."""
     transports: list[Transport] = []
     try:
@@ -107,15 +154,17 @@ def _all_usable(incarnation: bytes, handler: Handler, host: str) -> Choice:
     except SharedMemoryError as error:
         on_this_machine = f"shm is not usable: {error}"
     else:
-        transports.append(ShmTransport(incarnation=incarnation, handler=handler, host=host))
+        transports.append(worker.shm())
         on_this_machine = "KV frames go through shared memory to workers of this machine"
-    found = probe()
-    if found.usable:
-        transports.append(UcxTransport(incarnation=incarnation, handler=handler, host=host))
-        to_others = f"{found.explanation}; over tcp to workers without it"
+    found = probe() if worker.may_be_plain else None
+    if found is None:
+        to_others = f"to others over {_tcp(worker)}, since UCX cannot encrypt"
+    elif found.usable:
+        transports.append(worker.ucx())
+        to_others = f"{found.explanation}; over {_tcp(worker)} to workers without it"
     else:
-        to_others = f"to others over tcp, since UCX is not usable: {found.explanation}"
-    transports.append(TcpTransport(incarnation=incarnation, handler=handler, host=host))
+        to_others = f"to others over {_tcp(worker)}, since UCX is not usable: {found.explanation}"
+    transports.append(worker.tcp())
     return Choice(transports=tuple(transports), explanation=f"{on_this_machine}; {to_others}")
 
 

@@ -125,11 +125,12 @@ def require_shared_memory() -> None:
 
 def domain() -> str:
     """16 characters, the same for all processes that can open each other's offers, as far as can
-    be told: those of one boot of one machine, in one container, of one user.
+    be told: those of one boot of one machine, in one container with one loopback, of one user.
     """
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read()
-    where = f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
+    namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
+    where = f"{boot} {namespaces} {os.getuid()}"
     return hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
 
 

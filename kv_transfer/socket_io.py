@@ -2,11 +2,13 @@
 
 import asyncio
 import socket
+import ssl
 from collections import deque
 from itertools import islice
 
 PEER_CLOSED = "the peer closed the connection"
 _TURN_BYTES = 512 * 1024  # copied before everything else on the loop gets its turn
+_MAX_RECORD_BYTES = (1 << 14) + 512  # of TLS
 _MAX_PARTS = 1024  # of one system call, on Linux as elsewhere
 
 
@@ -39,7 +41,7 @@ async def receive_into(sock: socket.socket, buffer: bytearray | memoryview) -> N
             except BlockingIOError:
                 # Not for every segment that arrives: one wake-up costs as much as 50 KiB.
                 _wake_up_at(sock, min(len(rest), _TURN_BYTES))
-                await _readable(sock)
+                await readable(sock)
                 continue
             if count == 0:
                 raise ConnectionResetError(PEER_CLOSED)
@@ -67,7 +69,7 @@ async def send(sock: socket.socket, *buffers: bytes | memoryview) -> None:
         try:
             num_sent = sock.sendmsg(islice(rest, _MAX_PARTS))
         except BlockingIOError:
-            await _writable(sock)
+            await writable(sock)
             continue
         while rest and num_sent >= len(rest[0]):
             num_sent -= len(rest.popleft())
@@ -77,10 +79,12 @@ async def send(sock: socket.socket, *buffers: bytes | memoryview) -> None:
 
 def _wake_up_at(sock: socket.socket, num_bytes: int) -> None:
     """Let `sock` be readable once so many bytes are there, or once it has ended."""
+    if isinstance(sock, ssl.SSLSocket):  # which may hold a part of them back, to decrypt it
+        num_bytes = max(1, num_bytes - _MAX_RECORD_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
 
 
-async def _readable(sock: socket.socket) -> None:
+async def readable(sock: socket.socket) -> None:
     """Wait until bytes are there for `sock`, or it has ended."""
     loop = asyncio.get_running_loop()
     woken = asyncio.Event()
@@ -91,7 +95,7 @@ async def _readable(sock: socket.socket) -> None:
         loop.remove_reader(sock)
 
 
-async def _writable(sock: socket.socket) -> None:
+async def writable(sock: socket.socket) -> None:
     """Wait until `sock` takes bytes again, or has ended."""
     loop = asyncio.get_running_loop()
     woken = asyncio.Event()

@@ -6,6 +6,7 @@ A subclass says what a connection does once both ends know each other.
 import asyncio
 import logging
 import socket
+import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ from pagewire.kv_transfer.handshake import (
 )
 from pagewire.kv_transfer.peers import Peers, RunningConnection
 from pagewire.kv_transfer.socket_io import tune
+from pagewire.kv_transfer.tls import TlsError, explain
 from pagewire.kv_transfer.transport import Handler, TransferStats, TransportError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -138,8 +140,20 @@ class SocketTransport(ABC, Generic[ConnectionT]):
             self.stats.failures += 1
             logger.info("refused a %s connection: %s", self.kind, error or type(error).__name__)
 
+    async def _secure(self, sock: socket.socket, *, is_server: bool) -> socket.socket:
+        """What both ends speak over, before either says who it is: `sock`, unless it is wrapped.
+
+        Takes `sock` over. Raises OSError, TransportError.
+        """
+        return sock
+
     async def _answer(self, sock: socket.socket) -> None:
         tune(sock)
+        sock = await self._secure(sock, is_server=True)
+        with _undo_on_error(sock.close):
+            await self._greet(sock)
+
+    async def _greet(self, sock: socket.socket) -> None:
         hello = await receive_hello(sock, self.kind)
         if hello.receiver != self._incarnation:
             await send_hello(
@@ -158,7 +172,9 @@ class SocketTransport(ABC, Generic[ConnectionT]):
         where = address.decode(errors="replace")
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                sock = await _dial(where)
+                dialled = await _dial(where)
+                with _undo_on_error(dialled.close):
+                    sock = await self._secure(dialled, is_server=False)
                 with _undo_on_error(sock.close):
                     return await self._introduce(sock, peer)
         except TimeoutError as error:
@@ -166,6 +182,8 @@ class SocketTransport(ABC, Generic[ConnectionT]):
                 f"no {self.kind} answer from {where} within {CONNECT_TIMEOUT_S:.0f} s; "
                 "check that the worker there runs and that no firewall is between"
             ) from error
+        except ssl.SSLError as error:
+            raise TlsError(f"no {self.kind} connection to {where}: {explain(error)}") from error
         except (OSError, ValueError) as error:
             raise TransportError(
                 f"no {self.kind} connection to {where}: {error}; check that the worker there runs"

@@ -1,4 +1,4 @@
-"""Messages over TCP: available everywhere, and the fallback of every other transport.
+"""Messages over TCP, with TLS if it is wanted: the fallback of every other transport.
 
 Payloads go from the sender's memory and into the receiver's place without a copy in user space.
 """
@@ -14,8 +14,15 @@ from pagewire.kv_transfer.handshake import Hello
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
 from pagewire.kv_transfer.socket_io import receive, receive_into, send, why_ended
 from pagewire.kv_transfer.socket_transport import SocketTransport
-from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats
+from pagewire.kv_transfer.tls import Tls
+from pagewire.kv_transfer.transport import (
+    ConnectionLost,
+    Handler,
+    TransferStats,
+    TransportError,
+)
 
+_TLS = b"/tls"  # behind an address that takes nothing else
 _DISCARD_BYTES = 64 * 1024
 
 
@@ -128,9 +135,36 @@ class _TcpOpening:
 
 
 class TcpTransport(SocketTransport[TcpConnection]):
-    """Carries messages over one TCP connection per peer."""
+    """Carries messages over one TCP connection per peer; with `tls` nobody else can read them."""
 
     kind = "tcp"
+
+    def __init__(
+        self, *, incarnation: bytes, handler: Handler, host: str, tls: Tls | None = None
+    ) -> None:
+        super().__init__(incarnation=incarnation, handler=handler, host=host)
+        self._tls = tls
+
+    @property
+    def address(self) -> bytes:
+        return super().address + (_TLS if self._tls else b"")
+
+    def obstacle(self, address: bytes) -> str | None:
+        if address.endswith(_TLS) == (self._tls is not None):
+            return None
+        without = "this worker" if self._tls is None else "the peer"
+        return f"{without} has no TLS, which the other demands; give both kv_tls_cert"
+
+    async def connect(self, peer: bytes, address: bytes) -> TcpConnection:
+        obstacle = self.obstacle(address)
+        if obstacle is not None:
+            raise TransportError(f"no tcp connection to {peer.hex()}: {obstacle}")
+        return await super().connect(peer, address.removesuffix(_TLS))
+
+    async def _secure(self, sock: socket.socket, *, is_server: bool) -> socket.socket:
+        if self._tls is None:
+            return sock
+        return await self._tls.secure(sock, is_server=is_server)
 
     def _open(self) -> _TcpOpening:
         return _TcpOpening(handler=self._handler, stats=self.stats)

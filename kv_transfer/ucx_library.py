@@ -4,12 +4,12 @@ ucxx's asyncio layer keeps one worker per process and polls while a transfer is 
 library layer underneath does neither, so transports are built on that.
 """
 
-import ipaddress
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from pagewire.kv_transfer.exposure import is_loopback
 from pagewire.kv_transfer.transport import TransportError
 
 _REMEDY = "install it with: pip install 'pagewire[ucx]'"
@@ -71,7 +71,7 @@ def open_library(host: str | None = None) -> UcxLibrary:
 
     api = ucxx.libucxx
     defaults = dict(_DEFAULTS)
-    if host is not None and _is_loopback(host):
+    if host is not None and is_loopback(host):
         defaults["NET_DEVICES"] = "lo"
     for name in [name for name in defaults if f"UCX_{name}" in os.environ]:
         del defaults[name]
@@ -82,13 +82,6 @@ def open_library(host: str | None = None) -> UcxLibrary:
             f"UCX cannot start: {error}; check the UCX_* environment variables, or use tcp"
         ) from error
     return UcxLibrary(api=api, array=Array, context=context, error=api.UCXError)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _import() -> Any:

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.quantization import Quantization
+from pagewire.kv_transfer.tls import TlsFiles
 from pagewire.proto.page_hash import PageHasher
 
 
@@ -23,8 +24,11 @@ class WorkerConfig:
     model: str  # a GGUF file or a safetensors directory on this machine
     served_model: str  # the name that clients use
     routers: tuple[str, ...]  # host:port of each router's Membership service
-    host: str = "127.0.0.1"  # where the worker listens for routers and for other workers
+    host: str = "127.0.0.1"  # where the worker listens for routers
     transport: str = "auto"  # auto, shm, ucx, gloo or tcp
+    kv_host: str | None = None  # where it listens for other workers, if not on `host`
+    kv_tls: TlsFiles | None = None  # of the tcp transport; None: it does not encrypt
+    insecure_kv: bool = False  # KV pages may cross the network in the clear
     dtype: str = "bfloat16"
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
@@ -67,5 +71,7 @@ class WorkerConfig:
         for name in ("quantization", "draft_quantization"):
             values[name] = Quantization(values[name])
         values["kv_cache_dtype"] = KVCacheDtype(values["kv_cache_dtype"])
+        if values["kv_tls"] is not None:
+            values["kv_tls"] = TlsFiles(**values["kv_tls"])
         values["routers"] = tuple(values["routers"])
         return cls(**values)

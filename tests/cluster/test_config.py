@@ -144,3 +144,32 @@ def test_page_size_can_come_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_parameter_is_described() -> None:
     assert all(field.description for field in ServeConfig.model_fields.values())
+
+
+TLS = {"kv_tls_cert": "worker.pem", "kv_tls_key": "worker.key", "kv_tls_ca": "ca.pem"}
+
+
+@pytest.mark.parametrize("missing", TLS)
+def test_tls_takes_all_of_its_files(missing: str) -> None:
+    given = {name: path for name, path in TLS.items() if name != missing}
+    with pytest.raises(ConfigError, match=f"kv_tls_ca.*give {missing}, too"):
+        load_config(given)
+
+
+def test_the_files_of_tls_come_together() -> None:
+    files = load_config(TLS).config.kv_tls
+    assert files is not None
+    assert (files.cert, files.key, files.ca) == tuple(TLS.values())
+    assert load_config({}).config.kv_tls is None
+
+
+def test_kv_pages_cross_no_network_in_the_clear() -> None:
+    with pytest.raises(ConfigError, match=r"kv_host is 192\.0\.2\.7.*insecure_kv"):
+        load_config({"kv_host": "192.0.2.7"})
+    assert load_config({"kv_host": "192.0.2.7", "insecure_kv": True}).config.insecure_kv
+    assert load_config({"kv_host": "192.0.2.7", **TLS}).config.kv_host == "192.0.2.7"
+
+
+def test_tls_needs_a_transport_that_has_it() -> None:
+    with pytest.raises(ConfigError, match="gloo, which cannot encrypt"):
+        load_config({"transport": "gloo", **TLS})

@@ -1,15 +1,19 @@
 """What every transport promises, asserted for each of them through the same tests."""
 
 import asyncio
+import functools
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import Authority
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +24,11 @@ from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
 from pagewire.kv_transfer.shm import ShmTransport
 from pagewire.kv_transfer.tcp import TcpTransport
+from pagewire.kv_transfer.tls import Tls
 from pagewire.kv_transfer.transport import Connection, ConnectionLost, Transport, TransportError
 from pagewire.kv_transfer.ucx import UcxTransport
 
-KINDS = ["local", "tcp", "shm", "gloo", *(["ucx"] if probe().usable else [])]
+KINDS = ["local", "tcp", "tls", "shm", "gloo", *(["ucx"] if probe().usable else [])]
 PATIENCE_S = 20.0
 A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
 
@@ -92,6 +97,12 @@ class Pair:
         return ab, ba
 
 
+@functools.cache
+def worker_tls() -> Tls:
+    with tempfile.TemporaryDirectory() as directory:
+        return Tls(Authority(Path(directory)).worker("worker"))
+
+
 @asynccontextmanager
 async def pair(kind: str) -> AsyncIterator[Pair]:
     inbox_a, inbox_b = Inbox(), Inbox()
@@ -102,6 +113,10 @@ async def pair(kind: str) -> AsyncIterator[Pair]:
             return LocalTransport(hub=hub, incarnation=incarnation, handler=inbox)
         if kind == "tcp":
             return TcpTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
+        if kind == "tls":
+            return TcpTransport(
+                incarnation=incarnation, handler=inbox, host="127.0.0.1", tls=worker_tls()
+            )
         if kind == "shm":
             return ShmTransport(incarnation=incarnation, handler=inbox, host="127.0.0.1")
         if kind == "gloo":
