@@ -82,7 +82,7 @@ async def run_worker(
         is_private=config.insecure_kv,
     )
     logger.info("%s: %s", config.name, chosen.explanation)
-    await worker.run(chosen.transports, stop)
+    await worker.run(chosen.transports, stop, chosen.pairs)
 
 
 def _load_engine(config: WorkerConfig) -> ModelRunner:

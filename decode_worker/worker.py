@@ -76,6 +76,9 @@ class DecodeWorker(WorkerShell[DecodeCore]):
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         raise AssertionError("a decode worker sends no frames")
 
+    def _has_handoff(self, peer: bytes) -> bool:
+        return True  # the prefill worker connects, and moves
+
     async def _scatter(self, effect: Scatter) -> None:
         loop = asyncio.get_running_loop()
         is_sound = await loop.run_in_executor(

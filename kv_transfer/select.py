@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pagewire.kv_transfer.exposure import LOOPBACK, is_loopback, require_protected
 from pagewire.kv_transfer.gloo import GlooTransport
+from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.shared_memory import SharedMemoryError, require_shared_memory
 from pagewire.kv_transfer.shm import ShmTransport
 from pagewire.kv_transfer.tcp import TcpTransport
@@ -34,6 +35,7 @@ class Choice:
 
     transports: tuple[Transport, ...]  # best first
     explanation: str  # one sentence for the worker's log
+    pairs: OneConnection  # what they call, in front of the worker's Handler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +90,14 @@ def create_transports(
     require_protected(kind, host, has_tls=tls is not None, is_private=is_private)
     worker = _Worker(
         incarnation=incarnation,
-        handler=handler,
+        pairs=OneConnection(handler),
         host=host,
         tls=None if tls is None else Tls(tls),
         may_be_plain=is_loopback(host) or is_private,
     )
-    return _all_usable(worker) if kind == "auto" else _configured(kind, worker)
+    transports, explanation = _all_usable(worker) if kind == "auto" else _configured(kind, worker)
+    worker.pairs.join(transports)
+    return Choice(transports=tuple(transports), explanation=explanation, pairs=worker.pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,52 +105,59 @@ class _Worker:
     """What transports are made for."""
 
     incarnation: bytes
-    handler: Handler
+    pairs: OneConnection
     host: str
     tls: Tls | None
     may_be_plain: bool  # what cannot encrypt may be used
 
     def shm(self) -> Transport:
         """On loopback: nobody else could share memory."""
-        return ShmTransport(incarnation=self.incarnation, handler=self.handler, host=LOOPBACK)
+        return ShmTransport(
+            incarnation=self.incarnation, handler=self.pairs.lane("shm"), host=LOOPBACK
+        )
 
     def ucx(self) -> Transport:
-        return UcxTransport(incarnation=self.incarnation, handler=self.handler, host=self.host)
+        return UcxTransport(
+            incarnation=self.incarnation, handler=self.pairs.lane("ucx"), host=self.host
+        )
 
     def gloo(self) -> Transport:
-        return GlooTransport(incarnation=self.incarnation, handler=self.handler, host=self.host)
+        return GlooTransport(
+            incarnation=self.incarnation, handler=self.pairs.lane("gloo"), host=self.host
+        )
 
     def tcp(self) -> Transport:
         return TcpTransport(
-            incarnation=self.incarnation, handler=self.handler, host=self.host, tls=self.tls
+            incarnation=self.incarnation,
+            handler=self.pairs.lane("tcp"),
+            host=self.host,
+            tls=self.tls,
         )
 
+    @property
+    def tcp_name(self) -> str:
+        return "tcp" if self.tls is None else "tcp with TLS"
 
-def _configured(kind: str, worker: _Worker) -> Choice:
+
+def _configured(kind: str, worker: _Worker) -> tuple[list[Transport], str]:
+    """The one transport of this kind, and what to say about it."""
     match kind:
         case "shm":
             require_shared_memory()
-            return _only(worker.shm(), "KV frames go through shared memory")
+            return [worker.shm()], "KV frames go through shared memory, as configured"
         case "ucx":
             found = probe()
             if not found.usable:
                 raise TransportError(found.explanation)
-            return _only(worker.ucx(), found.explanation)
+            return [worker.ucx()], f"{found.explanation}, as configured"
         case "gloo":
-            return _only(worker.gloo(), "KV frames go through torch.distributed over gloo")
+            explanation = "KV frames go through torch.distributed over gloo, as configured"
+            return [worker.gloo()], explanation
         case _:
-            return _only(worker.tcp(), f"KV frames go over {_tcp(worker)}")
+            return [worker.tcp()], f"KV frames go over {worker.tcp_name}, as configured"
 
 
-def _only(transport: Transport, explanation: str) -> Choice:
-    return Choice(transports=(transport,), explanation=f"{explanation}, as configured")
-
-
-def _tcp(worker: _Worker) -> str:
-    return "tcp" if worker.tls is None else "tcp with TLS"
-
-
-def _all_usable(worker: _Worker) -> Choice:
+def _all_usable(worker: _Worker) -> tuple[list[Transport], str]:
     """Every transport that works here, best first: which one is used, each pair decides."""
     transports: list[Transport] = []
     try:
@@ -158,14 +169,16 @@ def _all_usable(worker: _Worker) -> Choice:
         on_this_machine = "KV frames go through shared memory to workers of this machine"
     found = probe() if worker.may_be_plain else None
     if found is None:
-        to_others = f"to others over {_tcp(worker)}, since UCX cannot encrypt"
+        to_others = f"to others over {worker.tcp_name}, since UCX cannot encrypt"
     elif found.usable:
         transports.append(worker.ucx())
-        to_others = f"{found.explanation}; over {_tcp(worker)} to workers without it"
+        to_others = f"{found.explanation}; over {worker.tcp_name} to workers without it"
     else:
-        to_others = f"to others over {_tcp(worker)}, since UCX is not usable: {found.explanation}"
+        to_others = (
+            f"to others over {worker.tcp_name}, since UCX is not usable: {found.explanation}"
+        )
     transports.append(worker.tcp())
-    return Choice(transports=tuple(transports), explanation=f"{on_this_machine}; {to_others}")
+    return transports, f"{on_this_machine}; {to_others}"
 
 
 def candidates(

@@ -403,6 +403,12 @@ class PrefillCore:
         """Whether nothing is left: no attempt, no step, no frame that is being sent."""
         return not (self._sequences or self._batch or self._sending)
 
+    def has_handoff(self, peer: bytes) -> bool:
+        """Whether a hand-off to the decode worker `peer` is under way, or a frame of one."""
+        senders = [sequence.sender for sequence in self._sequences.values()]
+        senders += [sender for sender, _ in self._sending.values()]
+        return any(sender.is_open and sender.id.receiver == peer for sender in senders)
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""
         self.pool.check_integrity()

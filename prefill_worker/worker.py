@@ -53,5 +53,8 @@ class PrefillWorker(WorkerShell[PrefillCore]):
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         self.carry_out(self.core.on_frame_sent(frame, checksum, self.clock(), gathered))
 
+    def _has_handoff(self, peer: bytes) -> bool:
+        return self.core.has_handoff(peer)
+
     async def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")

@@ -1045,6 +1045,7 @@ class WorkerState(_message.Message):
     TRANSFERS_FIELD_NUMBER: _builtins.int
     DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     INTEGRITY_ERROR_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """requests that have not started"""
@@ -1069,6 +1070,8 @@ class WorkerState(_message.Message):
     def pages(self) -> Global___PageCounts: ...
     @_builtins.property
     def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferTotals]: ...
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvLink]: ...
     def __init__(
         self,
         *,
@@ -1083,11 +1086,12 @@ class WorkerState(_message.Message):
         transfers: _abc.Iterable[Global___TransferTotals] | None = ...,
         drafted_tokens: _builtins.int = ...,
         accepted_tokens: _builtins.int = ...,
+        links: _abc.Iterable[Global___KvLink] | None = ...,
         integrity_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "pages", b"pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "links", b"links", "pages", b"pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1103,6 +1107,7 @@ class TransferTotals(_message.Message):
     SEND_SECONDS_FIELD_NUMBER: _builtins.int
     RECEIVE_SECONDS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    TRIPS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     bytes_sent: _builtins.int
     bytes_received: _builtins.int
@@ -1111,6 +1116,8 @@ class TransferTotals(_message.Message):
     receive_seconds: _builtins.float
     """from a frame's header until its payload was here"""
     failures: _builtins.int
+    trips: _builtins.int
+    """times that a pair gave it up for another, or for a time"""
     def __init__(
         self,
         *,
@@ -1120,11 +1127,71 @@ class TransferTotals(_message.Message):
         send_seconds: _builtins.float = ...,
         receive_seconds: _builtins.float = ...,
         failures: _builtins.int = ...,
+        trips: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "failures", b"failures", "kind", b"kind", "receive_seconds", b"receive_seconds", "send_seconds", b"send_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "failures", b"failures", "kind", b"kind", "receive_seconds", b"receive_seconds", "send_seconds", b"send_seconds", "trips", b"trips"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TransferTotals: _TypeAlias = TransferTotals  # noqa: Y015
+
+@_typing.final
+class KvLink(_message.Message):
+    """The connection of a prefill worker to one decode worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_FIELD_NUMBER: _builtins.int
+    peer: _builtins.bytes
+    """incarnation"""
+    transport: _builtins.str
+    """that it goes over"""
+    @_builtins.property
+    def given_up(self) -> _containers.RepeatedCompositeFieldContainer[Global___GivenUp]: ...
+    def __init__(
+        self,
+        *,
+        peer: _builtins.bytes = ...,
+        transport: _builtins.str = ...,
+        given_up: _abc.Iterable[Global___GivenUp] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["given_up", b"given_up", "peer", b"peer", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvLink: _TypeAlias = KvLink  # noqa: Y015
+
+@_typing.final
+class GivenUp(_message.Message):
+    """A transport that failed and is not used for a time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    RETRY_IN_S_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    cause: _builtins.str
+    """lost (too often), refused or stalled"""
+    retry_in_s: _builtins.float
+    """0: with the next opportunity"""
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        retry_in_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "retry_in_s", b"retry_in_s", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GivenUp: _TypeAlias = GivenUp  # noqa: Y015

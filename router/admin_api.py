@@ -78,9 +78,18 @@ def _describe(view: WorkerView) -> dict[str, Any]:
         "accepted_tokens": state.accepted_tokens,
         "dropped_messages": state.dropped_messages,
         "transfers": [_members(each) for each in state.transfers],
+        "links": [_describe_link(each) for each in state.links],
     }
 
 
-def _members(message: pb.PageCounts | pb.TransferTotals) -> dict[str, Any]:
+def _describe_link(link: pb.KvLink) -> dict[str, Any]:
+    return {
+        "peer": link.peer.hex(),
+        "transport": link.transport,
+        "given_up": [_members(each) for each in link.given_up],
+    }
+
+
+def _members(message: pb.PageCounts | pb.TransferTotals | pb.GivenUp) -> dict[str, Any]:
     """All fields of a flat message, those with their default value included."""
     return {each.name: getattr(message, each.name) for each in message.DESCRIPTOR.fields}

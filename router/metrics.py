@@ -322,6 +322,11 @@ def _transfer_families(workers: Sequence[WorkerView]) -> Iterable[Metric]:
     failures = CounterMetricFamily(
         "pagewire_kv_transfer_failures", "Transfers that failed.", labels=labels
     )
+    trips = CounterMetricFamily(
+        "pagewire_kv_transport_trips",
+        "Times that a pair of workers gave a transport up for another, or for a time.",
+        labels=labels,
+    )
     for worker in workers:
         for totals in worker.state.transfers:
             key = [worker.name, totals.kind]
@@ -330,4 +335,24 @@ def _transfer_families(workers: Sequence[WorkerView]) -> Iterable[Metric]:
             seconds.add_metric([*key, "sent"], totals.send_seconds)
             seconds.add_metric([*key, "received"], totals.receive_seconds)
             failures.add_metric(key, totals.failures)
-    return [moved, seconds, failures]
+            trips.add_metric(key, totals.trips)
+    return [moved, seconds, failures, trips, _links(workers)]
+
+
+def _links(workers: Sequence[WorkerView]) -> Metric:
+    """By name of the peer: incarnations would make a new series with each restart."""
+    family = GaugeMetricFamily(
+        "pagewire_kv_link",
+        "1 for the transport that a pair of workers uses, 0 for one that it gave up for a time.",
+        labels=["worker", "peer", "transport"],
+    )
+    names = {worker.incarnation: worker.name for worker in workers}
+    for worker in workers:
+        for link in worker.state.links:
+            peer = names.get(link.peer.hex())
+            if peer is None:  # it has gone
+                continue
+            family.add_metric([worker.name, peer, link.transport], 1)
+            for each in link.given_up:
+                family.add_metric([worker.name, peer, each.transport], 0)
+    return family

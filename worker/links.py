@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
+from pagewire.kv_transfer.circuit import CircuitLimits
 from pagewire.kv_transfer.messages import Frame, Message, encode
-from pagewire.kv_transfer.select import Candidate, candidates
+from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
+from pagewire.worker.connections import Connections
 from pagewire.worker.effects import Connect, Send, SendFrame
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
@@ -29,14 +31,27 @@ class Links:
         self,
         *,
         transports: Sequence[Transport],
+        pairs: OneConnection | None = None,
         reader: FrameReader | None,
         io_thread: Executor,
         on_frame_sent: OnFrameSent,
         on_peer_lost: Callable[[bytes], None],
+        has_handoff: Callable[[bytes], bool] = lambda _: True,
         spawn: Spawn,
         clock: Callable[[], float],
+        limits: CircuitLimits | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self.transports: Mapping[str, Transport] = {item.kind: item for item in transports}
+        """`pairs`, `has_handoff`: see Connections. A pair that always has one never moves."""
+        self.connections = Connections(
+            transports=transports,
+            pairs=pairs,
+            has_handoff=has_handoff,
+            spawn=spawn,
+            clock=clock,
+            limits=limits or CircuitLimits(),
+            sleep=sleep,
+        )
         self._reader = reader
         self._io_thread = io_thread
         self.on_frame_sent = on_frame_sent
@@ -53,16 +68,9 @@ class Links:
             link = self._links[peer] = _Link(self, peer)
         link.put(effect)
 
-    def connection(self, peer: bytes) -> Connection | None:
-        """The open connection to `peer`, over whichever transport."""
-        for transport in self.transports.values():
-            connection = transport.connection(peer)
-            if connection is not None:
-                return connection
-        return None
-
     def drop(self, peer: bytes) -> None:
         """The connection to `peer` is gone; so is everything that was queued for it."""
+        self.connections.on_lost(peer)
         link = self._links.pop(peer, None)
         if link is not None:
             link.close()
@@ -70,39 +78,11 @@ class Links:
     async def close(self) -> None:
         for peer in list(self._links):
             self.drop(peer)
-        for transport in self.transports.values():
-            await transport.close()
-
-    async def connect(self, peer: bytes, addresses: tuple[tuple[str, bytes], ...]) -> None:
-        """Make sure of a connection over the best transport that works between both ends.
-
-        Raises TransportError when none does.
-        """
-        if self.connection(peer) is not None:
-            return
-        *others, last = candidates(self.transports, addresses)
-        for candidate in others:
-            try:
-                await self._connect(peer, candidate)
-                return
-            except TransportError as error:
-                logger.warning("%s to %s: %s", candidate.transport.kind, peer.hex()[:8], error)
-        await self._connect(peer, last)
-
-    async def _connect(self, peer: bytes, candidate: Candidate) -> None:
-        await candidate.transport.connect(peer, candidate.address)
-        logger.info(
-            "KV frames to %s go over %s: %s",
-            peer.hex()[:8],
-            candidate.transport.kind,
-            candidate.reason,
-        )
+        await self.connections.shut_down()
 
     def disconnect(self, peer: bytes) -> None:
-        """Close whatever connects to `peer`; the transport then reports the loss."""
-        connection = self.connection(peer)
-        if connection is not None:
-            connection.close()
+        """Give up the connection to `peer`, on which something stalled; its loss is reported."""
+        self.connections.give_up(peer)
 
     async def send_frame(self, connection: Connection, effect: SendFrame) -> None:
         """Checksum and send a frame; whatever happens, its pages are let go."""
@@ -163,17 +143,17 @@ class _Link:
         """Where a connection broke, its transport reports the loss, once nothing uses it."""
         if self._is_closed:
             return
-        if self._links.connection(self._peer) is not None:
-            self._links.disconnect(self._peer)
+        if self._links.connections.get(self._peer) is not None:
+            self._links.connections.close(self._peer)
         else:
             self._links.report_unreachable(self._peer, self)
         self.close()
 
     async def _carry_out(self, effect: _Outgoing) -> None:
         if isinstance(effect, Connect):
-            await self._links.connect(self._peer, effect.addresses)
+            await self._links.connections.connect(self._peer, effect.addresses)
             return
-        connection = self._links.connection(self._peer)
+        connection = self._links.connections.get(self._peer)
         if isinstance(effect, SendFrame):
             if connection is None:
                 self._links.on_frame_sent(effect.frame, None, None)

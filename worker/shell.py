@@ -19,6 +19,7 @@ from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import IntegrityError
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, decode
+from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto import worker_pb2_grpc as pb_grpc
@@ -106,8 +107,13 @@ class WorkerShell(Handler, Generic[Core]):
         self._board: CoreBoard | None = None
         self._links: Links | None = None
 
-    async def run(self, transports: Sequence[Transport], stop: asyncio.Event) -> None:
-        """Serve until `stop` is set.
+    async def run(
+        self,
+        transports: Sequence[Transport],
+        stop: asyncio.Event,
+        pairs: OneConnection | None = None,
+    ) -> None:
+        """Serve until `stop` is set. `pairs` is what several transports call, instead of this.
 
         Raises TransportError and RegistrationRefused, and whatever breaks the worker.
         """
@@ -123,10 +129,12 @@ class WorkerShell(Handler, Generic[Core]):
             stack.push_async_callback(self._close_threads)
             self._links = Links(
                 transports=transports,
+                pairs=pairs,
                 reader=self._reader,
                 io_thread=self.io_thread,
                 on_frame_sent=self._on_frame_sent,
                 on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
+                has_handoff=self._has_handoff,
                 spawn=self._tasks.spawn,
                 clock=self.clock,
             )
@@ -179,6 +187,8 @@ class WorkerShell(Handler, Generic[Core]):
         """The core's state with what the transports have carried."""
         state = self.core.state()
         if self._links is not None:
+            connections = self._links.connections
+            state.links.extend(connections.states())
             state.transfers.extend(
                 pb.TransferTotals(
                     kind=kind,
@@ -187,8 +197,9 @@ class WorkerShell(Handler, Generic[Core]):
                     send_seconds=transport.stats.send_seconds,
                     receive_seconds=transport.stats.receive_seconds,
                     failures=transport.stats.failures,
+                    trips=connections.num_trips[kind],
                 )
-                for kind, transport in self._links.transports.items()
+                for kind, transport in connections.transports.items()
             )
         return state
 
@@ -218,6 +229,7 @@ class WorkerShell(Handler, Generic[Core]):
         message = decode(header)
         with self._tasks:
             self.carry_out(self.core.on_message(peer, message, self.clock()))
+            self._improve_connections()
 
     def lost(self, peer: bytes, reason: str) -> None:
         with self._tasks:
@@ -225,6 +237,11 @@ class WorkerShell(Handler, Generic[Core]):
             if self._links is not None:
                 self._links.drop(peer)
             self.carry_out(effects)
+
+    def _improve_connections(self) -> None:
+        """A hand-off may have ended that kept a pair on a transport which is not its best."""
+        if self._links is not None:
+            self._links.connections.improve()
 
     # --- Sessions ---------------------------------------------------------------------------------
 
@@ -241,6 +258,10 @@ class WorkerShell(Handler, Generic[Core]):
     @abstractmethod
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         """The pages of `frame` are not read any more; without a checksum it was not sent."""
+
+    @abstractmethod
+    def _has_handoff(self, peer: bytes) -> bool:
+        """Whether a hand-off that needs the connection to `peer` is under way."""
 
     @abstractmethod
     async def _scatter(self, effect: Scatter) -> None:
@@ -276,6 +297,7 @@ class WorkerShell(Handler, Generic[Core]):
         while True:
             await asyncio.sleep(_TICK_S)
             self.carry_out(self.core.tick(self.clock()))
+            self._improve_connections()
 
     def _registration(self, address: str, transports: Sequence[Transport]) -> pb.RegisterRequest:
         role = pb.ROLE_PREFILL if self._config.role is Role.PREFILL else pb.ROLE_DECODE

@@ -43,7 +43,7 @@ async def hand_off(plan: FaultPlan) -> tuple[LinkedPair, bool]:
         address = pair.decode.transport.address.decode()
         proxy = await stack.enter_async_context(FaultProxy(address, plan).run())
         async with asyncio.timeout(PATIENCE_S):
-            await first_of(pair.run("tcp", proxy.address.encode()), tasks.failure())
+            await first_of(pair.run(("tcp", proxy.address.encode())), tasks.failure())
         check(pair)
         return pair, proxy.has_happened
 

@@ -21,7 +21,15 @@ PREFILL = WorkerView(
         queued=2,
         queued_tokens=99,
         transfers=[
-            pb.TransferTotals(kind="tcp", bytes_sent=1000, send_seconds=0.5, failures=1),
+            pb.TransferTotals(kind="tcp", bytes_sent=1000, send_seconds=0.5, failures=1, trips=2),
+        ],
+        links=[
+            pb.KvLink(
+                peer=bytes.fromhex("cd" * 16),
+                transport="tcp",
+                given_up=[pb.GivenUp(transport="ucx", cause="stalled", retry_in_s=4.5)],
+            ),
+            pb.KvLink(peer=bytes.fromhex("ef" * 16), transport="tcp"),  # of a worker that has gone
         ],
     ),
 )
@@ -116,10 +124,17 @@ def test_the_workers(client: TestClient, dispatcher: ScriptedDispatcher) -> None
                 "send_seconds": 0.0,
                 "receive_seconds": 0.25,
                 "failures": 0,
+                "trips": 0,
             }
         ],
+        "links": [],
     }
     assert prefill["name"] == "prefill-0"
+    assert prefill["links"][0] == {
+        "peer": "cd" * 16,
+        "transport": "tcp",
+        "given_up": [{"transport": "ucx", "cause": "stalled", "retry_in_s": 4.5}],
+    }
 
 
 @pytest.mark.parametrize("name", ["smollm2", "default"])
@@ -216,6 +231,13 @@ def test_gauges_come_from_the_dispatcher(
     assert samples[f"pagewire_kv_transfer_bytes_total{sent}"] == 1000
     assert samples[f"pagewire_kv_transfer_seconds_total{sent}"] == 0.5
     assert samples["pagewire_kv_transfer_failures_total{transport=tcp,worker=prefill-0}"] == 1
+    assert samples["pagewire_kv_transport_trips_total{transport=tcp,worker=prefill-0}"] == 2
+    link = "peer=decode-0,transport={},worker=prefill-0"
+    links = {name: value for name, value in samples.items() if "pagewire_kv_link" in name}
+    assert links == {
+        f"pagewire_kv_link{{{link.format('tcp')}}}": 1,
+        f"pagewire_kv_link{{{link.format('ucx')}}}": 0,
+    }
 
 
 def test_a_worker_that_is_gone_leaves_no_series(

@@ -7,7 +7,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 _READ_BYTES = 64 * 1024
@@ -107,6 +107,7 @@ class FaultProxy:
         self._writers: list[asyncio.StreamWriter] = []
         self.address = ""
         self.has_happened = False
+        self._refuses = False
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["FaultProxy"]:
@@ -120,22 +121,44 @@ class FaultProxy:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._abort()
+            _abort(self._writers)
+
+    def heal(self) -> None:
+        """From the next connection on, nothing goes wrong any more."""
+        self._plan = replace(self._plan, fault=Fault.NONE)
+        self._refuses = False
+
+    def refuse(self) -> None:
+        """From the next connection on, none gets any further."""
+        self._refuses = True
+
+    def silence(self) -> None:
+        """Nothing comes out of the connections that there are, not even their end."""
+        for task in self._tasks:
+            task.cancel()
 
     async def _on_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        if self._refuses:
+            writer.transport.abort()
+            return
         there = await asyncio.open_connection(self._host, self._port)
-        self._writers += [writer, there[1]]
+        writers = [writer, there[1]]
+        self._writers += writers
         for source, sink, upstream in ((reader, there[1], True), (there[0], writer, False)):
             concerned = self._plan.upstream is upstream
             mangler = Mangler(self._plan) if concerned else None
-            task = asyncio.create_task(self._pump(source, sink, mangler))
+            task = asyncio.create_task(self._pump(source, sink, mangler, writers))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, mangler: Mangler | None
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        mangler: Mangler | None,
+        writers: list[asyncio.StreamWriter],  # of both ends
     ) -> None:
         with suppress(OSError):  # one end has closed
             while data := await source.read(_READ_BYTES):
@@ -147,11 +170,12 @@ class FaultProxy:
                 if mangler.ends:
                     break
         if mangler is None or mangler.ends or not mangler.is_silent:
-            self._abort()
+            _abort(writers)
 
-    def _abort(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
+
+def _abort(writers: list[asyncio.StreamWriter]) -> None:
+    for writer in writers:
+        writer.transport.abort()
 
 
 async def _write(sink: asyncio.StreamWriter, pieces: list[bytes]) -> None:

@@ -28,11 +28,14 @@ from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.page_pool import PagePool
+from pagewire.kv_transfer.circuit import CircuitLimits
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, decode
+from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import Connection, Transport
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
+from pagewire.worker.connections import Connections
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
 from pagewire.worker.frames import FrameReader, FrameWriter
 from pagewire.worker.interval import Interval
@@ -136,17 +139,31 @@ class LinkedWorker:
         self._reader = FrameReader(LAYOUT, cache.buffer())
         self._batch: Batch | None = None
 
-    def start(self, transport: Recorder) -> None:
+    def start(
+        self,
+        transport: Recorder,
+        *others: Transport,
+        pairs: OneConnection | None = None,
+        limits: CircuitLimits | None = None,
+    ) -> None:
         self.transport = transport
         self._links = Links(
-            transports=[transport],
+            transports=[transport, *others],
+            pairs=pairs,
             reader=self._reader,
             io_thread=InlineExecutor(),
             on_frame_sent=self._on_frame_sent,
             on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
+            has_handoff=self._has_handoff,
             spawn=self._tasks.spawn,
             clock=lambda: self.now,
+            limits=limits,
+            sleep=self._sleep,
         )
+
+    @property
+    def connections(self) -> Connections:
+        return self._links.connections
 
     async def close(self) -> None:
         await self._links.close()
@@ -180,6 +197,7 @@ class LinkedWorker:
     def tick(self, now: float) -> None:
         self.now = now
         self.carry_out(self.core.tick(now))
+        self.connections.improve()
         self.core.check_integrity()
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
@@ -202,6 +220,15 @@ class LinkedWorker:
             effects = self.core.on_peer_lost(peer)
             self._links.drop(peer)
             self.carry_out(effects)
+
+    def _has_handoff(self, peer: bytes) -> bool:
+        return isinstance(self.core, DecodeCore) or self.core.has_handoff(peer)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Until virtual time has passed."""
+        end = self.now + seconds
+        while self.now < end:
+            await asyncio.sleep(0)
 
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         assert isinstance(self.core, PrefillCore)
@@ -250,6 +277,8 @@ class LinkedPair:
             tasks,
         )
         self._workers = (self.prefill, self.decode)
+        self._num_requests = 0
+        self.now = 0.0
         self.was_aborted = False
 
     @property
@@ -266,45 +295,60 @@ class LinkedPair:
         tokens = [event.tokens for event in self.decode.events if event.HasField("tokens")]
         return any(item.finish_reason for item in tokens)
 
-    async def run(self, transport: str, address: bytes) -> None:
-        """Hand over, as seen by workers that connect over `address`, until all is over.
+    async def run(self, *addresses: tuple[str, bytes]) -> None:
+        """Hand over, as seen by workers that connect over one of `addresses`, until all is over.
 
         Raises WrongPages, and TimeoutError when something never ends.
         """
-        self._begin(transport, address)
-        now = 0.0
+        self._begin(addresses)
+        began = self.now
         while not (self.prefill.core.is_idle and self.decode.core.is_idle):
-            if now > _HANG_S:
-                raise TimeoutError(f"not over after {now:.0f} virtual seconds")
+            if self.now > began + _HANG_S:
+                raise TimeoutError(f"not over after {self.now - began:.0f} virtual seconds")
+            await self.pass_time(_TICK_S)
+            if self.failures or self.now > began + _DEADLINE_S:
+                self._abort()
+
+    async def pass_time(self, seconds: float) -> None:
+        """Let both workers do what they have to do, for so long in virtual time."""
+        end = self.now + seconds
+        while self.now < end:
             for _ in range(_TURNS):
                 for worker in self._workers:
                     worker.step()
                 await asyncio.sleep(0)
-            now += _TICK_S
+            self.now += _TICK_S
             for worker in self._workers:
-                worker.tick(now)
-            if self.failures or now > _DEADLINE_S:
-                self._abort()
+                worker.tick(self.now)
 
-    def _begin(self, transport: str, address: bytes) -> None:
-        attach = attach_command(PROMPT)
+    @property
+    def _request_id(self) -> str:
+        return f"request {self._num_requests}"
+
+    def _begin(self, addresses: tuple[tuple[str, bytes], ...]) -> None:
+        self._num_requests += 1
+        self.was_aborted = False
+        for worker in self._workers:
+            worker.events.clear()
+        attach = attach_command(PROMPT, request_id=self._request_id)
         prefill = pb.Prefill(
             token_ids=PROMPT,
             sampling=sampling(),
             ticket=TICKET,
             decode=DECODE,
-            transports=[pb.TransportAddress(kind=transport, address=address)],
+            transports=[pb.TransportAddress(kind=kind, address=where) for kind, where in addresses],
         )
-        command = pb.WorkerCommand(route=route(PREFILL), prefill=prefill)
-        self.decode.carry_out(self.decode.core.on_command(attach, 0.0))
-        self.prefill.carry_out(self.prefill.core.on_command(command, 0.0))
+        command = pb.WorkerCommand(route=route(PREFILL, self._request_id), prefill=prefill)
+        self.decode.carry_out(self.decode.core.on_command(attach, self.now))
+        self.prefill.carry_out(self.prefill.core.on_command(command, self.now))
 
     def _abort(self) -> None:
         """What a router does after a failure or at the request's deadline, once."""
         if not self.was_aborted:
             self.was_aborted = True
             for worker, name in ((self.prefill, PREFILL), (self.decode, DECODE)):
-                worker.carry_out(worker.core.on_command(abort_command(name), worker.now))
+                abort = abort_command(name, self._request_id)
+                worker.carry_out(worker.core.on_command(abort, worker.now))
 
 
 def kv_of(position: int) -> Pool:
