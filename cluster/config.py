@@ -69,7 +69,7 @@ class ServeConfig(BaseSettings):
     launcher: Literal["ray", "subprocess"] = Field(
         default="ray", description="what starts the workers"
     )
-    transport: Literal["auto", "shm", "ucx", "gloo", "tcp"] = Field(
+    transport: Literal["auto", "shm", "ucx", "nccl", "gloo", "tcp"] = Field(
         default="auto", description="what carries KV pages"
     )
     kv_host: str = Field(
@@ -213,10 +213,17 @@ class ServeConfig(BaseSettings):
 
     @property
     def kv_tls(self) -> TlsFiles | None:
-        """The certificates of the workers, where KV pages are encrypted."""
+        """The certificates of the workers, where KV pages are encrypted.
+
+        Paths are absolute: a worker's process may run in another directory.
+        """
         if self.kv_tls_cert is None or self.kv_tls_key is None or self.kv_tls_ca is None:
             return None
-        return TlsFiles(cert=self.kv_tls_cert, key=self.kv_tls_key, ca=self.kv_tls_ca)
+        return TlsFiles(
+            cert=os.path.abspath(self.kv_tls_cert),
+            key=os.path.abspath(self.kv_tls_key),
+            ca=os.path.abspath(self.kv_tls_ca),
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -228,7 +228,7 @@ def precision(configs: Sequence[WorkerConfig]) -> str:
 
 def _transport(config: WorkerConfig, views: Sequence[WorkerView]) -> str:
     kinds = [each.kind for each in views[0].state.transfers]
-    if config.transport == "auto" and "ucx" not in kinds:
+    if config.transport == "auto" and config.kv_tls is None and "ucx" not in kinds:
         return f"{', '.join(kinds)}: UCX is not usable here, see `pagewire doctor`"
     return ", ".join(kinds)
 

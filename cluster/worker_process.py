@@ -80,6 +80,7 @@ async def run_worker(
         config.kv_host or config.host,
         tls=config.kv_tls,
         is_private=config.insecure_kv,
+        device=config.device,
     )
     logger.info("%s: %s", config.name, chosen.explanation)
     await worker.run(chosen.transports, stop, chosen.pairs)

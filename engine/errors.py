@@ -3,7 +3,8 @@
 EngineError
 ├── ModelError         the files of a model are missing, damaged or of a kind that is not supported
 ├── MemoryBudgetError  the KV cache does not fit in the memory that is free
-└── KernelError        the kernels that were asked for cannot run here
+├── KernelError        the kernels that were asked for cannot run here
+└── DeviceMemoryError  the KV cache lies where transports do not reach it
 """
 
 
@@ -21,3 +22,7 @@ class MemoryBudgetError(EngineError):
 
 class KernelError(EngineError):
     """The kernels that were asked for cannot run here."""
+
+
+class DeviceMemoryError(EngineError):
+    """The KV cache lies where transports do not reach it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pagewire.engine.batch import PageCopy
+from pagewire.engine.errors import DeviceMemoryError
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kv_transfer.layout import KVLayout
 
@@ -45,10 +46,13 @@ class KVCache:
     def buffer(self) -> memoryview:
         """The pool as the transfer code sees it: writable bytes, page after page.
 
-        Raises TypeError when the pool is not in host memory.
+        Raises DeviceMemoryError when the pool is not in host memory.
         """
         if self.pool.device.type != "cpu":
-            raise TypeError(f"the KV pool is on {self.pool.device}; only host memory has a buffer")
+            raise DeviceMemoryError(
+                f"the KV cache is on {self.pool.device}, and frames are read from and written to "
+                "host memory only; start the worker with device cpu"
+            )
         return self.pool.view(-1).numpy().data
 
 

@@ -22,7 +22,7 @@ class KVScatter:
     """Writes into one KV cache in host memory."""
 
     def __init__(self, cache: KVCache) -> None:
-        """Raises TypeError when the cache is not in host memory."""
+        """Raises DeviceMemoryError when the cache is not in host memory."""
         self._layout = cache.layout
         self._pages = cache.pages
         self._bytes: Bytes = np.frombuffer(cache.buffer(), dtype=np.uint8)

@@ -4,15 +4,16 @@ The groups are made by hand, one per pair of workers: torch.distributed's own fu
 default group per process, which all ranks would have to join at once.
 """
 
-import asyncio
 import socket
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 
-from pagewire.kv_transfer.gloo_link import GlooLink
-from pagewire.kv_transfer.gloo_store import PairStore
+from pagewire.kv_transfer.gloo_group import GlooGroup
+from pagewire.kv_transfer.group_link import GroupLink
+from pagewire.kv_transfer.pair_store import PairStore, join_group
 from pagewire.kv_transfer.transport import TransportError
 
 _CONNECT_TIMEOUT = timedelta(seconds=5)
@@ -41,28 +42,18 @@ class GlooDevice:
         """Both ends must have the same: gloo's messages have no version of their own."""
         return torch.__version__.partition("+")[0].encode()
 
-    async def link(self, sock: socket.socket, rank: int) -> GlooLink:
+    async def link(self, sock: socket.socket, rank: int) -> GroupLink:
         """The way of payloads to the process at the other end of `sock`; as `group`."""
-        return GlooLink(await self.group(sock, rank))
+        return GroupLink(GlooGroup(await self.group(sock, rank)), "gloo")
 
     async def group(self, sock: socket.socket, rank: int) -> Any:
         """A process group with the process at the other end of `sock`, as rank 0 or 1 of two.
 
         Both ends call this. Raises TransportError, OSError.
         """
-        store = PairStore(sock)
-        receiving = asyncio.create_task(store.receive())
-        try:
-            group = await asyncio.to_thread(self._new_group, store, rank)
-            await store.finish()
-            await receiving
-        finally:
-            store.close()
-            receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
-        return group
+        return await join_group(sock, partial(self._new_group, rank))
 
-    def _new_group(self, store: PairStore, rank: int) -> Any:
+    def _new_group(self, rank: int, store: PairStore) -> Any:
         options = self._gloo._Options()
         options._devices = [self._device]
         options._timeout = _CONNECT_TIMEOUT

@@ -1,10 +1,10 @@
-"""Which transports a worker starts, and which of them a pair of workers uses."""
+"""Which transports a worker starts."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pagewire.kv_transfer.exposure import LOOPBACK, is_loopback, require_protected
 from pagewire.kv_transfer.gloo import GlooTransport
+from pagewire.kv_transfer.nccl import NcclTransport
 from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.shared_memory import SharedMemoryError, require_shared_memory
 from pagewire.kv_transfer.shm import ShmTransport
@@ -14,8 +14,7 @@ from pagewire.kv_transfer.transport import Handler, Transport, TransportError
 from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.kv_transfer.ucx_library import open_library, versions
 
-KINDS = ("auto", "shm", "ucx", "gloo", "tcp")  # what a worker can be configured with
-PREFERENCE = ("local", "shm", "ucx", "gloo", "tcp")  # best first
+KINDS = ("auto", "shm", "ucx", "nccl", "gloo", "tcp")  # what a worker can be configured with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +35,6 @@ class Choice:
     transports: tuple[Transport, ...]  # best first
     explanation: str  # one sentence for the worker's log
     pairs: OneConnection  # what they call, in front of the worker's Handler
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One way to a peer."""
-
-    transport: Transport
-    address: bytes  # of the peer
-    reason: str  # why this one and no better one
 
 
 def probe() -> UcxProbe:
@@ -78,12 +68,14 @@ def create_transports(
     *,
     tls: TlsFiles | None = None,
     is_private: bool = False,
+    device: str = "cpu",
 ) -> Choice:
     """The transports that a worker configured with `kind` (one of KINDS) shall start.
 
     `host` is the address of this machine that peers connect to. On one that is not loopback pages
-    are encrypted with `tls`, unless the network `is_private`. Raises TransportError for an unknown
-    kind, and with a remedy for one that this machine cannot use or that would be unprotected.
+    are encrypted with `tls`, unless the network `is_private`. The worker keeps them on `device`.
+    Raises TransportError for an unknown kind, and with a remedy for one that this machine cannot
+    use or that would be unprotected.
     """
     if kind not in KINDS:
         raise TransportError(f"transport is {kind!r}; choose one of {', '.join(KINDS)}")
@@ -94,6 +86,7 @@ def create_transports(
         host=host,
         tls=None if tls is None else Tls(tls),
         may_be_plain=is_loopback(host) or is_private,
+        device=device,
     )
     transports, explanation = _all_usable(worker) if kind == "auto" else _configured(kind, worker)
     worker.pairs.join(transports)
@@ -109,6 +102,7 @@ class _Worker:
     host: str
     tls: Tls | None
     may_be_plain: bool  # what cannot encrypt may be used
+    device: str
 
     def shm(self) -> Transport:
         """On loopback: nobody else could share memory."""
@@ -119,6 +113,18 @@ class _Worker:
     def ucx(self) -> Transport:
         return UcxTransport(
             incarnation=self.incarnation, handler=self.pairs.lane("ucx"), host=self.host
+        )
+
+    def nccl(self) -> Transport:
+        """Raises TransportError, with a remedy, where NCCL cannot be used."""
+        from pagewire.kv_transfer.nccl_device import require_nccl  # imports torch, which is slow
+
+        require_nccl(self.device)
+        return NcclTransport(
+            incarnation=self.incarnation,
+            handler=self.pairs.lane("nccl"),
+            host=self.host,
+            device=self.device,
         )
 
     def gloo(self) -> Transport:
@@ -150,6 +156,8 @@ def _configured(kind: str, worker: _Worker) -> tuple[list[Transport], str]:
             if not found.usable:
                 raise TransportError(found.explanation)
             return [worker.ucx()], f"{found.explanation}, as configured"
+        case "nccl":
+            return [worker.nccl()], "KV frames go from GPU to GPU over NCCL, as configured"
         case "gloo":
             explanation = "KV frames go through torch.distributed over gloo, as configured"
             return [worker.gloo()], explanation
@@ -167,51 +175,25 @@ def _all_usable(worker: _Worker) -> tuple[list[Transport], str]:
     else:
         transports.append(worker.shm())
         on_this_machine = "KV frames go through shared memory to workers of this machine"
-    found = probe() if worker.may_be_plain else None
-    if found is None:
-        to_others = f"to others over {worker.tcp_name}, since UCX cannot encrypt"
-    elif found.usable:
-        transports.append(worker.ucx())
-        to_others = f"{found.explanation}; over {worker.tcp_name} to workers without it"
+    to_others = f"to others over {worker.tcp_name}"
+    if worker.may_be_plain:
+        direct, why = _between_machines(worker)
+        transports += direct
+        to_others = f"{to_others}, or better: {why}" if direct else f"{to_others}: {why}"
     else:
-        to_others = (
-            f"to others over {worker.tcp_name}, since UCX is not usable: {found.explanation}"
-        )
+        to_others = f"{to_others}: UCX cannot encrypt"
     transports.append(worker.tcp())
     return transports, f"{on_this_machine}; {to_others}"
 
 
-def candidates(
-    mine: Mapping[str, Transport], theirs: Sequence[tuple[str, bytes]]
-) -> list[Candidate]:
-    """The ways from this worker to one with the addresses `theirs` (kind, address), best first.
-
-    Raises TransportError when there is none.
-    """
-    addresses = dict(theirs)
-    passed: list[str] = []  # why better ones are not used
-    found: list[Candidate] = []
-    for kind in [kind for kind in PREFERENCE if kind in mine or kind in addresses]:
-        obstacle = _obstacle(kind, mine, addresses)
-        if obstacle is not None:
-            passed.append(f"not {kind}: {obstacle}")
-            continue
-        reason = "; ".join(passed) or "the best that there is"
-        found.append(Candidate(transport=mine[kind], address=addresses[kind], reason=reason))
-        passed.append(f"not {kind}: no connection")
-    if not found:
-        raise TransportError(
-            f"no transport to the peer ({'; '.join(passed)}); "
-            "start both workers with transport=auto"
-        )
-    return found
-
-
-def _obstacle(
-    kind: str, mine: Mapping[str, Transport], addresses: Mapping[str, bytes]
-) -> str | None:
-    if kind not in mine:
-        return "this worker has none"
-    if kind not in addresses:
-        return "the peer has none"
-    return mine[kind].obstacle(addresses[kind])
+def _between_machines(worker: _Worker) -> tuple[list[Transport], str]:
+    """The transport that is better than tcp, and the reason; none and why there is none."""
+    found = probe()
+    if found.usable:
+        return [worker.ucx()], found.explanation
+    if worker.device == "cpu":
+        return [], f"UCX is not usable: {found.explanation}"
+    try:
+        return [worker.nccl()], f"NCCL, since UCX is not usable: {found.explanation}"
+    except TransportError as error:
+        return [], f"UCX is not usable: {found.explanation}; and {error}"

@@ -25,7 +25,7 @@ class WorkerConfig:
     served_model: str  # the name that clients use
     routers: tuple[str, ...]  # host:port of each router's Membership service
     host: str = "127.0.0.1"  # where the worker listens for routers
-    transport: str = "auto"  # auto, shm, ucx, gloo or tcp
+    transport: str = "auto"  # auto, shm, ucx, nccl, gloo or tcp
     kv_host: str | None = None  # where it listens for other workers, if not on `host`
     kv_tls: TlsFiles | None = None  # of the tcp transport; None: it does not encrypt
     insecure_kv: bool = False  # KV pages may cross the network in the clear

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pagewire.kv_transfer.breaker import Breaker
+from pagewire.kv_transfer.candidates import Candidate, candidates
 from pagewire.kv_transfer.circuit import CircuitEvent, CircuitLimits, CircuitState
 from pagewire.kv_transfer.one_connection import OneConnection
-from pagewire.kv_transfer.select import Candidate, candidates
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.tasks import Spawn

@@ -40,7 +40,7 @@ class FrameWriter:
     """Staging slots, and the way from them into pages."""
 
     def __init__(self, cache: KVCache, *, num_slots: int, slot_bytes: int) -> None:
-        """Raises TypeError when the cache is not in host memory."""
+        """Raises DeviceMemoryError when the cache is not in host memory."""
         self._scatter = KVScatter(cache)
         self._slots: Bytes = np.empty((num_slots, slot_bytes), dtype=np.uint8)
 

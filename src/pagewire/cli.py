@@ -76,7 +76,7 @@ def serve(
     dashboard_port: Annotated[
         int | None, typer.Option(help="port of Ray's dashboard; 0: any free one")
     ] = None,
-    transport: Annotated[str | None, typer.Option(help="auto, shm, ucx, gloo or tcp")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto, shm, ucx, nccl, gloo or tcp")] = None,
     kv_host: Annotated[str | None, typer.Option(help="address for KV pages")] = None,
     kv_tls_cert: Annotated[str | None, typer.Option(help="certificate of the workers")] = None,
     kv_tls_key: Annotated[str | None, typer.Option(help="its key")] = None,

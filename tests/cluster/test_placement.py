@@ -130,11 +130,11 @@ def test_container_limit(
 
 def test_workers_know_how_kv_pages_are_protected() -> None:
     encrypted = ServeConfig(
-        kv_host="192.0.2.7", kv_tls_cert="w.pem", kv_tls_key="w.key", kv_tls_ca="ca.pem"
+        kv_host="192.0.2.7", kv_tls_cert="/w.pem", kv_tls_key="/w.key", kv_tls_ca="/ca.pem"
     )
     for worker in place(encrypted, 2):
         assert worker.kv_host == "192.0.2.7" and not worker.insecure_kv
-        assert worker.kv_tls == TlsFiles(cert="w.pem", key="w.key", ca="ca.pem")
+        assert worker.kv_tls == TlsFiles(cert="/w.pem", key="/w.key", ca="/ca.pem")
         assert WorkerConfig.from_json(worker.to_json()) == worker
     [worker, _] = place(ServeConfig(kv_host="192.0.2.7", insecure_kv=True), 2)
     assert worker.insecure_kv and worker.kv_tls is None

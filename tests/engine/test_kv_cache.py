@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.errors import DeviceMemoryError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
@@ -38,6 +39,12 @@ def test_values_and_scales_are_all_bytes_of_a_page_once(layout: KVLayout, num_pa
     assert not cache.pool.any()
     assert sum(view.nbytes for view in views) == cache.pool.nbytes
     assert pages.segment_bytes == layout.head_bytes
+
+
+def test_a_pool_that_transports_do_not_reach_is_refused() -> None:
+    layout = KVLayout(page_size=16, num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
+    with pytest.raises(DeviceMemoryError, match=r"on meta.*start the worker with device cpu"):
+        KVCache(layout, 1, device="meta").buffer()
 
 
 def test_scales_lie_behind_the_values_of_their_head() -> None:

@@ -80,7 +80,7 @@ def kinds(transports: tuple[Transport, ...]) -> set[str]:
 def test_with_tls_auto_leaves_out_what_cannot_encrypt(files: TlsFiles) -> None:
     choice = create_transports("auto", ME, Nobody(), PUBLIC, tls=files)
     assert kinds(choice.transports) <= {"shm", "tcp"}
-    assert "over tcp with TLS, since UCX cannot encrypt" in choice.explanation
+    assert "over tcp with TLS: UCX cannot encrypt" in choice.explanation
 
 
 def test_on_loopback_or_a_private_network_auto_takes_all(files: TlsFiles) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from pagewire.kv_transfer.gloo import GlooTransport
 from pagewire.kv_transfer.gloo_device import GlooDevice
-from pagewire.kv_transfer.gloo_link import GlooLink
-from pagewire.kv_transfer.gloo_store import PairStore
+from pagewire.kv_transfer.group_link import GroupLink
 from pagewire.kv_transfer.handshake import HandshakeError, Hello
+from pagewire.kv_transfer.pair_store import PairStore
 from pagewire.kv_transfer.transport import ConnectionLost, TransportError
 
 ME, STRANGER = b"m" * 16, b"s" * 16
@@ -46,7 +46,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 @asynccontextmanager
-async def linked() -> AsyncIterator[tuple[GlooLink, GlooLink]]:
+async def linked() -> AsyncIterator[tuple[GroupLink, GroupLink]]:
     device = GlooDevice("127.0.0.1")
     here, there = socket.socketpair()
     with here, there:

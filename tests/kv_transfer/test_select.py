@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from pagewire.kv_transfer.candidates import candidates
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
-from pagewire.kv_transfer.select import candidates, create_transports, probe
+from pagewire.kv_transfer.select import create_transports, probe
 from pagewire.kv_transfer.transport import Transport, TransportError
 
 ME = b"m" * 16
@@ -82,7 +83,7 @@ def test_without_ucxx_ucx_is_an_error_with_a_remedy() -> None:
 
 
 def test_an_unknown_kind_names_the_choices() -> None:
-    with pytest.raises(TransportError, match="auto, shm, ucx, gloo, tcp"):
+    with pytest.raises(TransportError, match="auto, shm, ucx, nccl, gloo, tcp"):
         create_transports("pigeon", ME, Nobody(), "127.0.0.1")
 
 

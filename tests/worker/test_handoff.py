@@ -99,6 +99,27 @@ def test_a_lost_connection_at_any_step_leaves_nothing(before: list[int], first: 
 
 
 @settings(max_examples=150, deadline=None)
+@given(before=Choices, first=st.sampled_from([PREFILL, DECODE]))
+def test_a_connection_without_a_handoff_may_end_unnoticed(before: list[int], first: bytes) -> None:
+    pair = started()
+    play(pair, before)
+    if not pair.prefill.has_handoff(DECODE):
+        pair.lose_connection(first)
+    pair.run()
+    assert not pair.failures()
+    pair.check_nothing_is_left()
+
+
+def test_a_handoff_is_under_way_from_its_first_chunk_until_it_is_committed() -> None:
+    pair = started()
+    assert not pair.prefill.has_handoff(DECODE)
+    pair.step_prefill()
+    assert pair.prefill.has_handoff(DECODE) and not pair.prefill.has_handoff(b"x" * 16)
+    pair.run()
+    assert not pair.prefill.has_handoff(DECODE)
+
+
+@settings(max_examples=150, deadline=None)
 @given(choices=Choices, repeated=st.sets(st.integers(0, 40)))
 def test_repeated_messages_change_nothing(choices: list[int], repeated: set[int]) -> None:
     pair = started()

@@ -9,7 +9,9 @@ import asyncio
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
@@ -21,6 +23,8 @@ _LENGTHS = struct.Struct("!BH")  # of a key and of its value
 _END = _LENGTHS.pack(0, 0)  # nothing more is set
 _MAX_ENTRIES = 64
 _TIMEOUT = timedelta(seconds=5)
+
+T = TypeVar("T")
 
 
 class PairStore(Store):
@@ -58,6 +62,11 @@ class PairStore(Store):
             if not self._values.keys() >= set(keys):
                 raise ConnectionLost(f"the peer did not set {', '.join(keys)}")
 
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of `keys` are set."""
+        with self._changed:
+            return self._values.keys() >= set(keys)
+
     async def receive(self) -> None:
         """Take over what the peer sets, until it says that this was all.
 
@@ -91,3 +100,22 @@ class PairStore(Store):
         with self._changed:
             self._values[key] = value
             self._changed.notify_all()
+
+
+async def join_group(sock: socket.socket, join: Callable[[PairStore], T]) -> T:
+    """What `join` makes, on a thread, with the process at the other end of `sock`.
+
+    Both ends call this; they share a store until both are done. Raises what `join` raises, and
+    OSError.
+    """
+    store = PairStore(sock)
+    receiving = asyncio.create_task(store.receive())
+    try:
+        joined = await asyncio.to_thread(join, store)
+        await store.finish()
+        await receiving
+    finally:
+        store.close()
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+    return joined
