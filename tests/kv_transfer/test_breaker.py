@@ -120,6 +120,30 @@ def test_when_all_have_failed_the_first_that_did_is_first() -> None:
     assert breaker.attempts(KINDS, 0.25) == Attempts(kinds=("ucx", "tcp", "shm"), wait_s=0.25)
 
 
+TABLE = {
+    (CircuitState.CLOSED, CircuitEvent.REFUSED): CircuitState.OPEN,
+    (CircuitState.CLOSED, CircuitEvent.STALLED): CircuitState.OPEN,
+    (CircuitState.OPEN, CircuitEvent.TRIED): CircuitState.HALF_OPEN,
+    (CircuitState.HALF_OPEN, CircuitEvent.CONNECTED): CircuitState.CLOSED,
+    (CircuitState.HALF_OPEN, CircuitEvent.REFUSED): CircuitState.OPEN,
+    (CircuitState.HALF_OPEN, CircuitEvent.STALLED): CircuitState.OPEN,
+    (CircuitState.HALF_OPEN, CircuitEvent.LOST): CircuitState.OPEN,
+}
+
+
+@pytest.mark.parametrize("state", CircuitState)
+@pytest.mark.parametrize("event", CircuitEvent)
+def test_every_event_in_every_state(state: CircuitState, event: CircuitEvent) -> None:
+    before = Circuit(state=state, since=1.0, num_trips=1)
+    after = advance(before, event, 2.0, LIMITS)
+    if (state, event) in TABLE:
+        assert (after.state, after.since) == (TABLE[state, event], 2.0)
+    elif (state, event) == (CircuitState.CLOSED, CircuitEvent.LOST):
+        assert after == replace(before, losses=(2.0,))
+    else:
+        assert after == before
+
+
 @given(stories)
 def test_every_story_keeps_its_rules(story: Story) -> None:
     circuits, _ = tell(story)

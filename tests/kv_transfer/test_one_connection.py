@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import TransferStats, TransportError
@@ -60,9 +62,12 @@ def log() -> Log:
     return Log()
 
 
+KINDS = ("shm", "tcp", "ucx")
+
+
 @pytest.fixture
 def transports() -> dict[str, FakeTransport]:
-    return {kind: FakeTransport(kind) for kind in ("shm", "tcp", "ucx")}
+    return {kind: FakeTransport(kind) for kind in KINDS}
 
 
 @pytest.fixture
@@ -149,3 +154,34 @@ def test_the_end_that_connects_chooses(
     assert not transports["shm"].is_closed
     pairs.lane("shm").lost(PEER, "gone")
     assert log.calls[-1] == ("lost", b"gone")
+
+
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.booleans()), max_size=40))
+def test_between_two_losses_everything_comes_from_one_connection(
+    story: list[tuple[str, bool]],
+) -> None:
+    log = Log()
+    transports = {kind: FakeTransport(kind) for kind in KINDS}
+    pairs = OneConnection(log)
+    pairs.join(list(transports.values()))
+    spoke: set[str] = set()  # over connections that have not ended
+    for kind, ends in story:
+        if ends and kind in spoke:
+            spoke.remove(kind)
+            transports[kind].is_closed = True  # first its transport forgets it
+            pairs.lane(kind).lost(PEER, "end")
+            transports[kind].is_closed = False
+        elif not ends and not transports[kind].is_closed:
+            spoke.add(kind)
+            pairs.lane(kind).deliver(PEER, kind.encode())
+    for kind in sorted(spoke, key=lambda kind: kind != pairs.kind(PEER)):
+        pairs.lane(kind).lost(PEER, "end")
+    lives: list[set[bytes]] = [set()]
+    for call, text in log.calls:
+        if call == "lost":
+            lives.append(set())
+        else:
+            lives[-1].add(text)
+    assert lives[-1] == set()  # the worker heard of the end of whatever it heard from
+    assert all(len(kinds) <= 1 for kinds in lives)
+    assert pairs.kind(PEER) is None
