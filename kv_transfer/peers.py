@@ -5,6 +5,7 @@ Whatever ends a connection, its buffers are released first and the Handler hears
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pagewire.kv_transfer.transport import Connection, Handler, TransferStats
@@ -32,17 +33,27 @@ class RunningConnection(Connection, Protocol):
 ConnectionT = TypeVar("ConnectionT", bound=RunningConnection)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Served(Generic[ConnectionT]):
+    """A connection and the task that runs it."""
+
+    connection: ConnectionT
+    task: asyncio.Task[None]
+
+
 class Peers(Generic[ConnectionT]):
     """Runs connections, and tells the Handler when the last one to a peer has ended.
 
     There are two to the same peer when both ends connected at the same time. They fall together:
-    so the one `lost` settles every buffer that was placed for that peer.
+    so the one `lost` settles every buffer that was placed for that peer. A peer that connects a
+    second time has given up what it had: that ends before the new connection begins.
     """
 
     def __init__(self, *, handler: Handler, stats: TransferStats) -> None:
         self._handler = handler
         self._stats = stats
         self._connections: dict[bytes, list[ConnectionT]] = {}
+        self._accepted: dict[bytes, _Served[ConnectionT]] = {}  # the last that each peer made
         self._tasks: set[asyncio.Task[None]] = set()
 
     def get(self, peer: bytes) -> ConnectionT | None:
@@ -50,13 +61,29 @@ class Peers(Generic[ConnectionT]):
         connections = self._connections.get(peer)
         return connections[-1] if connections else None
 
-    def serve(self, connection: ConnectionT) -> None:
-        """Run `connection` to its end, in a task."""
+    def accept(self, connection: ConnectionT) -> None:
+        """Run `connection`, which its peer made, to its end, in a task."""
+        task = self.serve(connection)
+        self._accepted[connection.peer] = _Served(connection=connection, task=task)
+
+    async def end_accepted(self, peer: bytes) -> None:
+        """End the connection that `peer` made before; the Handler has heard of it afterwards.
+
+        It may be dead without knowing it, and would take a new one down when it notices.
+        """
+        before = self._accepted.pop(peer, None)
+        if before is not None:
+            before.connection.close()
+            await asyncio.wait([before.task])
+
+    def serve(self, connection: ConnectionT) -> asyncio.Task[None]:
+        """Run `connection`, which this end made, to its end, in a task."""
         self._connections.setdefault(connection.peer, []).append(connection)
         task = asyncio.create_task(self._serve(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_log_failure)
+        return task
 
     async def close(self) -> None:
         """End all connections; the Handler hears of each peer before this returns."""
@@ -76,6 +103,9 @@ class Peers(Generic[ConnectionT]):
             self._remove(connection, reason)
 
     def _remove(self, connection: ConnectionT, reason: str) -> None:
+        accepted = self._accepted.get(connection.peer)
+        if accepted is not None and accepted.connection is connection:
+            del self._accepted[connection.peer]
         others = self._connections[connection.peer]
         others.remove(connection)
         for other in others:

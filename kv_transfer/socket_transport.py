@@ -163,10 +163,11 @@ class SocketTransport(ABC, Generic[ConnectionT]):
                 f"it was meant for incarnation {hello.receiver.hex()}; "
                 f"this is {self._incarnation.hex()}"
             )
+        await self._peers.end_accepted(hello.sender)
         opening = self._open()
         with _undo_on_error(opening.abandon):
             await send_hello(sock, self._hello(hello.sender, opening.note))
-            self._peers.serve(await opening.finish(sock, hello))
+            self._peers.accept(await opening.finish(sock, hello))
 
     async def _connect(self, peer: bytes, address: bytes) -> ConnectionT:
         where = address.decode(errors="replace")

@@ -105,6 +105,7 @@ class FaultProxy:
         self._plan = plan
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
+        self._silenced: list[asyncio.StreamWriter] = []
         self.address = ""
         self.has_happened = False
         self._refuses = False
@@ -136,6 +137,11 @@ class FaultProxy:
         """Nothing comes out of the connections that there are, not even their end."""
         for task in self._tasks:
             task.cancel()
+        self._silenced += self._writers
+
+    def cut_silenced(self) -> None:
+        """Now both ends of these connections learn that they have ended."""
+        _abort(self._silenced)
 
     async def _on_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -165,3 +165,20 @@ def test_the_decode_worker_follows_while_it_takes_the_old_connection_for_alive()
         assert decode.transports["ucx"].connection(PREFILL) is None
 
     run(scenario, Fault.NONE)
+
+
+def test_a_connection_made_again_outlives_the_one_before() -> None:
+    async def scenario(made: Cluster) -> None:
+        only, _ = made.addresses
+        await made.pair.run(only)
+        made.proxy.silence()
+        made.pair.prefill.connections.give_up(DECODE)
+        await made.pair.pass_time(1.0)
+        await made.pair.run(only)
+        assert made.pair.has_finished and made.transport == "ucx"
+        made.proxy.cut_silenced()  # only now the decode worker could notice by itself
+        await made.pair.pass_time(1.0)
+        assert made.transport == "ucx"
+        assert made.pair.decode.connections.get(PREFILL) is not None
+
+    run(scenario, Fault.NONE)
