@@ -50,7 +50,11 @@ class ModelRunner:
         return self.model.config.vocab_size
 
     def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
-        """Copy pages, run a step and sample. Raises ValueError as `forward` does."""
+        """Copy pages, run a step and sample. Raises ValueError as `forward` does.
+
+        `on_layers_done` is called in this thread at the `layer_group_ends` of the batch, for memory
+        that this thread writes: what a GPU was told to compute may not be there yet.
+        """
         self.kv_cache.copy_pages(batch.copies)
         logits = self.forward(batch, on_layers_done)
         sampled = [
