@@ -11,6 +11,7 @@ from pagewire.router.chat import ChatTemplate, ChatTemplateError
 from pagewire.router.control import RouterControl
 from pagewire.router.gguf_metadata import GGUFError
 from pagewire.router.settings import RouterSettings
+from pagewire.router.spans import Tracing
 from pagewire.router.tokenizer import Tokenizer, TokenizerError
 from pagewire.router.tokenizer_loading import load_tokenizer
 
@@ -24,7 +25,11 @@ def tokenizer_of(model: Path) -> Tokenizer:
 
 
 def build_app(
-    config: ServeConfig, control: RouterControl, tokenizer: Tokenizer, served_model: str
+    config: ServeConfig,
+    control: RouterControl,
+    tokenizer: Tokenizer,
+    served_model: str,
+    tracing: Tracing | None,
 ) -> FastAPI:
     """The app in front of `control`, whose workers have registered. Raises StartError."""
     settings = RouterSettings(
@@ -38,6 +43,7 @@ def build_app(
         tokenizer=tokenizer,
         chat_template=_chat_template(tokenizer, settings),
         settings=settings,
+        tracing=tracing,
     )
 
 

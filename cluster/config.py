@@ -153,6 +153,11 @@ class ServeConfig(BaseSettings):
     request_timeout_s: float = Field(
         default=600.0, gt=0, description="a request that runs longer fails"
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://[^/]",
+        description="URL of an OpenTelemetry collector that gets traces, over HTTP",
+    )
     start_timeout_s: float = Field(default=300.0, gt=0, description="for all workers to be ready")
     stop_timeout_s: float = Field(
         default=5.0, gt=0, description="for a stopped worker to end by itself"

@@ -5,6 +5,7 @@ workers and Ray.
 """
 
 import asyncio
+import os
 import secrets
 import socket
 import tempfile
@@ -28,6 +29,7 @@ from pagewire.cluster.self_test import self_test
 from pagewire.cluster.subprocess_launcher import SubprocessLauncher
 from pagewire.cluster.supervisor import Supervisor
 from pagewire.cluster.terminal import Banner, Terminal, WorkerLine
+from pagewire.cluster.tracing import export_traces
 from pagewire.engine.errors import EngineError
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.loading.resolve import resolve_model, served_name
@@ -67,7 +69,10 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             base = await _start_base(stack, config, model, terminal)
             if draft_model:
                 await asyncio.to_thread(require_same_tokens, base.tokenizer, draft_model)
-            # Not before Ray runs: it forks, which gRPC's threads in this process do not like.
+            # Not before Ray runs: it forks, which other threads in this process do not like.
+            tracing = await stack.enter_async_context(
+                export_traces(config.otlp_endpoint, served_model, os.environ)
+            )
             secret = secrets.token_bytes(KEY_BYTES) if config.prefix_cache else None
             control = RouterControl(max_queued=config.max_queued, page_secret=secret)
             core_board = _make_core_board(stack, config.prefill + config.decode)
@@ -86,7 +91,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
             stack.push_async_callback(control.stop)
             with terminal.step(f"starting {', '.join(worker.name for worker in workers)}"):
                 views = await _all_registered(control, len(workers), exits, config.start_timeout_s)
-            app = build_app(config, control, base.tokenizer, served_model)
+            app = build_app(config, control, base.tokenizer, served_model, tracing)
             server = HttpServer(app, listener, grace_s=config.stop_timeout_s)
             await stack.enter_async_context(server)
             stack.callback(control.refuse_all)  # first of all: open streams end with an error

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.slots import SlotPool
-from pagewire.engine.batch import Batch, StepResult
+from pagewire.engine.batch import Batch, OnLayersDone, StepResult
 from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
@@ -68,10 +68,13 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         self.carry_out(effects)
         return None if slot is None else self._writer.slot(slot, length)
 
-    def _run_batch(self, batch: Batch) -> StepResult:
+    def _run_batch(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
         if self._draft_model is not None:
             batch = self._draft_model.add_drafts(batch)
-        return super()._run_batch(batch)
+        return super()._run_batch(batch, on_layers_done)
+
+    def _on_layers_done(self, num_layers: int) -> None:
+        raise AssertionError("nobody asks a decode step for its layers")
 
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         raise AssertionError("a decode worker sends no frames")

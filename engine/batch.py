@@ -1,6 +1,6 @@
 """What one step runs, and what comes of it: all that schedulers and the model runner exchange."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -53,10 +53,16 @@ class Batch:
 
     rows: tuple[BatchRow, ...]
     copies: tuple[PageCopy, ...] = ()  # made before any row runs
+    layer_group_ends: tuple[int, ...] = ()  # numbers of layers after which the step says so
 
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+
+# Told by a step that runs, in the model's thread: the KV of all rows in its first layers lies in
+# pages. The argument is their number, one of the batch's `layer_group_ends`.
+OnLayersDone = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

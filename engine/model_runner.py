@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pagewire.engine.batch import Batch, BatchRow, StepResult, TokenLogprobs
+from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, StepResult, TokenLogprobs
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
 from pagewire.engine.sampler import SampledTokens, Sampler
@@ -49,10 +49,14 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
-    def execute(self, batch: Batch) -> StepResult:
-        """Copy pages, run a step and sample. Raises ValueError as `forward` does."""
+    def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
+        """Copy pages, run a step and sample. Raises ValueError as `forward` does.
+
+        `on_layers_done` is called in this thread at the `layer_group_ends` of the batch, for memory
+        that this thread writes: what a GPU was told to compute may not be there yet.
+        """
         self.kv_cache.copy_pages(batch.copies)
-        logits = self.forward(batch)
+        logits = self.forward(batch, on_layers_done)
         sampled = [
             (params, row.output_position + index, row.history)
             for row in batch.rows
@@ -66,7 +70,7 @@ class ModelRunner:
         return _by_row(batch, self._sampler.sample(logits, params, positions, histories))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> Tensor:
         """Run a step, storing its KV.
 
         Returns float32 [num_logits, vocab_size]: of each row that samples the logits of the last
@@ -74,7 +78,25 @@ class ModelRunner:
         ValueError as `prepare` does, before anything is written.
         """
         inputs = prepare(batch.rows, self._limits, self._step_memory)
-        return self.model.forward(inputs.token_ids, inputs.attention, self._pages, inputs.logits_of)
+        return self.model.forward(
+            inputs.token_ids,
+            inputs.attention,
+            self._pages,
+            inputs.logits_of,
+            _at_ends(batch.layer_group_ends, on_layers_done),
+        )
+
+
+def _at_ends(ends: Sequence[int], on_layers_done: OnLayersDone | None) -> OnLayersDone | None:
+    """What hears of every layer and passes on where a group of them ends; None: nobody listens."""
+    if on_layers_done is None or not ends:
+        return None
+
+    def on_layer(num_layers: int) -> None:
+        if num_layers in ends:
+            on_layers_done(num_layers)
+
+    return on_layer
 
 
 def _samples(row: BatchRow, sampling: SamplingParams) -> Iterator[tuple[int, SamplingParams]]:

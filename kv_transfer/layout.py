@@ -113,32 +113,40 @@ def require_slot(layout: KVLayout, slot_bytes: int) -> None:
 
 
 def plan_frames(
-    layout: KVLayout, first_page: int, end_page: int, slot_bytes: int
+    layout: KVLayout,
+    first_page: int,
+    end_page: int,
+    slot_bytes: int,
+    layers: range | None = None,
 ) -> Iterator[FrameRange]:
     """Cut pages ``first_page..end_page`` of a sequence into frames of at most `slot_bytes`.
 
-    Whole pages while one fits in a slot, layer groups of one page otherwise. Raises LayoutError
-    when not even one layer of a page fits.
+    Of a range of `layers`, or of all: whole where a page of them fits in a slot, in groups of
+    layers of one page otherwise. Raises LayoutError when not even one layer of a page fits.
     """
     require_slot(layout, slot_bytes)
-    pages_per_frame = slot_bytes // layout.page_bytes
+    if layers is None:
+        layers = range(layout.num_layers)
+    if not layers:
+        return
+    pages_per_frame = slot_bytes // (len(layers) * layout.layer_bytes)
     if pages_per_frame:
         for page in range(first_page, end_page, pages_per_frame):
             yield FrameRange(
                 first_page=page,
                 num_pages=min(pages_per_frame, end_page - page),
-                first_layer=0,
-                num_layers=layout.num_layers,
+                first_layer=layers.start,
+                num_layers=len(layers),
             )
         return
     layers_per_frame = slot_bytes // layout.layer_bytes
     for page in range(first_page, end_page):
-        for layer in range(0, layout.num_layers, layers_per_frame):
+        for layer in layers[::layers_per_frame]:
             yield FrameRange(
                 first_page=page,
                 num_pages=1,
                 first_layer=layer,
-                num_layers=min(layers_per_frame, layout.num_layers - layer),
+                num_layers=min(layers_per_frame, layers.stop - layer),
             )
 
 

@@ -25,6 +25,7 @@ from pagewire.kv_transfer.messages import (
     RefuseReason,
     Seal,
 )
+from pagewire.prefill_worker.layer_groups import layer_group_ends
 from pagewire.prefill_worker.scheduler import Chunk, PrefillScheduler
 from pagewire.prefill_worker.sender import Sender, SenderState
 from pagewire.prefill_worker.sequence import PrefillSequence
@@ -84,12 +85,15 @@ class PrefillCore:
         max_batch_tokens: int,
         slot_bytes: int,
         hasher: PageHasher | None = None,
+        stream_layers: bool = True,
         answer_s: float = 5.0,
         send_s: float = 30.0,
     ) -> None:
         """Without a `hasher` nothing is cached; `answer_s` and `send_s`: see Sender.is_stalled.
 
-        Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
+        With `stream_layers` the KV of a prompt's last chunk leaves by groups of layers while they
+        are computed, otherwise at the end of the step. Raises LayoutError when not even one layer
+        of a page fits in `slot_bytes`.
         """
         require_slot(layout, slot_bytes)
         self.incarnation = incarnation
@@ -101,6 +105,7 @@ class PrefillCore:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._slot_bytes = slot_bytes
+        self._stream_layers = stream_layers
         self._answer_s = answer_s
         self._send_s = send_s
         self._scheduler = PrefillScheduler(self.cache, layout, max_batch_tokens)
@@ -302,7 +307,19 @@ class PrefillCore:
             if chunk.sequence.sender.state is SenderState.QUEUED
             for effect in self._open(chunk.sequence, now)
         ]
-        return Batch(rows=tuple(_row(chunk) for chunk in self._batch)), effects
+        rows = tuple(_row(chunk) for chunk in self._batch)
+        return Batch(rows=rows, layer_group_ends=self._layer_group_ends()), effects
+
+    def _layer_group_ends(self) -> tuple[int, ...]:
+        """Where the step that is to run reports; nowhere when no prompt ends in it."""
+        num_pages = sum(
+            len(chunk.sequence.pages) - chunk.sequence.num_computed // self.layout.page_size
+            for chunk in self._batch
+            if chunk.is_last
+        )
+        if not (num_pages and self._stream_layers):
+            return ()
+        return layer_group_ends(self.layout, num_pages, self._slot_bytes)
 
     def _open(self, sequence: PrefillSequence, now: float) -> list[Effect]:
         """Begin the hand-off. Pages out of the cache are complete and can leave at once."""
@@ -310,6 +327,20 @@ class PrefillCore:
         messages = sequence.sender.open()
         messages += sequence.sender.on_computed(sequence.num_cached, now)
         return self._carry_out(sequence, messages)
+
+    def on_layers_done(self, num_layers: int, now: float) -> list[Effect]:
+        """The first `num_layers` layers of the step that runs are computed.
+
+        Of prompts that end in it these layers are complete and leave at once.
+        """
+        return [
+            effect
+            for chunk in self._batch
+            if chunk.is_last and self._sequences.get(chunk.sequence.key) is chunk.sequence
+            for effect in self._carry_out(
+                chunk.sequence, chunk.sequence.sender.on_layers_computed(num_layers, now)
+            )
+        ]
 
     def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
         """The step has run."""
@@ -462,14 +493,13 @@ class PrefillCore:
 def _row(chunk: Chunk) -> BatchRow:
     sequence = chunk.sequence
     start = sequence.num_computed
-    is_last = chunk.num_tokens == sequence.num_remaining
     return BatchRow(
         request_id=sequence.key.request_id,
         token_ids=sequence.token_ids[start : start + chunk.num_tokens],
         start=start,
         page_table=sequence.pages,
-        sampling=sequence.sampling if is_last else None,
-        siblings=sequence.siblings if is_last else (),
+        sampling=sequence.sampling if chunk.is_last else None,
+        siblings=sequence.siblings if chunk.is_last else (),
         history=sequence.history,
     )
 

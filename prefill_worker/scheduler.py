@@ -16,6 +16,11 @@ class Chunk(NamedTuple):
     sequence: PrefillSequence
     num_tokens: int
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends its prompt; until its step has run."""
+        return self.num_tokens == self.sequence.num_remaining
+
 
 class PrefillScheduler:
     """Chunks of several prompts under one token budget, the most urgent first.
@@ -91,7 +96,7 @@ class PrefillScheduler:
             chunks.append(Chunk(sequence, num_tokens))
             budget -= num_tokens
         for chunk in chunks:
-            if chunk.num_tokens == chunk.sequence.num_remaining:
+            if chunk.is_last:
                 self._queue.remove(chunk.sequence)
         return chunks
 

@@ -63,7 +63,9 @@ class Sender:
         self._slot_bytes = slot_bytes
         self._is_accepted = False
         self._num_computed_pages = 0
+        self._num_computed_layers = 0  # of all pages, those that are not complete included
         self._num_planned_pages = 0  # cut into frames, or not needed by the peer
+        self._num_planned_layers = 0  # the same of the pages behind these
         self._ready: deque[FrameRange] = deque()  # computed, not sent
         self._grants: deque[Grant] = deque()  # credit, not used
         self._seen_grants: set[tuple[int, int]] = set()
@@ -103,6 +105,16 @@ class Sender:
         self._num_computed_pages = (
             self._layout.num_pages(num_tokens) if complete else num_tokens // self._layout.page_size
         )
+        return self._pair_frames_with_credit(now)
+
+    def on_layers_computed(self, num_layers: int, now: float) -> list[Message]:
+        """The KV of the whole prompt lies in pages, in the first `num_layers` layers.
+
+        The prompt's last chunk is being computed; those before it are complete.
+        """
+        if self.state is not SenderState.STREAMING:
+            return []
+        self._num_computed_layers = num_layers
         return self._pair_frames_with_credit(now)
 
     def can_accept(self, num_hit_pages: int) -> bool:
@@ -200,14 +212,32 @@ class Sender:
         return self.state is not SenderState.RELEASED and now - self._progress_at > limit
 
     def _pair_frames_with_credit(self, now: float) -> list[Message]:
-        if self._is_accepted and self._num_planned_pages < self._num_computed_pages:
-            start, end = self._num_planned_pages, self._num_computed_pages
-            self._ready.extend(plan_frames(self._layout, start, end, self._slot_bytes))
-            self._num_planned_pages = end
+        if self._is_accepted:
+            self._plan_frames()
         frames: list[Message] = []
         while self._ready and self._grants:
             frames.append(self._frame(self._ready.popleft(), self._grants.popleft(), now))
         return frames
+
+    def _plan_frames(self) -> None:
+        """Cut what is computed into frames: complete pages, then complete layers of the others.
+
+        A step that failed may have reported layers of a last chunk that is cut again, smaller. What
+        was planned therefore stays planned, whatever is computed after it.
+        """
+        end = self._num_computed_pages
+        if self._num_planned_pages < end:
+            self._plan(end, self._layout.num_layers)
+            self._num_planned_pages = end
+        if self._num_planned_layers < self._num_computed_layers:
+            self._plan(self._layout.num_pages(self._num_prompt_tokens), self._num_computed_layers)
+            self._num_planned_layers = self._num_computed_layers
+
+    def _plan(self, end_page: int, end_layer: int) -> None:
+        first_page, layers = self._num_planned_pages, range(self._num_planned_layers, end_layer)
+        self._ready.extend(
+            plan_frames(self._layout, first_page, end_page, self._slot_bytes, layers)
+        )
 
     def _frame(self, part: FrameRange, grant: Grant, now: float) -> Frame:
         if not self._num_sending:

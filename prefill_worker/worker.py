@@ -36,6 +36,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             max_batch_tokens=config.max_batch_tokens,
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
+            stream_layers=config.stream_layers,
         )
         reader = FrameReader(runner.layout, runner.kv_cache.buffer())
         super().__init__(
@@ -55,6 +56,10 @@ class PrefillWorker(WorkerShell[PrefillCore]):
 
     def _has_handoff(self, peer: bytes) -> bool:
         return self.core.has_handoff(peer)
+
+    def _on_layers_done(self, num_layers: int) -> None:
+        with self._tasks:
+            self.carry_out(self.core.on_layers_done(num_layers, self.clock()))
 
     async def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")

@@ -14,6 +14,7 @@ from pagewire.router.middleware import ResponseMiddleware
 from pagewire.router.openai_api import OpenAIEndpoints, openai_routes
 from pagewire.router.request import Dispatcher
 from pagewire.router.settings import RouterSettings
+from pagewire.router.spans import Tracing
 from pagewire.router.tokenizer import Tokenizer
 
 
@@ -23,6 +24,7 @@ def create_app(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
     settings: RouterSettings,
+    tracing: Tracing | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The ASGI app of one router; it shares no state with another one in the same process.
@@ -32,6 +34,7 @@ def create_app(
         tokenizer: of the served model.
         chat_template: of the served model; without one, chat completions are refused.
         settings: names and limits.
+        tracing: where a trace of each request goes; None: there are none.
         clock: seconds, the clock on which the dispatcher reads the deadlines of requests.
     """
     metrics = RouterMetrics(settings.served_model, clock)
@@ -55,6 +58,7 @@ def create_app(
                 metrics=metrics,
                 clock=clock,
                 created=int(time.time()),
+                tracing=tracing,
             )
         )
     )

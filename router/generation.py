@@ -11,7 +11,8 @@ from typing import NamedTuple
 from pagewire.router.errors import ClientGone, internal
 from pagewire.router.metrics import RequestMetrics
 from pagewire.router.output import OutputText
-from pagewire.router.request import Dispatcher, FinishReason, Request
+from pagewire.router.request import Dispatcher, FinishReason, Request, RequestFailed
+from pagewire.router.spans import FinishedRequest, RequestTrace
 from pagewire.router.time_ledger import TimeSplit
 
 
@@ -32,11 +33,13 @@ class Generation:
         request: Request,
         outputs: Sequence[OutputText],
         metrics: RequestMetrics,
+        trace: RequestTrace | None = None,
     ) -> None:
         """`outputs` are those of the choices, in order."""
         self._dispatcher = dispatcher
         self._request = request
         self._metrics = metrics
+        self._trace = trace
         self.outputs = tuple(outputs)
 
     def __enter__(self) -> "Generation":
@@ -60,6 +63,23 @@ class Generation:
             outcome,
             num_prompt_tokens=len(self._request.token_ids),
             num_cached_tokens=self.num_cached_tokens,
+        )
+        if self._trace is not None:
+            self._trace.finish(self._finished(outcome, error))
+
+    def _finished(self, outcome: str, error: BaseException | None) -> FinishedRequest:
+        code = error.code if isinstance(error, RequestFailed) else internal().code
+        return FinishedRequest(
+            request_id=self._request.request_id,
+            outcome=outcome,
+            error_code=code if outcome == "error" else None,
+            finish_reasons=tuple(
+                output.finish_reason.value for output in self.outputs if output.finish_reason
+            ),
+            num_prompt_tokens=len(self._request.token_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_tokens,
+            split=self.time_split,
         )
 
     @property

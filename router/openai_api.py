@@ -30,8 +30,17 @@ from pagewire.router.schema import (
 )
 from pagewire.router.settings import RouterSettings
 from pagewire.router.shapes import ChatShape, CompletionShape, Envelope, ResponseShape
+from pagewire.router.spans import RequestTrace, Tracing
 from pagewire.router.stop import StopChecker
 from pagewire.router.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrival:
+    """When a request arrived, and the trace that it belongs to."""
+
+    at: float  # seconds on the router's clock
+    trace: RequestTrace | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +54,11 @@ class OpenAIEndpoints:
     metrics: RouterMetrics
     clock: Callable[[], float]
     created: int  # of the model, seconds of Unix time
+    tracing: Tracing | None = None
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         """Answer a conversation."""
-        arrived = self.clock()
+        arrival = self._arrival("chat", http)
         body = await read_body(http, self.settings)
         fields = validate.parse_chat(parse_object(body), self.settings)
         token_ids = await self._beside_loop(
@@ -56,17 +66,17 @@ class OpenAIEndpoints:
         )
         request_id = secrets.token_hex(16)
         shape = ChatShape(self._envelope(f"chatcmpl-{request_id}"), self.tokenizer.spelled)
-        return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrived)
+        return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrival)
 
     async def completions(self, http: HTTPRequest) -> Response:
         """Continue a text."""
-        arrived = self.clock()
+        arrival = self._arrival("text_completion", http)
         body = await read_body(http, self.settings)
         fields = validate.parse_completion(parse_object(body), self.settings)
         token_ids = await self._beside_loop(len(body), lambda: self._prompt_token_ids(fields))
         request_id = secrets.token_hex(16)
         shape = CompletionShape(self._envelope(f"cmpl-{request_id}"), self.tokenizer.spelled)
-        return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrived)
+        return self._respond(fields, self._request(fields, request_id, token_ids), shape, arrival)
 
     async def models(self) -> Response:
         """The one model behind this router."""
@@ -85,6 +95,11 @@ class OpenAIEndpoints:
             kind="invalid_request_error",
             code="not_implemented",
         )
+
+    def _arrival(self, operation: str, http: HTTPRequest) -> _Arrival:
+        at = self.clock()
+        trace = self.tracing.begin(operation, http.headers) if self.tracing else None
+        return _Arrival(at=at, trace=trace)
 
     async def _beside_loop(self, num_bytes: int, work: Callable[[], list[int]]) -> list[int]:
         """Tokenize a long text in a thread, so that no other stream waits for it."""
@@ -149,14 +164,15 @@ class OpenAIEndpoints:
         )
 
     def _respond(
-        self, fields: GenerationRequest, request: Request, shape: ResponseShape, arrived: float
+        self, fields: GenerationRequest, request: Request, shape: ResponseShape, arrival: _Arrival
     ) -> Response:
         answer = Answer(
             generation=Generation(
                 dispatcher=self.dispatcher,
                 request=request,
                 outputs=[self._output(fields) for _ in range(fields.n)],
-                metrics=RequestMetrics(self.metrics, arrived=arrived),
+                metrics=RequestMetrics(self.metrics, arrived=arrival.at),
+                trace=arrival.trace,
             ),
             shape=shape,
             num_prompt_tokens=len(request.token_ids),

@@ -57,5 +57,8 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
             self.memory.scatter(frame.part, effect.page_table, payload)
         self.carry_out(self.core.on_scattered(frame, is_sound, self.process.now))
 
+    def _on_layers_done(self, num_layers: int) -> None:
+        raise AssertionError("nobody asks a decode step for its layers")
+
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         raise AssertionError("a decode worker sends no frames")

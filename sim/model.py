@@ -25,15 +25,26 @@ class SimModel:
         """Copy pages and write the KV of every row; sample where the row says so."""
         for source, destination in batch.copies:
             self._memory.copy(source, destination)
-        return StepResult(tokens=tuple(self._run(row) for row in batch.rows))
+        self.compute_layers(batch, LAYOUT.num_layers)
+        return StepResult(tokens=tuple(self._sample(row) for row in batch.rows))
 
-    def _run(self, row: BatchRow) -> tuple[int, ...]:
+    def compute_layers(self, batch: Batch, num_layers: int) -> None:
+        """Write the KV of every row in the first `num_layers` layers: what a step does on its way.
+
+        A step that runs again writes the same.
+        """
+        for row in batch.rows:
+            self._compute(row, range(2 * num_layers))
+
+    def _compute(self, row: BatchRow, lanes: range) -> None:
         state = self._memory.read(row.page_table, row.start - 1, 0) if row.start else 0
         for position, token in enumerate(row.token_ids, row.start):
             state = _mix(state ^ token)
-            for lane in range(LANES):
+            for lane in lanes:
                 word = (state + lane * _LANE_STEP) & _MASK  # lane 0 holds the state itself
                 self._memory.write(row.page_table, position, lane, word)
+
+    def _sample(self, row: BatchRow) -> tuple[int, ...]:
         if row.sampling is None:
             return ()
         attended = self._attend(row.page_table, row.start + len(row.token_ids))

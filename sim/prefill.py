@@ -22,5 +22,8 @@ class SimPrefillWorker(SimWorker[PrefillCore]):
     def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")
 
+    def _on_layers_done(self, num_layers: int) -> None:
+        self.carry_out(self.core.on_layers_done(num_layers, self.process.now))
+
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         self.carry_out(self.core.on_frame_sent(frame, checksum, self.process.now, gathered))

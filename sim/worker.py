@@ -183,6 +183,10 @@ class SimWorker(SimHandler, Generic[Core]):
         self._environment.note(self.process.name, "cannot reach a peer")
         self.carry_out(self.core.on_peer_lost(peer))
 
+    @abstractmethod
+    def _on_layers_done(self, num_layers: int) -> None:
+        """The first layers of the step that runs are computed, where its batch asked to know."""
+
     # --- The step loop ----------------------------------------------------------------------------
 
     def _step(self) -> None:
@@ -192,7 +196,15 @@ class SimWorker(SimHandler, Generic[Core]):
             self._is_stepping = False
             return
         duration = self._environment.costs.step(batch, self._environment.random)
+        ends = batch.layer_group_ends
+        for index, num_layers in enumerate(ends, 1):
+            delay = duration * index / (len(ends) + 1)
+            self.process.after(delay, partial(self._finish_layers, batch, num_layers))
         self.process.after(duration, partial(self._finish_step, batch))
+
+    def _finish_layers(self, batch: Batch, num_layers: int) -> None:
+        self._model.compute_layers(batch, num_layers)
+        self._on_layers_done(num_layers)
 
     def _finish_step(self, batch: Batch) -> None:
         # The model writes at the end of the step, so that pages freed too early would show.

@@ -46,6 +46,7 @@ class WorkerConfig:
     max_draft_tokens: int = 0  # that a decode step checks beside its rows; 0: no speculation
     draft_model: str | None = None  # as `model`; None: drafts are looked up in the text
     draft_quantization: Quantization = Quantization.NONE
+    stream_layers: bool = True  # the KV of a prompt's last chunk leaves while its step runs
     slot_bytes: int = 4 << 20  # a staging slot, and so the largest frame
     num_slots: int = 16  # staging slots of a decode worker
     prefix_cache_secret: str | None = None  # hexadecimal, the same for all; None: nothing is cached

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import grpc
 import torch
 
-from pagewire.engine.batch import Batch, StepResult
+from pagewire.engine.batch import Batch, OnLayersDone, StepResult
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import IntegrityError
 from pagewire.kv_transfer.layout import KVLayout
@@ -102,6 +102,7 @@ class WorkerShell(Handler, Generic[Core]):
             thread=self._model_thread,
             carry_out=self.carry_out,
             on_idle=self._on_idle,
+            on_layers_done=self._on_layers_done,
             clock=clock,
         )
         self._board: CoreBoard | None = None
@@ -267,16 +268,20 @@ class WorkerShell(Handler, Generic[Core]):
     async def _scatter(self, effect: Scatter) -> None:
         """Move a landed frame into pages and tell the core."""
 
+    @abstractmethod
+    def _on_layers_done(self, num_layers: int) -> None:
+        """The first layers of the step that runs are computed, where its batch asked to know."""
+
     # --- The model --------------------------------------------------------------------------------
 
-    def _execute(self, batch: Batch) -> StepResult:
+    def _execute(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
         """Run a step, in the model's thread: the number of OpenMP threads belongs to that one."""
         if self._board is not None:
             torch.set_num_threads(self._board.claim())
-        return self._run_batch(batch)
+        return self._run_batch(batch, on_layers_done)
 
-    def _run_batch(self, batch: Batch) -> StepResult:
-        return self._runner.execute(batch)
+    def _run_batch(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
+        return self._runner.execute(batch, on_layers_done)
 
     def _on_idle(self) -> None:
         if self._board is not None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from pagewire.engine.batch import Batch, BatchRow, StepResult
+from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, StepResult
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Effect
 
@@ -25,19 +25,26 @@ class StepLoop:
         self,
         *,
         core: WorkerCore,
-        execute: Callable[[Batch], StepResult],
+        execute: Callable[[Batch, OnLayersDone | None], StepResult],
         thread: Executor,
         carry_out: Callable[[list[Effect]], None],
         on_idle: Callable[[], None] = lambda: None,
+        on_layers_done: OnLayersDone = lambda num_layers: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_idle` is called on the event loop whenever there is no batch to run."""
+        """`on_idle` is called on the event loop whenever there is no batch to run.
+
+        So is `on_layers_done` while a step runs, which does not wait for it: always before the
+        core is told how the step ended.
+        """
         self._core = core
         self._execute = execute
         self._thread = thread
         self._carry_out = carry_out
         self._on_idle = on_idle
+        self._on_layers_done = on_layers_done
         self._clock = clock
+        self._running: Batch | None = None
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -56,13 +63,30 @@ class StepLoop:
                 await self._wake.wait()
                 continue
             try:
-                result = await loop.run_in_executor(self._thread, self._execute, batch)
+                result = await self._run(batch)
             except _STEP_ERRORS:
                 logger.exception("a step of %d rows failed", len(batch.rows))
                 rows = await loop.run_in_executor(self._thread, self._faulty_rows, batch)
                 self._carry_out(self._core.on_batch_failed(rows))
             else:
                 self._carry_out(self._core.on_batch_done(result, self._clock()))
+
+    async def _run(self, batch: Batch) -> StepResult:
+        """Run a step in its thread. What it says when nobody waits for it any more is void."""
+        loop = asyncio.get_running_loop()
+
+        def report(num_layers: int) -> None:
+            loop.call_soon_threadsafe(self._pass_on, batch, num_layers)
+
+        self._running = batch
+        try:
+            return await loop.run_in_executor(self._thread, self._execute, batch, report)
+        finally:
+            self._running = None
+
+    def _pass_on(self, batch: Batch, num_layers: int) -> None:
+        if self._running is batch:
+            self._on_layers_done(num_layers)
 
     def _faulty_rows(self, batch: Batch) -> frozenset[int]:
         """Which rows of a step that raised are to blame: those that raise alone as well.
@@ -78,7 +102,7 @@ class StepLoop:
 
     def _raises(self, row: BatchRow) -> bool:
         try:
-            self._execute(Batch(rows=(row,)))
+            self._execute(Batch(rows=(row,)), None)
         except _STEP_ERRORS:
             return True
         return False

@@ -5,6 +5,7 @@ and k; a sliding window) and otherwise in sizes only. All arithmetic is behind
 `Ops` and `Linear`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +82,18 @@ class LlamaModel:
         return matrices if shared else matrices + embedding.nbytes
 
     def forward(
-        self, token_ids: Tensor, batch: AttentionBatch, pool: KVPool, logits_of: Tensor
+        self,
+        token_ids: Tensor,
+        batch: AttentionBatch,
+        pool: KVPool,
+        logits_of: Tensor,
+        on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run the tokens of a step, storing their KV, and return logits of some of them.
 
         token_ids: int64 [num_tokens]; logits_of: int64 [num_logits], indices into the tokens.
-        Returns float32 [num_logits, vocab_size].
+        Returns float32 [num_logits, vocab_size]. `on_layer` is called after each layer, with the
+        number of those that have run.
         """
         ops, config, weights = self.ops, self.config, self._weights
         step = _Step(
@@ -104,8 +111,12 @@ class LlamaModel:
         )
         out, residual = self._layer(x, residual, 0, step)
         for index, layer in enumerate(weights.layers[1:], start=1):
+            if on_layer is not None:
+                on_layer(index)
             x, residual = self._add_norm(out, residual, layer.input_norm, layer.qkv)
             out, residual = self._layer(x, residual, index, step)
+        if on_layer is not None:
+            on_layer(len(weights.layers))
         out, residual = out[logits_of], residual[logits_of]
         x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
         return weights.lm_head(x).float()

@@ -117,6 +117,9 @@ def serve(
         bool | None,
         typer.Option("--prefix-cache/--no-prefix-cache", help="reuse the KV of equal beginnings"),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="URL of an OpenTelemetry collector that gets traces")
+    ] = None,
     launcher: Annotated[str | None, typer.Option(help="ray or subprocess")] = None,
     config: ConfigFile = None,
 ) -> None:
@@ -153,6 +156,7 @@ def serve(
         "speculation": speculation,
         "draft_model": draft_model,
         "draft_quantization": draft_quantization,
+        "otlp_endpoint": otlp_endpoint,
         "launcher": launcher,
     }
     from pagewire.cluster.config import load_config

@@ -94,6 +94,27 @@ def test_prompts_that_do_not_fit_are_refused(runner: ModelRunner) -> None:
         generate(runner, [[1] * 60] * 3, SamplingParams(max_tokens=10))
 
 
+def test_layers_that_are_reported_lie_in_pages(runner: ModelRunner) -> None:
+    """In all rows of the step, whatever the rest of it writes after them."""
+    runner.kv_cache.pool.zero_()
+    pages = runner.kv_cache.pages.values  # [page, layer, ...]
+    reported: dict[int, torch.Tensor] = {}
+    rows = (row(page_table=[2]), row(page_table=[0], sampling=None))
+    batch = Batch(rows=rows, layer_group_ends=(1, 3))
+    result = runner.execute(batch, lambda count: reported.update({count: pages.clone()}))
+    assert [*reported] == [1, 3]
+    for num_layers, seen in reported.items():
+        assert torch.equal(seen[:, :num_layers], pages[:, :num_layers])
+        assert not seen[:, num_layers:].any()
+    assert result == runner.execute(Batch(rows=rows))
+
+
+def test_a_step_that_was_not_asked_reports_nothing(runner: ModelRunner) -> None:
+    reported: list[int] = []
+    runner.execute(Batch(rows=(row(),)), reported.append)
+    assert reported == []
+
+
 def test_the_transfer_code_and_the_model_share_the_pool(runner: ModelRunner) -> None:
     runner.execute(Batch(rows=(row(page_table=[2]),)))
     page_bytes = runner.layout.page_bytes

@@ -5,11 +5,13 @@ Router, workers and gRPC are the real ones, in one process, with a tiny random m
 
 import asyncio
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from noisy_models import save_noisy
 from pipeline import Pipeline, pipeline, request, tcp
-from tiny_models import VOCAB_SIZE
+from tiny_models import VOCAB_SIZE, SavedModel
 
 from pagewire.engine.aggregated import generate
 from pagewire.engine.load import load_engine
@@ -86,6 +88,33 @@ def test_greedy_choices_are_equal(llama: Path, max_draft_tokens: int) -> None:
 
     [expected] = alone(llama, prompt, params, 1)
     assert asyncio.run(run()) == [(expected, FinishReason.LENGTH)] * 3
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 100])
+def test_choices_beside_a_draft_model_are_the_same(
+    length: int, saved_model: Callable[[str], SavedModel], tmp_path: Path
+) -> None:
+    """Both models write the pages of each choice, in pools with not a page more than needed."""
+    model = saved_model("llama")
+    draft = save_noisy(model.reference, tmp_path, noise=0.01)
+    prompt, params, n = make_prompt(length), sampled(40), 3
+    demand = PageDemand(num_prompt_tokens=length, max_tokens=40, n=n)
+
+    async def run() -> tuple[list[Choice], pb.WorkerState]:
+        async with pipeline(
+            model.path,
+            tcp,
+            num_pages=demand.num_pages(PAGE_SIZE),
+            max_draft_tokens=16,
+            draft_model=draft,
+        ) as cluster:
+            choices = await cluster.generate_choices(prompt, params, n)
+            await cluster.until_idle()
+            return choices, cluster.workers["decode-0"].worker.state()
+
+    choices, state = asyncio.run(run())
+    assert [tokens for tokens, _ in choices] == alone(model.path, prompt, params, n)
+    assert state.accepted_tokens > 0
 
 
 def test_what_ends_at_token_0_is_not_handed_off(llama: Path) -> None:

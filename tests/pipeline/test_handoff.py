@@ -23,8 +23,10 @@ from pagewire.kv_transfer.local import LocalHub, LocalTransport
 from pagewire.kv_transfer.select import create_transports, probe
 from pagewire.kv_transfer.tcp import TcpConnection, TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport, TransportError
+from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.router.request import FinishReason, TokenUpdate
+from pagewire.worker.config import Role
 from pagewire.worker.effects import Effect
 
 PROMPT_LENGTHS = (1, 63, 64, 65, 200, 1000)
@@ -71,6 +73,35 @@ def test_disaggregated_equals_aggregated_equals_transformers(
     tokens = [tokens for tokens, _ in results]
     assert tokens == aggregated(model.path, inputs, SamplingParams(max_tokens=8))
     assert tokens == [greedy_tokens(model.reference, prompt, 8) for prompt in inputs]
+
+
+@pytest.mark.parametrize("stream_layers", [True, False])
+def test_the_last_chunk_is_reported_layer_by_layer(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, stream_layers: bool
+) -> None:
+    """Once a prompt, whatever the number of its chunks, and the tokens are the same."""
+    reported: list[int] = []
+
+    def listen(core: PrefillCore, num_layers: int, now: float) -> list[Effect]:
+        reported.append(num_layers)
+        return on_layers_done(core, num_layers, now)
+
+    on_layers_done = PrefillCore.on_layers_done
+    monkeypatch.setattr(PrefillCore, "on_layers_done", listen)
+    inputs = prompts((65, 300))
+
+    async def run() -> list[Result]:
+        by_role = {Role.PREFILL: {"stream_layers": stream_layers}}
+        async with pipeline(llama, tcp, by_role=by_role) as cluster:
+            return [
+                result
+                for prompt in inputs
+                for result in await generate_all(cluster, [prompt], greedy(6))
+            ]
+
+    tokens = [tokens for tokens, _ in asyncio.run(run())]
+    assert tokens == aggregated(llama, inputs, SamplingParams(max_tokens=6))
+    assert reported == ([1, 2, 3] * len(inputs) if stream_layers else [])
 
 
 @pytest.mark.parametrize("kind", ["local", "shm", "gloo", "ucx"])

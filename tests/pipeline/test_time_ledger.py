@@ -16,9 +16,11 @@ from pagewire.router.settings import RouterSettings
 from pagewire.router.time_ledger import Part, TimeLedger, TimeSplit
 from pagewire.router.tokenizer import Tokenizer
 from pagewire.router.tokenizer_loading import load_tokenizer
+from pagewire.worker.config import Role
 
-# Those that every request with a hand-off has: it need not wait for a slot or for a copy.
-CERTAIN = set(Part) - {Part.GRANT_WAIT, Part.SCATTER}
+# Those that every request with a hand-off has: what is handed off may all have left, and lie in
+# pages, before its last chunk has ended.
+CERTAIN = set(Part) - {Part.GRANT_WAIT, Part.GATHER, Part.WIRE, Part.SCATTER}
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,13 @@ def check_fits(split: TimeSplit, reported: dict[Part, float]) -> None:
         assert split.parts[part] >= seconds - 1e-9
 
 
-def test_the_parts_sum_to_what_the_client_waits(llama: Path) -> None:
+@pytest.mark.parametrize("stream_layers", [True, False])
+def test_the_parts_sum_to_what_the_client_waits(llama: Path, stream_layers: bool) -> None:
+    certain = CERTAIN if stream_layers else CERTAIN | {Part.GATHER, Part.WIRE}
+
     async def run() -> None:
-        async with pipeline(llama, tcp, num_slots=2) as cluster:
+        by_role = {Role.PREFILL: {"stream_layers": stream_layers}}
+        async with pipeline(llama, tcp, num_slots=2, by_role=by_role) as cluster:
             await timed(cluster, [1] * 8, max_tokens=2)  # connections are made
             lengths = (400, 65, 300, 5)  # tokens: up to 4 chunks, and they wait for each other
             work = (
@@ -65,7 +71,7 @@ def test_the_parts_sum_to_what_the_client_waits(llama: Path) -> None:
             )
             for split, reported in await asyncio.gather(*work):
                 check_fits(split, reported)
-                assert reported.keys() >= CERTAIN - {Part.PREPROCESS, Part.NETWORK}
+                assert reported.keys() >= certain - {Part.PREPROCESS, Part.NETWORK}
 
     asyncio.run(run())
 

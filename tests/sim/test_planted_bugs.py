@@ -8,6 +8,7 @@ from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
+from pagewire.engine.batch import Batch
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Message, RefuseReason
 from pagewire.prefill_worker.sender import Sender, SenderState
@@ -16,7 +17,8 @@ from pagewire.router.lifecycle import Lifecycle
 from pagewire.router.token_log import TokenLog
 from pagewire.sim.costs import SLOW_STEPS, Costs, Range
 from pagewire.sim.faults import Faults, MessageFaults
-from pagewire.sim.kv_memory import KvMemory
+from pagewire.sim.kv_memory import LAYOUT, KvMemory
+from pagewire.sim.model import SimModel
 from pagewire.sim.scenario import Scenario, random_scenario
 from pagewire.sim.violation import InvariantViolation
 from pagewire.sim.world import World
@@ -134,6 +136,16 @@ def a_seal_is_dated_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DecodeCore, "_on_seal", lambda core, seal, now: on_seal(core, seal, 0.0))
 
 
+def layers_leave_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:
+    compute = SimModel.compute_layers
+
+    def compute_all_or_nothing(model: SimModel, batch: Batch, num_layers: int) -> None:
+        if num_layers == LAYOUT.num_layers:
+            compute(model, batch, num_layers)
+
+    patch.setattr(SimModel, "compute_layers", compute_all_or_nothing)
+
+
 def busy_scenario(seed: int, costs: Costs) -> Scenario:
     """One decode worker whose pages change hands all the time."""
     return Scenario(
@@ -190,6 +202,13 @@ def test_a_missing_copy_of_a_shared_page_is_noticed(
     with pytest.raises(InvariantViolation, match="wrong token"):
         for seed in range(MAX_RUNS):
             World(crowded_scenario(seed)).run()
+
+
+def test_a_layer_that_leaves_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers_leave_before_they_are_computed(monkeypatch)
+    with pytest.raises(InvariantViolation, match="wrong token"):
+        for seed in range(MAX_RUNS):
+            World(random_scenario(seed)).run()
 
 
 def test_times_that_overlap_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ def prefill_core(
     slot_bytes: int = LAYOUT.page_bytes,
     hasher: PageHasher | None = None,
     layout: KVLayout = LAYOUT,
+    stream_layers: bool = True,
 ) -> PrefillCore:
     return PrefillCore(
         incarnation=PREFILL,
@@ -109,6 +110,7 @@ def prefill_core(
         max_batch_tokens=max_batch_tokens,
         slot_bytes=slot_bytes,
         hasher=hasher,
+        stream_layers=stream_layers,
     )
 
 
@@ -151,6 +153,7 @@ class HandoffPair:
         self._landing: deque[Frame] = deque()
         self._scattering: deque[Scatter] = deque()
         self._prefill_batch: Batch | None = None
+        self._layer_group_ends: deque[int] = deque()  # of that batch, which it has not reported
         self._decode_batch: Batch | None = None
 
     def steps(self) -> list[Step]:
@@ -161,6 +164,7 @@ class HandoffPair:
             (self._sending, self.finish_sending),
             (self._landing, self.finish_landing),
             (self._scattering, self.finish_scattering),
+            (self._layer_group_ends, self.finish_layers),
             (True, self.step_prefill),
             (True, self.step_decode),
         ]
@@ -233,14 +237,21 @@ class HandoffPair:
         self.carry_out(self.decode.on_scattered(frame, frame.seq not in self.bad_frames, 0.0))
 
     def step_prefill(self) -> None:
-        """End the step that runs, or begin one."""
+        """End the step that runs, whether it has reported its layers or not, or begin one."""
         if self._prefill_batch is None:
             self._prefill_batch, effects = self.prefill.next_batch(0.0)
+            if self._prefill_batch is not None:
+                self._layer_group_ends.extend(self._prefill_batch.layer_group_ends)
         else:
             result = self.sample(self._prefill_batch)
             self._prefill_batch = None
+            self._layer_group_ends.clear()
             effects = self.prefill.on_batch_done(result, 0.0)
         self.carry_out(effects)
+
+    def finish_layers(self) -> None:
+        """The prefill step that runs reports a group of layers."""
+        self.carry_out(self.prefill.on_layers_done(self._layer_group_ends.popleft(), 0.0))
 
     def step_decode(self) -> None:
         """End the step that runs, or begin one."""

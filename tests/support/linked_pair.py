@@ -138,6 +138,7 @@ class LinkedWorker:
         self._writer = FrameWriter(cache, num_slots=NUM_SLOTS, slot_bytes=2 * LAYOUT.page_bytes)
         self._reader = FrameReader(LAYOUT, cache.buffer())
         self._batch: Batch | None = None
+        self._layer_group_ends: list[int] = []  # of that batch, which it has not reported
 
     def start(
         self,
@@ -183,12 +184,21 @@ class LinkedWorker:
                     self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.now))
 
     def step(self) -> None:
-        """End the step that runs, or begin one; a core never learns that there is no model."""
+        """Begin a step, go on with it layer by layer, or end it; a core never learns that there is
+        no model.
+        """
         if self._batch is None:
             self._batch, effects = self.core.next_batch(self.now)
+            self._layer_group_ends = [*self._batch.layer_group_ends] if self._batch else []
+        elif self._layer_group_ends:
+            assert isinstance(self.core, PrefillCore)
+            num_layers = self._layer_group_ends.pop(0)
+            for row in self._batch.rows:
+                self._compute(row, num_layers)
+            effects = self.core.on_layers_done(num_layers, self.now)
         else:
             for row in self._batch.rows:
-                self._compute(row)
+                self._compute(row, LAYOUT.num_layers)
             result = step_result(self._batch)
             self._batch = None
             effects = self.core.on_batch_done(result, self.now)
@@ -234,15 +244,15 @@ class LinkedWorker:
         assert isinstance(self.core, PrefillCore)
         self.carry_out(self.core.on_frame_sent(frame, checksum, self.now, gathered))
 
-    def _compute(self, row: BatchRow) -> None:
-        """Check the KV before the row's tokens, and write theirs, as attention would."""
+    def _compute(self, row: BatchRow, num_layers: int) -> None:
+        """Check the KV before the row's tokens, and write theirs in the first layers."""
         for position in range(row.start + len(row.token_ids)):
             page = row.page_table[position // LAYOUT.page_size]
             found = self._pool[
                 page, :, :, :, position % LAYOUT.page_size
             ]  # [layer, head, K|V, dim]
             if position >= row.start:
-                found[:] = kv_of(position)
+                found[:num_layers] = kv_of(position)[:num_layers]
             elif not np.array_equal(found, kv_of(position)):
                 raise WrongPages(f"position {position} in page {page}")
 

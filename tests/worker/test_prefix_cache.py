@@ -36,7 +36,7 @@ class CountingPair(HandoffPair):
             prefill_core(num_pages=prefill_pages, max_batch_tokens=64, hasher=HASHER),
             decode_core(num_pages=decode_pages, hasher=HASHER),
         )
-        self.num_pages_sent = 0
+        self.num_layers_sent = 0  # of one page each
 
     @property
     def num_computed(self) -> int:
@@ -50,7 +50,8 @@ class CountingPair(HandoffPair):
         self.carry_out(self.prefill.on_command(prefill, 0.0))
 
     def finish_sending(self) -> None:
-        self.num_pages_sent += self._sending[0].frame.num_pages
+        frame = self._sending[0].frame
+        self.num_layers_sent += frame.num_pages * frame.num_layers
         super().finish_sending()
 
     def first_tokens(self) -> list[pb.FirstToken]:
@@ -60,12 +61,14 @@ class CountingPair(HandoffPair):
         self, prompt: Sequence[int], name: str, salt: str = "", max_tokens: int = 3
     ) -> tuple[int, int]:
         """Run one request to its end; tokens that it computed and pages that it sent."""
-        before = self.num_computed, self.num_pages_sent
+        before = self.num_computed, self.num_layers_sent
         self.start(prompt, name, salt, max_tokens)
         self.run()
         self.check_nothing_is_left()
         assert not self.failures()
-        return self.num_computed - before[0], self.num_pages_sent - before[1]
+        num_pages, rest = divmod(self.num_layers_sent - before[1], LAYOUT.num_layers)
+        assert not rest
+        return self.num_computed - before[0], num_pages
 
 
 def test_a_repeated_prompt_computes_and_sends_its_tail_only() -> None:

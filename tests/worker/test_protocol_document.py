@@ -73,6 +73,7 @@ def reserve(receiver: Receiver, num_hits: int) -> None:
 SENDER_EVENTS: dict[str, SenderEvent] = {
     "opened": lambda sender: sender.open(),
     "computed": lambda sender: sender.on_computed(NUM_TOKENS, 0.0),
+    "layers computed": lambda sender: sender.on_layers_computed(LAYOUT.num_layers, 0.0),
     "Accepted": lambda sender: sender.on_accepted(0, 0.0),
     "Accepted, all cached": lambda sender: sender.on_accepted(1, 0.0),
     "Grant": lambda sender: sender.on_grant(GRANT, 0.0),

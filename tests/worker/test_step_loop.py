@@ -1,13 +1,14 @@
 """The step loop: which rows a step that raised is blamed on."""
 
 import asyncio
+import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import pytest
 
-from pagewire.engine.batch import Batch, BatchRow, StepResult
+from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, StepResult
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Effect
 from pagewire.worker.step_loop import StepLoop
@@ -39,7 +40,7 @@ class OneBatch:
         return []
 
 
-def execute(batch: Batch) -> StepResult:
+def execute(batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
     names = [item.request_id for item in batch.rows]
     if "poison" in names:
         raise ValueError("this row cannot run")
@@ -76,3 +77,87 @@ def test_a_step_that_raises_is_blamed_on_the_rows_that_raise_alone(
         return core
 
     assert asyncio.run(run()).failed == blamed
+
+
+class Listener(OneBatch):
+    """Keeps what it hears of its step, in order, and on which thread."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(*names)
+        self.heard: list[object] = []
+        self.threads: set[int] = set()
+
+    def on_layers_done(self, num_layers: int) -> None:
+        self.heard.append(num_layers)
+        self.threads.add(threading.get_ident())
+
+    def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
+        self.heard.append("done")
+        return super().on_batch_done(result, now)
+
+    def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
+        self.heard.append("failed")
+        return super().on_batch_failed(rows)
+
+
+@pytest.mark.parametrize("end", ["done", "failed"])
+def test_layers_are_reported_on_the_event_loop_before_the_end_of_their_step(end: str) -> None:
+    def execute(batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
+        if on_layers_done is not None:  # not when rows are run again to find out which is to blame
+            for num_layers in (2, 4):
+                on_layers_done(num_layers)
+        if end == "failed":
+            raise ValueError("this step cannot run")
+        return StepResult(tokens=((),))
+
+    async def run() -> Listener:
+        core = Listener("row")
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            loop = StepLoop(
+                core=cast(WorkerCore, core),
+                execute=execute,
+                thread=thread,
+                carry_out=lambda effects: None,
+                on_layers_done=core.on_layers_done,
+            )
+            task = asyncio.create_task(loop.run())
+            await core.over.wait()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return core
+
+    core = asyncio.run(run())
+    assert core.heard == [2, 4, end]
+    assert core.threads == {threading.get_ident()}
+
+
+def test_a_step_that_nobody_waits_for_reports_to_nobody() -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def execute(batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
+        assert on_layers_done is not None
+        started.set()
+        go_on.wait()
+        on_layers_done(2)
+        return StepResult(tokens=((),))
+
+    async def run() -> Listener:
+        core = Listener("row")
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            loop = StepLoop(
+                core=cast(WorkerCore, core),
+                execute=execute,
+                thread=thread,
+                carry_out=lambda effects: None,
+                on_layers_done=core.on_layers_done,
+            )
+            task = asyncio.create_task(loop.run())
+            await asyncio.to_thread(started.wait)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            go_on.set()
+            await asyncio.to_thread(thread.shutdown)
+            await asyncio.sleep(0)
+        return core
+
+    assert asyncio.run(run()).heard == []

@@ -47,7 +47,7 @@ class UnequalPair(HandoffPair):
                 layout=layouts[1],
             ),
         )
-        self.num_sent = 0
+        self.num_layers_sent = 0  # of one token each
 
     def start(self, prompt: Sequence[int], name: str) -> None:
         params = sampling(max_tokens=3)
@@ -60,12 +60,14 @@ class UnequalPair(HandoffPair):
 
     def serve(self, prompt: Sequence[int], name: str) -> int:
         """Run one request to its end; returns the tokens in the pages that were sent."""
-        before = self.num_sent
+        before = self.num_layers_sent
         self.start(prompt, name)
         self.run()
         self.check_nothing_is_left()
         assert not self.failures()
-        return self.num_sent - before
+        num_tokens, rest = divmod(self.num_layers_sent - before, LAYOUT.num_layers)
+        assert not rest
+        return num_tokens
 
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -78,7 +80,7 @@ class UnequalPair(HandoffPair):
         assert effect.source == self.prefill.layout
         first = frame.first_page * effect.source.page_size
         end = first + frame.num_pages * effect.source.page_size
-        self.num_sent += end - first
+        self.num_layers_sent += (end - first) * frame.num_layers
         pages = effect.page_table[first // size : -(-end // size)]
         assert pages
         assert not any(self.decode.pool.is_cached(page) for page in pages)
