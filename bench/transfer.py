@@ -5,7 +5,8 @@ of it, sockets with sendmsg and recv_into, gloo and UCX without headers, order o
 "pages" is what workers do: frames of pages over tcp, with header and checksum, into the pages of
 the receiver; "bare pages" are the same bytes in the same memory over the same transport. Each of
 the two processes has one core. All take turns in one run, so that a busy machine slows all of them;
-the figures are medians over the rounds.
+the figures are medians over the rounds. What aborts and replays cost is counted at the end, with
+the real cores of workers under virtual time.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.handoff_safety import describe_safety, measure_safety
 from harness.page_lane import (
     FRAME_BYTES,
     NUM_BUFFERS,
@@ -384,7 +386,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, some seconds in all")
-    parser.add_argument("--lanes", nargs="+", choices=LANES, help="only these (default: all)")
+    parser.add_argument(
+        "--lanes", nargs="+", choices=LANES, help="only these (default: all figures)"
+    )
     parser.add_argument("--receive", choices=LANES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.receive:
@@ -395,6 +399,9 @@ def main() -> None:
     names = [name for name in arguments.lanes or LANES if found.usable or "ucx" not in name]
     num_rounds, num_frames = (7, 64) if arguments.quick else (31, 128)
     figures = report(measure(names, num_rounds, num_frames), num_frames)
+    num_aborts, num_recorded = (300, 20) if arguments.quick else (10_000, 500)
+    if not arguments.lanes:
+        figures |= measure_safety(num_aborts=num_aborts, num_recorded=num_recorded)
     for name, rate in figures["gb_per_s"].items():
         print(f"{name:12} {rate['median']:6.2f} GB/s  ({rate['min']:.2f} to {rate['max']:.2f})")
     for name, ratio in figures["ratio_to_baseline"].items():
@@ -402,6 +409,8 @@ def main() -> None:
     if "pages" in figures["ratio_to_baseline"]:
         share = 1 / figures["ratio_to_baseline"]["pages"] - 1
         print(f"header, checksum and scatter: {share:.1%} of the transfer time on tcp")
+    if not arguments.lanes:
+        print(*describe_safety(figures), sep="\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -175,7 +175,7 @@ def test_a_payload_lands_in_several_parts(kind: str) -> None:
 
             def place_in_parts(peer: bytes, header: bytes, length: int) -> Landing | None:
                 place(peer, header, length)
-                return Landing(*map(memoryview, parts))
+                return Landing(*[memoryview(part) for part in parts])
 
             p.inbox_b.place = place_in_parts  # type: ignore[method-assign]
             connection = await p.a.connect(B, p.b.address)
