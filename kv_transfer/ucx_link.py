@@ -134,7 +134,12 @@ class UcxLink:
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
-        self._num_idle_turns = 0 if self._advance() else self._num_idle_turns + 1
+        if self._advance():
+            self._num_idle_turns = 0
+            self._finish_transfers()
+            self._run_soon()
+            return
+        self._num_idle_turns += 1
         self._finish_transfers()
         asleep = self._worker.arm()
         if not asleep and self._num_idle_turns < _NUM_BUSY_TURNS:
