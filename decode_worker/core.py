@@ -11,12 +11,14 @@ from collections.abc import Collection, Iterable
 from google.protobuf.message import DecodeError
 
 from pagewire.decode_worker.drafting import Drafting, Speculation
+from pagewire.decode_worker.frame_place import FramePlace
 from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
+from pagewire.decode_worker.written_pages import WrittenPages
 from pagewire.engine.batch import Batch, PageCopy, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
@@ -40,7 +42,7 @@ from pagewire.kv_transfer.messages import (
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
 from pagewire.worker.cache_reports import CacheReports
-from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
+from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send, Verify
 from pagewire.worker.events import failed, logprobs_message, page_counts
 from pagewire.worker.identity import (
     AttemptKey,
@@ -99,7 +101,7 @@ class DecodeCore:
         self._batch: list[DecodeSequence] = []  # the step that runs now
         self._batch_began = 0.0  # seconds on the worker's clock
         self._orphans = OrphanedPages(pool)
-        self._scattering: dict[tuple[AttemptKey, int], list[int]] = {}  # pages, by frame
+        self._written = WrittenPages(pool)
         self._ended = EndedAttempts()
         self._num_generated_tokens = 0
         self._num_drafted_tokens = 0
@@ -239,8 +241,10 @@ class DecodeCore:
                 self._num_dropped += 1
                 return []
 
-    def place(self, peer: bytes, frame: Frame, length: int) -> tuple[int | None, list[Effect]]:
-        """The slot into which the payload of `frame` may be written; None to discard it."""
+    def place(
+        self, peer: bytes, frame: Frame, length: int
+    ) -> tuple[FramePlace | None, list[Effect]]:
+        """Where the payload of `frame` may be written; None to discard it."""
         request = self._addressee(frame.id)
         if (
             request is None
@@ -258,13 +262,15 @@ class DecodeCore:
             self._num_dropped += 1
             return None, []
         request.receiver.on_landing(frame)
-        return frame.slot, []
+        self._grow(request, request.num_prompt_tokens)
+        if not request.receiver.lands_in_pages:
+            return FramePlace(slot=frame.slot, page_table=None), []
+        self._written.pin(frame.slot, request.pages_of(frame))
+        return FramePlace(slot=frame.slot, page_table=tuple(request.pages)), []
 
     def on_scattered(self, frame: Frame, is_sound: bool, now: float) -> list[Effect]:
-        """The slot of `frame` is not read any more; its bytes are in pages if they were sound."""
-        key = AttemptKey.of(frame.id)
-        self.pool.unpin(self._scattering.pop((key, frame.seq)))
-        self.slots.free(frame.slot)
+        """A Scatter or Verify is done: the bytes of `frame` are in pages, if they were sound."""
+        self._free_slot(frame.slot)
         request = self._addressee(frame.id)
         if request is None:  # its pages were quarantined until now
             return self._admit_waiting()
@@ -278,7 +284,7 @@ class DecodeCore:
 
     def on_peer_lost(self, peer: bytes) -> list[Effect]:
         """A prefill worker is gone, or cannot be reached; nothing writes its slots any more."""
-        self.slots.reclaim_peer(peer)
+        self._written.unpin(self.slots.reclaim_peer(peer))
         effects: list[Effect] = []
         for request in list(self._requests.values()):
             receiver = request.receiver
@@ -292,7 +298,7 @@ class DecodeCore:
                         pb.FAILURE_CODE_PEER_LOST,
                     )
                 )
-        return [*effects, *self._grant_slots()]
+        return [*effects, *self._admit_waiting()]
 
     def _on_open(self, message: Open) -> list[Effect]:
         request = self._addressee(message.id)
@@ -317,13 +323,12 @@ class DecodeCore:
             return []
         request = self._addressee(frame.id)
         if request is None:  # aborted while the frame was landing
-            self.slots.free(frame.slot)
-            return self._grant_slots()
+            self._free_slot(frame.slot)
+            return self._admit_waiting()
         request.receiver.on_landed(frame)
-        self._grow(request, request.num_prompt_tokens)
-        pages = [request.pages[index] for index in request.receiver.pages_of(frame)]
-        self.pool.pin(pages)
-        self._scattering[request.key, frame.seq] = pages
+        if frame.slot in self._written:
+            return [Verify(frame=frame)]
+        self._written.pin(frame.slot, request.pages_of(frame))
         source = request.receiver.source
         return [Scatter(frame=frame, source=source, page_table=tuple(request.pages))]
 
@@ -420,6 +425,11 @@ class DecodeCore:
             )
             effects.append(Send(message=grant))
         return effects
+
+    def _free_slot(self, slot: int) -> None:
+        """The frame in `slot` is dealt with; nothing writes its pages any more."""
+        self._written.unpin([slot])
+        self.slots.free(slot)
 
     def _grow(self, owner: DecodeRequest | DecodeSequence, num_tokens: int) -> None:
         """Give its owner pages for `num_tokens` tokens, out of its Reservation."""

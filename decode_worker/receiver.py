@@ -50,15 +50,21 @@ class Receiver:
         self._source_digest = b""
         self._num_hit_pages = 0  # of the sender
         self._all_layers = (1 << layout.num_layers) - 1
-        self._covered: list[int] = []  # per page of the sender, a bit per layer
+        # Per page of the sender, a bit per layer that is here or that a frame brings.
+        self._covered: list[int] = []
         self._checksums: dict[int, int] = {}  # by seq, of the frames that lie in pages
         self._landing: set[int] = set()  # seqs between header and the end of their payload
-        self._scattering: set[int] = set()  # seqs between their slot and their pages
+        self._scattering: set[int] = set()  # seqs that are verified, or brought into pages
 
     @property
     def source(self) -> KVLayout:
         """The layout of the sender, once it has begun: its pages are what frames carry."""
         return self._source
+
+    @property
+    def lands_in_pages(self) -> bool:
+        """Whether the payload of a frame is, byte for byte, what the pages here shall hold."""
+        return self._source == self._layout
 
     @property
     def hit_unit(self) -> int:
@@ -118,7 +124,10 @@ class Receiver:
         return any(frame.seq in seqs for seqs in (self._landing, self._scattering, self._checksums))
 
     def agrees(self, frame: Frame, length: int) -> bool:
-        """Whether a frame with `length` bytes of payload is one that this hand-off can have."""
+        """Whether a frame with `length` bytes of payload is one that this hand-off can have.
+
+        No layer of a page comes twice: what has landed is never written again.
+        """
         part = frame.part
         return (
             frame.layout_digest == self._source_digest
@@ -129,12 +138,15 @@ class Receiver:
             and part.first_page + part.num_pages <= len(self._covered)
             and part.first_layer + part.num_layers <= self._layout.num_layers
             and length == part.num_bytes(self._source)
+            and not any(self._covered[page] & _layers_of(frame) for page in _pages_of(frame))
         )
 
     def on_landing(self, frame: Frame) -> None:
-        """The header was accepted: the payload goes into its slot."""
+        """The header was accepted, which `agrees`: the payload goes to its place."""
         if self.state is ReceiverState.RECEIVING and not self.is_repeated(frame):
             self._landing.add(frame.seq)
+            for page in _pages_of(frame):
+                self._covered[page] |= _layers_of(frame)
 
     def on_landed(self, frame: Frame) -> None:
         """The payload is complete."""
@@ -155,11 +167,6 @@ class Receiver:
             return None
         self._scattering.remove(frame.seq)
         self._checksums[frame.seq] = frame.checksum
-        layers = ((1 << frame.num_layers) - 1) << frame.first_layer
-        for page in range(frame.first_page, frame.first_page + frame.num_pages):
-            if self._covered[page] & layers:
-                return RefuseReason.INTEGRITY
-            self._covered[page] |= layers
         return self._become_ready_if_complete()
 
     def on_seal(self, seal: Seal) -> RefuseReason | None:
@@ -186,3 +193,13 @@ class Receiver:
             return RefuseReason.INTEGRITY
         self.state = ReceiverState.READY
         return None
+
+
+def _pages_of(frame: Frame) -> range:
+    """The pages of the sender in `frame`."""
+    return range(frame.first_page, frame.first_page + frame.num_pages)
+
+
+def _layers_of(frame: Frame) -> int:
+    """A bit for each layer in `frame`."""
+    return ((1 << frame.num_layers) - 1) << frame.first_layer

@@ -6,6 +6,7 @@ from pagewire.decode_worker.receiver import Receiver
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotHolder
 from pagewire.engine.page_pool import Reservation
+from pagewire.kv_transfer.messages import Frame
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.choices import PageDemand
 from pagewire.proto.page_hash import PageKey
@@ -40,6 +41,10 @@ class DecodeRequest:
     def holder(self) -> SlotHolder:
         """What the slots of the hand-off are granted to."""
         return SlotHolder(self.key, self.receiver.id.receiver)
+
+    def pages_of(self, frame: Frame) -> list[int]:
+        """The pages that `frame` is written into."""
+        return [self.pages[index] for index in self.receiver.pages_of(frame)]
 
     @property
     def demand(self) -> PageDemand:

@@ -1,7 +1,8 @@
-"""The staging slots of a decode worker: where frames land before they are believed. Pure.
+"""The staging slots of a decode worker: each is credit for one frame. Pure.
 
     FREE ──grant──▶ GRANTED ──header accepted──▶ LANDING ──payload here──▶ SCATTERING ──▶ FREE
 
+A frame lands in its slot where it cannot land in its pages, since these have another layout.
 A granted slot whose hand-off has ended stays out of use until the sender says that no frame will
 follow, or its connection is gone: what is on the wire cannot be recalled.
 """
@@ -95,15 +96,20 @@ class SlotPool:
             if slot.holder == holder and slot.state is SlotState.GRANTED:
                 self._free_slot(index)
 
-    def reclaim_peer(self, peer: bytes) -> None:
-        """The connection to `peer` is gone, and with it everything that could write its slots."""
-        for index, slot in enumerate(self._slots):
-            if (
-                slot.holder is not None
-                and slot.holder.peer == peer
-                and slot.state in (SlotState.GRANTED, SlotState.LANDING)
-            ):
-                self._free_slot(index)
+    def reclaim_peer(self, peer: bytes) -> list[int]:
+        """The connection to `peer` is gone, and with it everything that could write its slots.
+
+        Returns the slots whose frames were landing.
+        """
+        states = (SlotState.GRANTED, SlotState.LANDING)
+        reclaimed = [
+            (index, slot.state)
+            for index, slot in enumerate(self._slots)
+            if slot.holder is not None and slot.holder.peer == peer and slot.state in states
+        ]
+        for index, _ in reclaimed:
+            self._free_slot(index)
+        return [index for index, state in reclaimed if state is SlotState.LANDING]
 
     def holders_awaited(self) -> list[SlotHolder]:
         """Who may still write a slot, granted or landing; each once, in order of their slots."""

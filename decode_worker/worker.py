@@ -11,10 +11,11 @@ from pagewire.engine.batch import Batch, OnLayersDone, StepResult
 from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.messages import Frame, MessageError, decode
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
-from pagewire.worker.effects import Scatter
+from pagewire.worker.effects import Scatter, Verify
 from pagewire.worker.frames import FrameWriter
 from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
@@ -60,13 +61,17 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             runner.kv_cache, num_slots=config.num_slots, slot_bytes=config.slot_bytes
         )
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         frame = decode(header)
         if not isinstance(frame, Frame):
             raise MessageError(f"{type(frame).__name__} has no payload")
-        slot, effects = self.core.place(peer, frame, length)
+        place, effects = self.core.place(peer, frame, length)
         self.carry_out(effects)
-        return None if slot is None else self._writer.slot(slot, length)
+        if place is None:
+            return None
+        if place.page_table is None:
+            return self._writer.land_in_slot(frame, length)
+        return self._writer.land_in_pages(frame, place.page_table)
 
     def _run_batch(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
         if self._draft_model is not None:
@@ -87,4 +92,13 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         is_sound = await loop.run_in_executor(
             self.io_thread, self._writer.write, effect.frame, effect.source, effect.page_table
         )
+        self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.clock()))
+
+    async def _verify(self, effect: Verify) -> None:
+        if self._writer.has_checksum(effect.frame):
+            is_sound = self._writer.is_sound(effect.frame)
+        else:
+            is_sound = await asyncio.get_running_loop().run_in_executor(
+                self.io_thread, self._writer.is_sound, effect.frame
+            )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.clock()))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pagewire.kv_transfer.framing import PREFIX_BYTES, Decoder, Encoder, FramingError, Kind, Prefix
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
 from pagewire.kv_transfer.socket_io import PEER_CLOSED, why_ended
 from pagewire.kv_transfer.transport import ConnectionLost, Handler, TransferStats
@@ -52,12 +53,25 @@ class _Outgoing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Arrival:
-    """A message that is complete once `done` is; delivered in the order of the announcements."""
+    """A message, complete once its payload is; delivered in the order of the announcements."""
 
     header: bytes
-    num_bytes: int = 0
-    done: asyncio.Future[None] | None = None  # None: it has no payload
-    started: float = 0.0
+    payload: "_Incoming | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Incoming:
+    """A payload under way to its place."""
+
+    landing: Landing
+    received: memoryview  # the landing itself, or memory in one part where that has several
+    done: asyncio.Future[None]
+    started: float
+
+    def settle(self) -> None:
+        """The payload is complete: bring it to its place, unless it is there."""
+        if self.landing.whole is None:
+            self.landing.write(self.received)
 
 
 class AnnouncedConnection:
@@ -180,29 +194,31 @@ class AnnouncedConnection:
         """Deliver messages in order until a payload fails to arrive; returns the reason."""
         while True:
             arrival = await self._arrivals.get()
-            if arrival.done is not None:
+            payload = arrival.payload
+            if payload is not None:
                 try:
-                    await arrival.done
+                    await payload.done
                 except ConnectionLost as error:
                     return str(error)
-                self._stats.receive_seconds += time.perf_counter() - arrival.started
-                self._stats.bytes_received += arrival.num_bytes
+                payload.settle()
+                self._stats.receive_seconds += time.perf_counter() - payload.started
+                self._stats.bytes_received += payload.landing.num_bytes
             self._handler.deliver(self._peer, arrival.header)
 
     async def _on_announce(self, header: bytes, num_bytes: int) -> None:
         started = time.perf_counter()
-        target = place(self._handler, self._peer, header, num_bytes)
+        landing = place(self._handler, self._peer, header, num_bytes)
         if self._ended:  # closed by the callback
             return
-        if target is None:
+        if landing is None:
             self._write(Kind.DISCARD)
             return
+        received = landing.whole or memoryview(bytearray(num_bytes))  # a link fills one part
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._link.receive(target, done)
+        self._link.receive(received, done)
         self._write(Kind.READY)
-        await self._arrivals.put(
-            _Arrival(header=header, num_bytes=num_bytes, done=done, started=started)
-        )
+        payload = _Incoming(landing=landing, received=received, done=done, started=started)
+        await self._arrivals.put(_Arrival(header=header, payload=payload))
 
     def _on_ready(self) -> None:
         outgoing = self._oldest_unanswered()

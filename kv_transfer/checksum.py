@@ -22,10 +22,12 @@ def checksum(*buffers: bytes | bytearray | memoryview) -> int:
 
     Other threads run meanwhile.
     """
-    value = 0
-    for buffer in buffers:
-        value = crc32(buffer, value)
-    return value
+    return reduce(extend_checksum, buffers, 0)
+
+
+def extend_checksum(value: int, buffer: bytes | bytearray | memoryview) -> int:
+    """The checksum of what had `value`, followed by `buffer`. Other threads run meanwhile."""
+    return crc32(buffer, value)
 
 
 def digest_of(frame_checksums: Iterable[int]) -> int:

@@ -129,13 +129,11 @@ class LocalConnection:
     def _copy(self, message: _Message) -> bool:
         """Whether the payload was wanted."""
         started = time.perf_counter()
-        target = place(self._handler, self._peer, message.header, message.num_bytes)
-        if target is None:
+        landing = place(self._handler, self._peer, message.header, message.num_bytes)
+        if landing is None:
             return False
-        position = 0
         for part in message.payload:
-            target[position : position + part.nbytes] = part.cast("B")
-            position += part.nbytes
+            landing.write(part.cast("B"))
         self._stats.receive_seconds += time.perf_counter() - started
         self._stats.bytes_received += message.num_bytes
         return True

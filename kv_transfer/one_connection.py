@@ -7,6 +7,7 @@ for alive. Which one counts is the choice of the end that connects; the other fo
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.transport import Handler, Transport
 
 
@@ -52,7 +53,7 @@ class OneConnection:
         """
         self._pairs[peer] = _Pair(kind=kind, is_own_choice=True)
 
-    def place(self, kind: str, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, kind: str, peer: bytes, header: bytes, length: int) -> Landing | None:
         if self._follow(kind, peer).kind != kind:
             return None
         return self._handler.place(peer, header, length)
@@ -102,7 +103,7 @@ class _Lane:
     pairs: OneConnection
     kind: str
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         return self.pairs.place(self.kind, peer, header, length)
 
     def deliver(self, peer: bytes, header: bytes) -> None:

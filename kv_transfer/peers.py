@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.transport import Connection, Handler, TransferStats
 
 CLOSED_HERE = "closed by this worker"
@@ -121,14 +122,12 @@ def _log_failure(task: asyncio.Task[None]) -> None:
         logger.error("a connection ended because a callback failed", exc_info=error)
 
 
-def place(handler: Handler, peer: bytes, header: bytes, num_bytes: int) -> memoryview | None:
+def place(handler: Handler, peer: bytes, header: bytes, num_bytes: int) -> Landing | None:
     """Ask `handler` for the place of a payload and check it, so that none is ever overrun.
 
     Raises ValueError when the place has another size: a bug of the handler.
     """
-    view = handler.place(peer, header, num_bytes)
-    if view is None:
-        return None
-    if view.nbytes != num_bytes:
-        raise ValueError(f"place returned {view.nbytes} bytes for a payload of {num_bytes}")
-    return view.cast("B")
+    landing = handler.place(peer, header, num_bytes)
+    if landing is not None and landing.num_bytes != num_bytes:
+        raise ValueError(f"place returned {landing.num_bytes} bytes for a payload of {num_bytes}")
+    return landing

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from pagewire.kv_transfer.framing import PREFIX_BYTES, Decoder, Encoder, FramingError, Kind, Prefix
 from pagewire.kv_transfer.handshake import HandshakeError, Hello
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
 from pagewire.kv_transfer.shared_memory import (
     Offer,
@@ -38,7 +39,7 @@ class _Arrival:
     """A payload of which some chunks have come."""
 
     header: bytes
-    target: memoryview | None  # None: it is not wanted
+    landing: Landing | None  # None: it is not wanted
     num_bytes: int
     num_copied: int = 0
     started: float
@@ -181,7 +182,7 @@ class ShmConnection:
     def _on_announce(self, header: bytes, num_bytes: int) -> None:
         self._arrival = _Arrival(
             header=header,
-            target=place(self._handler, self._peer, header, num_bytes),
+            landing=place(self._handler, self._peer, header, num_bytes),
             num_bytes=num_bytes,
             started=time.perf_counter(),
         )
@@ -192,10 +193,9 @@ class ShmConnection:
             raise FramingError(
                 f"a chunk of {length} bytes, {arrival.num_copied} of {arrival.num_bytes} being here"
             )
-        if arrival.target is not None:
+        if arrival.landing is not None:
             offset = self._num_emptied % NUM_SLOTS * SLOT_BYTES
-            chunk = slice(offset, offset + length)
-            arrival.target[arrival.num_copied : end] = self._incoming.view[chunk]
+            arrival.landing.write(self._incoming.view[offset : offset + length])
         arrival.num_copied = end
         self._num_emptied += 1
         self._write(self._encoder.encode(Kind.FREED))
@@ -204,7 +204,7 @@ class ShmConnection:
 
     def _on_complete(self, arrival: _Arrival) -> None:
         self._arrival = None
-        if arrival.target is not None:
+        if arrival.landing is not None:
             self._stats.receive_seconds += time.perf_counter() - arrival.started
             self._stats.bytes_received += arrival.num_bytes
             self._handler.deliver(self._peer, arrival.header)

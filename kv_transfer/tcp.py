@@ -27,7 +27,7 @@ _DISCARD_BYTES = 64 * 1024
 
 
 class TcpConnection:
-    """One socket to a peer; a frame is read straight into the buffer that the Handler placed."""
+    """One socket to a peer; a frame is read straight to where the Handler wants it to land."""
 
     def __init__(
         self, sock: socket.socket, *, peer: bytes, handler: Handler, stats: TransferStats
@@ -102,11 +102,15 @@ class TcpConnection:
     async def _receive_payload(self, header: bytes, num_bytes: int) -> bool:
         """Whether the payload was wanted."""
         started = time.perf_counter()
-        target = place(self._handler, self._peer, header, num_bytes)
-        if target is None:
+        landing = place(self._handler, self._peer, header, num_bytes)
+        if landing is None:
             await self._discard(num_bytes)
             return False
-        await receive_into(self._sock, target)
+        while not landing.is_full:
+            piece = landing.next_piece()
+            await receive_into(self._sock, piece)
+            landing.advance(len(piece))
+            await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
         self._stats.receive_seconds += time.perf_counter() - started
         self._stats.bytes_received += num_bytes
         return True

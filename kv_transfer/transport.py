@@ -7,6 +7,8 @@ nothing of their meaning. Each implementation is driven by one asyncio loop.
 from dataclasses import dataclass
 from typing import Protocol
 
+from pagewire.kv_transfer.landing import Landing
+
 
 class TransportError(Exception):
     """A transport cannot be started, or a peer cannot be reached."""
@@ -30,11 +32,12 @@ class TransferStats:
 class Handler(Protocol):
     """What a worker does with arriving messages. Called on the loop; must not block."""
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         """Where the `length` bytes of payload behind `header` shall land.
 
         None discards them; the message is then not delivered. The memory is the transport's until
-        it calls `deliver` or, when the connection ends first, `lost`.
+        it calls `deliver` or, when the connection ends first, `lost`. A transport that copies the
+        payload there itself tells the landing so, piece by piece.
         """
 
     def deliver(self, peer: bytes, header: bytes) -> None:

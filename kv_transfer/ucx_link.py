@@ -17,7 +17,9 @@ from pagewire.kv_transfer.announced import fail
 from pagewire.kv_transfer.transport import TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary
 
-_STEPS_PER_TURN = 64  # bounds how long one turn keeps the event loop
+# Bounds how long one turn keeps the event loop, to about a quarter of a frame: the headers of those
+# that follow are then answered while it moves, and the link does not run dry.
+_STEPS_PER_TURN = 8
 _STEPS_TO_END = 10
 # UCX cannot tell when a peer makes room in shared memory. While transfers are under way it is
 # asked again at once a few times, and then this often, for a peer may be slow or stopped.
@@ -134,7 +136,12 @@ class UcxLink:
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
-        self._num_idle_turns = 0 if self._advance() else self._num_idle_turns + 1
+        if self._advance():
+            self._num_idle_turns = 0
+            self._finish_transfers()
+            self._run_soon()
+            return
+        self._num_idle_turns += 1
         self._finish_transfers()
         asleep = self._worker.arm()
         if not asleep and self._num_idle_turns < _NUM_BUSY_TURNS:

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.messages import Frame, MessageError
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
-from pagewire.worker.effects import Scatter
+from pagewire.worker.effects import Scatter, Verify
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
@@ -48,7 +49,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             on_state=on_state,
         )
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         raise MessageError("a prefill worker takes no frames")
 
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
@@ -62,4 +63,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             self.carry_out(self.core.on_layers_done(num_layers, self.clock()))
 
     async def _scatter(self, effect: Scatter) -> None:
+        raise AssertionError("a prefill worker takes no frames")
+
+    async def _verify(self, effect: Verify) -> None:
         raise AssertionError("a prefill worker takes no frames")

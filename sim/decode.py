@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.frame_place import FramePlace
 from pagewire.kv_transfer.checksum import checksum
 from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.proto import worker_pb2 as pb
@@ -11,12 +12,15 @@ from pagewire.sim.process import Process
 from pagewire.sim.registration import RegistrationDesk
 from pagewire.sim.transport import Fabric
 from pagewire.sim.worker import SimWorker
-from pagewire.worker.effects import Scatter
+from pagewire.worker.effects import Scatter, Verify
 from pagewire.worker.interval import Interval
 
 
 class SimDecodeWorker(SimWorker[DecodeCore]):
-    """Receives frames into staging slots, which keep their bytes until the next frame lands."""
+    """Receives frames into pages, where they land, or into slots.
+
+    Both get their bytes at the last moment, so that pages freed too early would show.
+    """
 
     role = pb.ROLE_DECODE
 
@@ -36,17 +40,24 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
             fabric=fabric,
             routers=routers,
         )
-        self._slots: dict[int, bytes] = {}
+        self._slots: dict[int, bytes] = {}  # what landed last
+        self._places: dict[int, tuple[Frame, FramePlace]] = {}  # by slot
 
     def place(self, peer: bytes, header: bytes, length: int) -> int | None:
         frame = decode(header)
         assert isinstance(frame, Frame), "only frames have a payload"
-        slot, effects = self.core.place(peer, frame, length)
+        place, effects = self.core.place(peer, frame, length)
         self.carry_out(effects)
-        return slot
+        if place is None:
+            return None
+        self._places[place.slot] = frame, place
+        return place.slot
 
     def land(self, slot: int, payload: bytes) -> None:
         self._slots[slot] = payload
+        frame, place = self._places[slot]
+        if place.page_table is not None:
+            self.memory.scatter(frame.part, place.page_table, payload)
 
     def _scatter(self, effect: Scatter) -> None:
         frame = effect.frame
@@ -59,6 +70,11 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
 
     def _on_layers_done(self, num_layers: int) -> None:
         raise AssertionError("nobody asks a decode step for its layers")
+
+    def _verify(self, effect: Verify) -> None:
+        frame = effect.frame
+        is_sound = checksum(self._slots[frame.slot]) == frame.checksum
+        self.carry_out(self.core.on_scattered(frame, is_sound, self.process.now))
 
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         raise AssertionError("a decode worker sends no frames")

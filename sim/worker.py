@@ -20,7 +20,16 @@ from pagewire.sim.registration import Registration, RegistrationDesk
 from pagewire.sim.session import Session
 from pagewire.sim.transport import Fabric, SimHandler, SimTransport
 from pagewire.worker.core import WorkerCore
-from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.effects import (
+    Connect,
+    Disconnect,
+    Effect,
+    Emit,
+    Scatter,
+    Send,
+    SendFrame,
+    Verify,
+)
 from pagewire.worker.interval import Interval
 
 _HEARTBEAT_S = 1.0
@@ -130,6 +139,10 @@ class SimWorker(SimHandler, Generic[Core]):
                     environment = self._environment
                     delay = environment.costs.scatter.draw(environment.random)
                     self.process.after(delay, partial(self._scatter, effect))
+                case Verify():
+                    environment = self._environment
+                    delay = environment.costs.scatter.draw(environment.random)
+                    self.process.after(delay, partial(self._verify, effect))
         if not self._is_stepping:
             self._is_stepping = True
             self.process.after(0.0, self._step)
@@ -178,6 +191,10 @@ class SimWorker(SimHandler, Generic[Core]):
     @abstractmethod
     def _scatter(self, effect: Scatter) -> None:
         """Move a landed frame into pages and tell the core."""
+
+    @abstractmethod
+    def _verify(self, effect: Verify) -> None:
+        """Compare the checksum of a frame that landed in pages and tell the core."""
 
     def _on_unreachable(self, peer: bytes) -> None:
         self._environment.note(self.process.name, "cannot reach a peer")

@@ -53,6 +53,16 @@ class Scatter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verify:
+    """Verify a frame that has landed in its pages; then tell the core, as after a Scatter.
+
+    The pages are pinned until then.
+    """
+
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnect:
     """Close the connection to `peer`, which has stopped answering; its loss is then reported.
 
@@ -62,4 +72,4 @@ class Disconnect:
     peer: bytes  # incarnation
 
 
-Effect = Emit | Connect | Send | SendFrame | Scatter | Disconnect
+Effect = Emit | Connect | Send | SendFrame | Scatter | Verify | Disconnect

@@ -1,6 +1,6 @@
-"""Frames between pages and transports, in the I/O thread of a worker.
+"""Frames between pages and transports.
 
-Runs and their checksum on one side, verify and scatter on the other.
+Runs and their checksum on one side; landing, verification and scatter on the other.
 """
 
 from dataclasses import replace
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_scatter import KVScatter
 from pagewire.kv_transfer.checksum import checksum
+from pagewire.kv_transfer.landing import CheckedLanding, Landing
 from pagewire.kv_transfer.layout import KVLayout, byte_runs
 from pagewire.kv_transfer.messages import Frame
 
@@ -37,25 +38,47 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Staging slots, and the way from them into pages."""
+    """Where frames land: in pages, or in staging slots and from there in pages."""
 
     def __init__(self, cache: KVCache, *, num_slots: int, slot_bytes: int) -> None:
         """Raises DeviceMemoryError when the cache is not in host memory."""
+        self._layout = cache.layout
+        self._pool: Bytes = np.frombuffer(cache.buffer(), dtype=np.uint8)
         self._scatter = KVScatter(cache)
+        # Takes memory only where a frame lands, which is none where all workers have one layout.
         self._slots: Bytes = np.empty((num_slots, slot_bytes), dtype=np.uint8)
+        self._landings: dict[int, CheckedLanding] = {}  # of the frame that came last, by slot
 
-    def slot(self, index: int, length: int) -> memoryview:
-        """Where a payload of `length` bytes lands."""
-        return self._slots[index, :length].data
+    def land_in_slot(self, frame: Frame, num_bytes: int) -> Landing:
+        """Where the payload of `frame` lands when `write` is to bring it into pages."""
+        return self._land(frame, [self._slots[frame.slot, :num_bytes].data])
+
+    def land_in_pages(self, frame: Frame, page_table: tuple[int, ...]) -> Landing:
+        """Where the payload of `frame`, in the layout of these pages, lands in them."""
+        runs = byte_runs(self._layout, frame.part, page_table)
+        return self._land(
+            frame, [self._pool[offset : offset + length].data for offset, length in runs]
+        )
+
+    def has_checksum(self, frame: Frame) -> bool:
+        """Whether the checksum was made while the frame landed: `is_sound` then takes no time."""
+        return self._landings[frame.slot].is_full
+
+    def is_sound(self, frame: Frame) -> bool:
+        """Whether the bytes that have landed are those that were sent."""
+        return self._landings[frame.slot].checksum() == frame.checksum
 
     def write(self, frame: Frame, source: KVLayout, page_table: tuple[int, ...]) -> bool:
-        """Bring a landed frame, in the layout of its sender, into pages.
+        """Bring a frame that landed in its slot, in the layout of its sender, into pages.
 
         False, and nothing is written, when its bytes are bad.
         """
-        part = frame.part
-        payload = self._slots[frame.slot, : part.num_bytes(source)]
-        if checksum(payload.data) != frame.checksum:
+        if not self.is_sound(frame):
             return False
-        self._scatter.write(payload, part, source, page_table)
+        payload = self._slots[frame.slot, : frame.part.num_bytes(source)]
+        self._scatter.write(payload, frame.part, source, page_table)
         return True
+
+    def _land(self, frame: Frame, parts: list[memoryview]) -> Landing:
+        landing = self._landings[frame.slot] = CheckedLanding(*parts)
+        return landing

@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from pagewire.kv_transfer.circuit import CircuitLimits
 from pagewire.kv_transfer.messages import Frame, Message, encode
@@ -19,9 +20,21 @@ from pagewire.worker.tasks import Spawn
 logger = logging.getLogger(__name__)
 
 _Outgoing = Connect | Send | SendFrame
+Payload = tuple[memoryview, ...]
 
 # The frame, its checksum unless it was not sent, and when that was made unless it was not.
 OnFrameSent = Callable[[Frame, int | None, Interval | None], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedFrame:
+    """A frame that waits for those before it, while its checksum is being made."""
+
+    effect: SendFrame
+    reading: asyncio.Future[tuple[Frame, Payload, Interval]]  # as it is sent; when that was made
+
+
+_Queued = Connect | Send | QueuedFrame
 
 
 class Links:
@@ -84,21 +97,28 @@ class Links:
         """Give up the connection to `peer`, on which something stalled; its loss is reported."""
         self.connections.give_up(peer)
 
-    async def send_frame(self, connection: Connection, effect: SendFrame) -> None:
-        """Checksum and send a frame; whatever happens, its pages are let go."""
+    def read_frame(self, effect: SendFrame) -> QueuedFrame:
+        """Begin to make the checksum of a frame, in the I/O thread."""
+        reading = asyncio.get_running_loop().run_in_executor(self._io_thread, self._read, effect)
+        return QueuedFrame(effect=effect, reading=reading)
+
+    def _read(self, effect: SendFrame) -> tuple[Frame, Payload, Interval]:
         assert self._reader is not None, "only a prefill worker sends frames"
+        started = self._clock()
+        frame, payload = self._reader.read(effect.frame, effect.page_table)
+        return frame, payload, Interval(started, self._clock())
+
+    async def send_frame(self, connection: Connection | None, queued: QueuedFrame) -> None:
+        """Send a frame, where there is a connection; whatever happens, its pages are let go."""
         checksum: int | None = None
         gathered: Interval | None = None
-        started = self._clock()
         try:
-            frame, payload = await asyncio.get_running_loop().run_in_executor(
-                self._io_thread, self._reader.read, effect.frame, effect.page_table
-            )
-            gathered = Interval(started, self._clock())
-            await connection.send(encode(frame), *payload)
-            checksum = frame.checksum
+            frame, payload, gathered = await queued.reading
+            if connection is not None:
+                await connection.send(encode(frame), *payload)
+                checksum = frame.checksum
         finally:
-            self.on_frame_sent(effect.frame, checksum, gathered)
+            self.on_frame_sent(queued.effect.frame, checksum, gathered)
 
     def report_unreachable(self, peer: bytes, link: "_Link") -> None:
         """There is no connection to `peer`, so no transport will report its loss."""
@@ -113,12 +133,15 @@ class _Link:
     def __init__(self, links: Links, peer: bytes) -> None:
         self._links = links
         self._peer = peer
-        self._queue: deque[_Outgoing] = deque()
+        self._queue: deque[_Queued] = deque()
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
 
     def put(self, effect: _Outgoing) -> None:
-        self._queue.append(effect)
+        if isinstance(effect, SendFrame):
+            self._queue.append(self._links.read_frame(effect))
+        else:
+            self._queue.append(effect)
         if self._task is None or self._task.done():
             self._task = self._links.spawn(self._drain())
 
@@ -126,15 +149,15 @@ class _Link:
         """Stop, and let go of what was not sent; what is being sent ends with its connection."""
         self._is_closed = True
         while self._queue:
-            effect = self._queue.popleft()
-            if isinstance(effect, SendFrame):
-                self._links.on_frame_sent(effect.frame, None, None)
+            item = self._queue.popleft()
+            if isinstance(item, QueuedFrame):
+                self._links.spawn(self._links.send_frame(None, item))
 
     async def _drain(self) -> None:
         while self._queue and not self._is_closed:
-            effect = self._queue.popleft()
+            item = self._queue.popleft()
             try:
-                await self._carry_out(effect)
+                await self._carry_out(item)
             except TransportError as error:
                 logger.warning("cannot reach %s: %s", self._peer.hex()[:8], error)
                 self._on_error()
@@ -149,18 +172,15 @@ class _Link:
             self._links.report_unreachable(self._peer, self)
         self.close()
 
-    async def _carry_out(self, effect: _Outgoing) -> None:
-        if isinstance(effect, Connect):
-            await self._links.connections.connect(self._peer, effect.addresses)
+    async def _carry_out(self, item: _Queued) -> None:
+        if isinstance(item, Connect):
+            await self._links.connections.connect(self._peer, item.addresses)
             return
         connection = self._links.connections.get(self._peer)
-        if isinstance(effect, SendFrame):
-            if connection is None:
-                self._links.on_frame_sent(effect.frame, None, None)
-            else:
-                await self._links.send_frame(connection, effect)
+        if isinstance(item, QueuedFrame):
+            await self._links.send_frame(connection, item)
         elif connection is not None:
-            await connection.send(encode(effect.message))
+            await connection.send(encode(item.message))
         if connection is None:
             raise TransportError("there is no connection any more")
 

@@ -17,6 +17,7 @@ import torch
 from pagewire.engine.batch import Batch, OnLayersDone, StepResult
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import IntegrityError
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.kv_transfer.one_connection import OneConnection
@@ -27,7 +28,16 @@ from pagewire.proto.channel import GRPC_OPTIONS
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.core_board import CoreBoard
-from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.effects import (
+    Connect,
+    Disconnect,
+    Effect,
+    Emit,
+    Scatter,
+    Send,
+    SendFrame,
+    Verify,
+)
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
@@ -218,12 +228,14 @@ class WorkerShell(Handler, Generic[Core]):
                     self._links.disconnect(peer)
                 case Scatter():
                     self._tasks.spawn(self._scatter(effect))
+                case Verify():
+                    self._tasks.spawn(self._verify(effect))
         self._steps.wake()
 
     # --- Transport handler ------------------------------------------------------------------------
 
     @abstractmethod
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         """See Handler."""
 
     def deliver(self, peer: bytes, header: bytes) -> None:
@@ -267,6 +279,10 @@ class WorkerShell(Handler, Generic[Core]):
     @abstractmethod
     async def _scatter(self, effect: Scatter) -> None:
         """Move a landed frame into pages and tell the core."""
+
+    @abstractmethod
+    async def _verify(self, effect: Verify) -> None:
+        """Compare the checksum of a frame that landed in pages and tell the core."""
 
     @abstractmethod
     def _on_layers_done(self, num_layers: int) -> None:

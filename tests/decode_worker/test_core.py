@@ -35,7 +35,7 @@ from pagewire.kv_transfer.messages import (
     Seal,
 )
 from pagewire.proto import worker_pb2 as pb
-from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send
+from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send, Verify
 from pagewire.worker.identity import prefix_hash
 
 PROMPT = list(range(20))  # 2 pages
@@ -103,9 +103,10 @@ def begin(core: DecodeCore, request_id: str = "request", max_tokens: int = 3) ->
 
 
 def land(core: DecodeCore, item: Frame) -> list[Effect]:
-    """Header and payload of a frame; returns the Scatter."""
-    slot, effects = core.place(PREFILL, item, LAYOUT.page_bytes)
-    assert (slot, effects) == (item.slot, [])
+    """Header and payload of a frame; returns the Verify."""
+    place, effects = core.place(PREFILL, item, LAYOUT.page_bytes)
+    assert place is not None and effects == []
+    assert place.slot == item.slot and place.page_table is not None
     return core.on_message(PREFILL, item, 0.0)
 
 
@@ -204,10 +205,10 @@ def test_the_router_learns_where_the_time_went() -> None:
 def test_frames_are_acknowledged_and_slots_granted_again() -> None:
     core = decode_core(num_slots=1)
     (credit,) = grants(begin(core))
-    (scatter,) = land(core, frame(credit, 0))
-    assert isinstance(scatter, Scatter)
+    (verify,) = land(core, frame(credit, 0))
+    assert isinstance(verify, Verify)
     assert core.pool.counts().pinned == 1
-    effects = core.on_scattered(scatter.frame, True, 0.0)
+    effects = core.on_scattered(verify.frame, True, 0.0)
     assert messages(effects)[0] == FrameAck(id=handoff_id().reply(), seq=0)
     (again,) = grants(effects)
     assert (again.slot, again.slot_generation) == (credit.slot, credit.slot_generation + 1)
@@ -232,18 +233,64 @@ def test_reservations_are_made_in_order_and_never_exceed_the_pool() -> None:
 
 
 def test_whoever_waits_is_admitted_when_a_quarantine_ends() -> None:
-    """The pages of an aborted hand-off are free only once the scatter into them has ended."""
+    """The pages of an aborted hand-off are free only once the frame in them is verified."""
     core = decode_core(num_pages=2, num_slots=4)
     credit, *_ = grants(begin(core, "first"))
-    (scatter,) = land(core, frame(credit, 0, "first"))
-    assert isinstance(scatter, Scatter)
+    (verify,) = land(core, frame(credit, 0, "first"))
+    assert isinstance(verify, Verify)
     begin(core, "second")
     core.on_command(abort_command(DECODE, "first"), 0.0)
     core.on_message(PREFILL, Closed(id=handoff_id("first")), 0.0)
     assert core.pool.counts().quarantined == 1
     assert core.state().queued == 1
-    assert grants(core.on_scattered(scatter.frame, True, 0.0))
+    assert grants(core.on_scattered(verify.frame, True, 0.0))
     assert core.state().queued == 0
+
+
+def test_pages_in_which_a_frame_lands_outlive_their_handoff() -> None:
+    """The peer may still write there, until the frame or the connection has ended."""
+    core = decode_core(num_pages=2, num_slots=4)
+    credit, *_ = grants(begin(core, "first"))
+    core.place(PREFILL, frame(credit, 0, "first"), LAYOUT.page_bytes)
+    begin(core, "second")
+    core.on_command(abort_command(DECODE, "first"), 0.0)
+    assert core.pool.counts().quarantined == 1
+    assert core.state().queued == 1
+    core.on_message(PREFILL, frame(credit, 0, "first"), 0.0)
+    assert core.pool.counts().quarantined == 0
+    assert core.state().queued == 0
+
+
+def test_pages_in_which_a_frame_landed_are_free_when_its_peer_is_lost() -> None:
+    core = decode_core(num_pages=2, num_slots=4)
+    credit, *_ = grants(begin(core))
+    core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
+    core.on_command(abort_command(DECODE), 0.0)
+    assert core.pool.counts().quarantined == 1
+    core.on_peer_lost(PREFILL)
+    check_nothing_is_left(core)
+
+
+def test_no_frame_lands_where_another_one_has() -> None:
+    core = decode_core()
+    credit = grants(begin(core))
+    land(core, frame(credit[0], 0))
+    again = replace(frame(credit[1], 1), first_page=0)
+    place, effects = core.place(PREFILL, again, LAYOUT.page_bytes)
+    assert place is None
+    assert messages(effects) == [Refused(id=handoff_id().reply(), reason=RefuseReason.INTEGRITY)]
+
+
+def test_pages_of_another_size_are_written_from_a_slot() -> None:
+    core = decode_core(layout=replace(LAYOUT, page_size=32))
+    credit, *_ = grants(begin(core))
+    item = frame(credit, 0)
+    place, _ = core.place(PREFILL, item, LAYOUT.page_bytes)
+    assert place is not None and place.page_table is None
+    assert core.pool.counts().pinned == 0
+    (effect,) = core.on_message(PREFILL, item, 0.0)
+    assert isinstance(effect, Scatter)
+    assert core.pool.counts().pinned == 1
 
 
 def test_slots_of_an_aborted_handoff_stay_out_of_use_until_closed() -> None:
@@ -275,8 +322,8 @@ def test_a_worker_that_does_not_close_what_was_refused_is_disconnected() -> None
 def test_a_frame_larger_than_a_slot_ends_the_handoff() -> None:
     core = decode_core(slot_bytes=LAYOUT.layer_bytes)
     credit, *_ = grants(begin(core))
-    slot, effects = core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
-    assert slot is None
+    place, effects = core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
+    assert place is None
     assert messages(effects) == [Refused(id=handoff_id().reply(), reason=RefuseReason.LAYOUT)]
 
 
@@ -463,8 +510,8 @@ def test_only_the_router_that_sent_a_request_can_abort_it() -> None:
 def test_a_frame_larger_than_a_slot_is_refused_before_it_lands() -> None:
     core = decode_core()
     (credit, *_) = grants(begin(core))
-    slot, effects = core.place(PREFILL, frame(credit, 0), (1 << 20) + 1)
-    assert slot is None
+    place, effects = core.place(PREFILL, frame(credit, 0), (1 << 20) + 1)
+    assert place is None
     assert Refused(id=handoff_id().reply(), reason=RefuseReason.LAYOUT) in messages(effects)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Coroutine
 from itertools import count
 
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.select import create_transports
 from pagewire.kv_transfer.transport import ConnectionLost, Transport
 
@@ -28,9 +29,9 @@ class Peer:
         self._places: dict[bytes, bytearray] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing:
         self._places[header] = bytearray(length)
-        return memoryview(self._places[header])
+        return Landing(memoryview(self._places[header]))
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         payload = self._places.pop(header, bytearray())

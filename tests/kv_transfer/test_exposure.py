@@ -6,6 +6,7 @@ import pytest
 from certificates import Authority
 
 from pagewire.kv_transfer.exposure import ExposureError, is_loopback, require_protected
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.select import KINDS, create_transports
 from pagewire.kv_transfer.tls import TlsFiles
 from pagewire.kv_transfer.transport import Transport, TransportError
@@ -17,7 +18,7 @@ ME = b"m" * 16
 class Nobody:
     """A Handler that is never called."""
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         raise AssertionError
 
     def deliver(self, peer: bytes, header: bytes) -> None:

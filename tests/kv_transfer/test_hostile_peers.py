@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pagewire.kv_transfer.framing import MAX_PAYLOAD_BYTES, Kind
 from pagewire.kv_transfer.gloo import GlooTransport
 from pagewire.kv_transfer.handshake import NOBODY, Hello
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
 from pagewire.kv_transfer.shared_memory import Offer, Segment, open_offer
@@ -45,8 +46,8 @@ class Inbox:
         self.lost_peers: list[bytes] = []
         self.changed = asyncio.Event()
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
-        return memoryview(bytearray(length)) if length <= 1 << 20 else None
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
+        return Landing(memoryview(bytearray(length))) if length <= 1 << 20 else None
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         self.delivered.append(header)

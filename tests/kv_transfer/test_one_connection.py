@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import TransferStats, TransportError
 
@@ -18,9 +19,9 @@ class Log:
     def __init__(self) -> None:
         self.calls: list[tuple[str, bytes]] = []
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing:
         self.calls.append(("place", header))
-        return memoryview(bytearray(length))
+        return Landing(memoryview(bytearray(length)))
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         self.calls.append(("deliver", header))
@@ -80,7 +81,7 @@ def pairs(log: Log, transports: dict[str, FakeTransport]) -> OneConnection:
 def test_one_transport_is_passed_through(log: Log, pairs: OneConnection) -> None:
     lane = pairs.lane("shm")
     view = lane.place(PEER, b"1", 3)
-    assert view is not None and len(view) == 3
+    assert view is not None and view.num_bytes == 3
     lane.deliver(PEER, b"1")
     assert pairs.kind(PEER) == "shm"
     lane.lost(PEER, "gone")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.select import create_transports, probe
 from pagewire.kv_transfer.transport import Connection, ConnectionLost, Transport
 
@@ -31,11 +32,11 @@ class Sink:
         self._changed = asyncio.Event()
         self._placed: dict[bytes, bytearray] = {}
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing:
         buffer = bytearray(length)
         self.buffers = [*self.buffers[-15:], buffer]
         self._placed[header] = buffer
-        return memoryview(buffer)
+        return Landing(memoryview(buffer))
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         self.received[header] = self._placed.pop(header, bytearray())

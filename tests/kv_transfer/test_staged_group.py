@@ -16,6 +16,7 @@ from pagewire.kv_transfer import nccl_device
 from pagewire.kv_transfer.gloo_device import GlooDevice
 from pagewire.kv_transfer.gloo_group import disconnect
 from pagewire.kv_transfer.group_link import GroupLink
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.nccl import NcclTransport
 from pagewire.kv_transfer.select import create_transports, probe
 from pagewire.kv_transfer.staged_group import StagedGroup
@@ -28,7 +29,7 @@ ME = b"m" * 16
 class Nobody:
     """A Handler that is never called."""
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         raise AssertionError
 
     def deliver(self, peer: bytes, header: bytes) -> None:

@@ -16,6 +16,7 @@ from certificates import Authority
 
 from pagewire.kv_transfer import socket_transport
 from pagewire.kv_transfer.handshake import Hello
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.tls import Tls, TlsError, TlsFiles
 from pagewire.kv_transfer.transport import TransportError
@@ -27,7 +28,7 @@ PATIENCE_S = 20.0
 class Nobody:
     """A Handler that nothing must reach."""
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         raise AssertionError
 
     def deliver(self, peer: bytes, header: bytes) -> None:
@@ -44,9 +45,9 @@ class Sink(Nobody):
         self.payloads: dict[bytes, bytearray] = {}
         self.arrived: asyncio.Queue[bytes] = asyncio.Queue()
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing:
         self.payloads[header] = bytearray(length)
-        return memoryview(self.payloads[header])
+        return Landing(memoryview(self.payloads[header]))
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         self.arrived.put_nowait(header)

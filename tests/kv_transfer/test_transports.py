@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pagewire.kv_transfer.framing import FramingError
 from pagewire.kv_transfer.gloo import GlooTransport
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.local import LocalHub, LocalTransport
 from pagewire.kv_transfer.messages import MAX_HEADER_BYTES
 from pagewire.kv_transfer.select import probe
@@ -50,14 +51,14 @@ class Inbox:
     def headers(self) -> list[bytes]:
         return [header for header, _ in self.messages]
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         self.on_place(header)
         if header.startswith(b"discard"):
             return None
         if header.startswith(b"short"):
             length -= 1
         self._places[header] = bytearray(length)
-        return memoryview(self._places[header])
+        return Landing(memoryview(self._places[header]))
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         assert not self.reasons, "a message was delivered after its peer was lost"
@@ -179,6 +180,28 @@ def test_the_parts_of_a_payload_arrive_as_one(kind: str) -> None:
 
 
 @every_kind
+def test_a_payload_lands_in_several_parts(kind: str) -> None:
+    async def scenario() -> None:
+        payload = os.urandom(5_000_000)
+        sizes = (1, 4095, 3_000_000, len(payload) - 3_004_096)
+        parts = [bytearray(size) for size in sizes]
+        async with pair(kind) as p:
+            place = p.inbox_b.place
+
+            def place_in_parts(peer: bytes, header: bytes, length: int) -> Landing | None:
+                place(peer, header, length)
+                return Landing(*[memoryview(part) for part in parts])
+
+            p.inbox_b.place = place_in_parts  # type: ignore[method-assign]
+            connection = await p.a.connect(B, p.b.address)
+            await connection.send(b"header", memoryview(payload))
+            await p.inbox_b.until(lambda: p.inbox_b.messages)
+        assert b"".join(parts) == payload
+
+    run(scenario())
+
+
+@every_kind
 def test_messages_keep_the_order_of_the_calls(kind: str) -> None:
     @settings(max_examples=15, deadline=None)
     @given(
@@ -288,9 +311,9 @@ def test_buffers_are_not_written_after_lost(kind: str) -> None:
         places: list[memoryview] = []
 
         class Keeping(Inbox):
-            def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+            def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
                 places.append(memoryview(bytearray(length)))
-                return places[-1]
+                return Landing(places[-1])
 
             def lost(self, peer: bytes, reason: str) -> None:
                 for view in places:

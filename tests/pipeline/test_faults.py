@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pipeline import Pipeline, outcome, pipeline, request, tcp
 
-from pagewire.kv_transfer.messages import Frame, decode
+from pagewire.kv_transfer.landing import PIECE_BYTES, Landing
 from pagewire.kv_transfer.tcp import TcpTransport
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.proto import worker_pb2 as pb
@@ -86,20 +86,37 @@ def test_a_flipped_bit_in_a_frame_never_becomes_a_token(llama: Path) -> None:
     run_with_pipeline(llama, run, flipping_tcp)
 
 
+class _FlippingLanding(Landing):
+    """Passes everything on, but flips one bit of each piece that has landed."""
+
+    def __init__(self, landing: Landing) -> None:
+        super().__init__()
+        self.num_bytes = landing.num_bytes
+        self._landing = landing
+
+    @property
+    def is_full(self) -> bool:
+        return self._landing.is_full
+
+    def next_piece(self, limit: int = PIECE_BYTES) -> memoryview:
+        return self._landing.next_piece(limit)
+
+    def advance(self, num_bytes: int) -> None:
+        self._landing.next_piece(num_bytes)[num_bytes // 2] ^= 4
+        self._landing.advance(num_bytes)
+
+
 class _FlippingHandler:
-    """Passes everything on, but flips one bit of each payload after it has landed."""
+    """Passes everything on, but for payloads that land changed."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
-        self._landed: memoryview | None = None
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
-        self._landed = self._handler.place(peer, header, length)
-        return self._landed
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
+        landing = self._handler.place(peer, header, length)
+        return None if landing is None else _FlippingLanding(landing)
 
     def deliver(self, peer: bytes, header: bytes) -> None:
-        if self._landed is not None and isinstance(decode(header), Frame):
-            self._landed[len(self._landed) // 2] ^= 4
         self._handler.deliver(peer, header)
 
     def lost(self, peer: bytes, reason: str) -> None:

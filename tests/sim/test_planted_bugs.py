@@ -31,7 +31,7 @@ FAULTS = Faults(
     connection_losses=1,
 )
 
-SLOW_SCATTER = Costs(scatter=Range(low=0.0, high=0.3))
+SLOW_WIRE = Costs(wire=Range(low=0.0, high=0.3))
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -175,7 +175,7 @@ def crowded_scenario(seed: int) -> Scenario:
     )
 
 
-@pytest.mark.parametrize("costs", [SLOW_SCATTER, SLOW_STEPS])
+@pytest.mark.parametrize("costs", [SLOW_WIRE, SLOW_STEPS])
 def test_without_a_bug_nothing_is_noticed(costs: Costs) -> None:
     for seed in range(3):
         World(busy_scenario(seed, costs)).run()
@@ -183,7 +183,7 @@ def test_without_a_bug_nothing_is_noticed(costs: Costs) -> None:
 
 @pytest.mark.parametrize(
     ("plant", "costs"),
-    [(pages_are_not_pinned, SLOW_SCATTER), (a_running_step_loses_its_pages, SLOW_STEPS)],
+    [(pages_are_not_pinned, SLOW_WIRE), (a_running_step_loses_its_pages, SLOW_STEPS)],
 )
 def test_a_page_that_is_freed_too_early_is_noticed(
     plant: Plant, costs: Costs, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from pagewire.kv_transfer.messages import Frame, Message
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import KEY_BYTES, PageHasher
-from pagewire.worker.effects import Connect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.effects import Connect, Effect, Emit, Scatter, Send, SendFrame, Verify
 
 LAYOUT = KVLayout(page_size=16, num_layers=2, num_kv_heads=1, head_dim=1, dtype="float32")
 ROUTER = b"r" * 16
@@ -151,7 +151,7 @@ class HandoffPair:
         self.bad_frames: set[int] = set()  # by seq: those that fail their checksum
         self._sending: deque[SendFrame] = deque()
         self._landing: deque[Frame] = deque()
-        self._scattering: deque[Scatter] = deque()
+        self._scattering: deque[Scatter | Verify] = deque()
         self._prefill_batch: Batch | None = None
         self._layer_group_ends: deque[int] = deque()  # of that batch, which it has not reported
         self._decode_batch: Batch | None = None
@@ -202,7 +202,7 @@ class HandoffPair:
                     (self.to_decode if is_to_decode else self.to_prefill).append(message)
                 case SendFrame():
                     self._sending.append(effect)
-                case Scatter():
+                case Scatter() | Verify():
                     self._scattering.append(effect)
                 case Connect():
                     pass
@@ -213,9 +213,9 @@ class HandoffPair:
             self.carry_out(self.decode.on_message(message.id.sender, message, 0.0))
             return
         length = message.part.num_bytes(self.prefill.layout)
-        slot, effects = self.decode.place(message.id.sender, message, length)
+        place, effects = self.decode.place(message.id.sender, message, length)
         self.carry_out(effects)
-        if slot is not None:
+        if place is not None:
             self._landing.append(message)
 
     def deliver_to_prefill(self) -> None:

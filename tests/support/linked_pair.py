@@ -29,6 +29,7 @@ from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.circuit import CircuitLimits
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.kv_transfer.one_connection import OneConnection
@@ -36,7 +37,7 @@ from pagewire.kv_transfer.transport import Connection, Transport
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.connections import Connections
-from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame, Verify
 from pagewire.worker.frames import FrameReader, FrameWriter
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
@@ -178,9 +179,9 @@ class LinkedWorker:
                     self._links.put(effect)
                 case Disconnect(peer=peer):
                     self._links.disconnect(peer)
-                case Scatter():
+                case Verify():
                     assert isinstance(self.core, DecodeCore)
-                    is_sound = self._writer.write(effect.frame, effect.source, effect.page_table)
+                    is_sound = self._writer.is_sound(effect.frame)
                     self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.now))
 
     def step(self) -> None:
@@ -210,13 +211,16 @@ class LinkedWorker:
         self.connections.improve()
         self.core.check_integrity()
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         self.arrived.append(header)
         frame = decode(header)
         assert isinstance(frame, Frame) and isinstance(self.core, DecodeCore)
-        slot, effects = self.core.place(peer, frame, length)
+        place, effects = self.core.place(peer, frame, length)
         self.carry_out(effects)
-        return None if slot is None else self._writer.slot(slot, length)
+        if place is None:
+            return None
+        assert place.page_table is not None, "both workers have one layout"
+        return self._writer.land_in_pages(frame, place.page_table)
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         message = decode(header)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pagewire.kv_transfer.circuit import CircuitLimits
+from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import Connection, Handler, TransferStats, TransportError
 from pagewire.worker.connections import Connections
@@ -107,7 +108,7 @@ class World:
         for _ in range(5):
             await asyncio.sleep(0)
 
-    def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
+    def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         raise AssertionError
 
     def deliver(self, peer: bytes, header: bytes) -> None:
