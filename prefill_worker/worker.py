@@ -1,11 +1,12 @@
 """The prefill worker: the shared shell around PrefillCore, with frames going out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Frame, MessageError
+from pagewire.kv_transfer.transport import Transport
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
@@ -36,6 +37,8 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             max_batch_tokens=config.max_batch_tokens,
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
+            lease_s=config.lease_s,
+            max_parked_share=config.max_parked_share,
         )
         reader = FrameReader(runner.layout, runner.kv_cache.buffer())
         super().__init__(
@@ -52,6 +55,11 @@ class PrefillWorker(WorkerShell[PrefillCore]):
 
     def _on_frame_sent(self, frame: Frame, checksum: int | None, gathered: Interval | None) -> None:
         self.carry_out(self.core.on_frame_sent(frame, checksum, self.clock(), gathered))
+
+    def _registration(self, address: str, transports: Sequence[Transport]) -> pb.RegisterRequest:
+        info = super()._registration(address, transports)
+        info.max_parked_pages = self.core.max_parked_pages
+        return info
 
     async def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")

@@ -175,7 +175,7 @@ class RouterControl:
         if self._sessions.get(session.info.incarnation) is session:
             del self._sessions[session.info.incarnation]
             logger.warning("lost %s: %s", session.info.name, reason)
-            self._carry_out(self._core.on_worker_lost(session.info.incarnation))
+            self._carry_out(self._core.on_worker_lost(session.info.incarnation, self._clock()))
 
     async def _tick(self) -> None:
         while True:

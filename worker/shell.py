@@ -126,7 +126,7 @@ class WorkerShell(Handler, Generic[Core]):
                 reader=self._reader,
                 io_thread=self.io_thread,
                 on_frame_sent=self._on_frame_sent,
-                on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
+                on_peer_lost=self._on_peer_lost,
                 spawn=self._tasks.spawn,
                 clock=self.clock,
             )
@@ -221,10 +221,14 @@ class WorkerShell(Handler, Generic[Core]):
 
     def lost(self, peer: bytes, reason: str) -> None:
         with self._tasks:
-            effects = self.core.on_peer_lost(peer)  # first: what was queued is then void
+            effects = self.core.on_peer_lost(peer, self.clock())  # first: what was queued is void
             if self._links is not None:
                 self._links.drop(peer)
             self.carry_out(effects)
+
+    def _on_peer_lost(self, peer: bytes) -> None:
+        """There was no connection to `peer`, and none could be made."""
+        self.carry_out(self.core.on_peer_lost(peer, self.clock()))
 
     # --- Sessions ---------------------------------------------------------------------------------
 

@@ -261,13 +261,12 @@ def test_slots_of_an_aborted_handoff_stay_out_of_use_until_closed() -> None:
 def test_a_worker_that_does_not_close_what_was_refused_is_disconnected() -> None:
     core = decode_core(num_slots=2)
     begin(core)
-    assert core.tick(100.0) == []
     core.on_command(abort_command(DECODE), 100.0)
     assert core.tick(100.1) == []
     assert core.tick(105.1) == []
     assert core.tick(105.2) == [Disconnect(peer=PREFILL)]
     assert core.slots.num_free == 0  # no time-out frees them
-    core.on_peer_lost(PREFILL)
+    core.on_peer_lost(PREFILL, 0.0)
     assert core.tick(106.0) == []
     check_nothing_is_left(core)
 
@@ -295,7 +294,7 @@ def test_a_lost_peer_does_not_concern_what_has_landed() -> None:
     for seq in range(2):
         land(core, frame(credit[seq], seq))
     core.on_message(PREFILL, seal(), 0.0)
-    assert core.on_peer_lost(PREFILL) == []
+    assert core.on_peer_lost(PREFILL, 0.0) == []
     effects = [
         effect
         for seq in range(2)
@@ -375,15 +374,15 @@ def test_a_lost_peer_frees_what_it_could_have_written() -> None:
     core = decode_core(num_slots=2)
     credit, _ = grants(begin(core))
     core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
-    assert failure(core.on_peer_lost(PREFILL)).code == pb.FAILURE_CODE_PEER_LOST
+    assert failure(core.on_peer_lost(PREFILL, 0.0)).code == pb.FAILURE_CODE_PEER_LOST
     check_nothing_is_left(core)
-    assert core.on_peer_lost(PREFILL) == []
+    assert core.on_peer_lost(PREFILL, 0.0) == []
 
 
 def test_a_lost_peer_does_not_concern_what_is_here() -> None:
     core = decode_core()
     hand_off(core)
-    assert core.on_peer_lost(PREFILL) == []
+    assert core.on_peer_lost(PREFILL, 0.0) == []
     batch, _ = core.next_batch(0.0)
     assert batch is not None
 
@@ -419,7 +418,7 @@ def test_a_sender_that_never_closes_loses_its_connection_and_not_the_slots() -> 
     assert core.slots.num_free == 0
     assert core.tick(15.1) == [Disconnect(peer=PREFILL)]
     assert core.slots.num_free == 0  # until the connection is really gone
-    core.on_peer_lost(PREFILL)
+    core.on_peer_lost(PREFILL, 0.0)
     assert core.tick(100.0) == []
     check_nothing_is_left(core)
 
@@ -445,7 +444,7 @@ def test_a_hand_off_whose_last_frame_is_here_outlives_its_sender() -> None:
     for seq in range(2):
         land(core, frame(credit[seq], seq))
     core.on_message(PREFILL, seal(), 0.0)
-    assert events(core.on_peer_lost(PREFILL)) == []
+    assert events(core.on_peer_lost(PREFILL, 0.0)) == []
     core.on_scattered(frame(credit[0], 0), True, 0.0)
     (event,) = events(core.on_scattered(frame(credit[1], 1), True, 0.0))
     assert event.HasField("ready")

@@ -78,7 +78,13 @@ def test_a_request_is_sent_to_a_pair_at_once() -> None:
     core = running_core()
     effects = core.submit(make_request(), 0.0)
     assert commands(effects) == [("attach", "request", D.incarnation)]
-    assert core.counts() == {"queued": 0, "prefilling": 1, "handoff": 0, "decoding": 0}
+    assert core.counts() == {
+        "queued": 0,
+        "prefilling": 1,
+        "handoff": 0,
+        "parked": 0,
+        "decoding": 0,
+    }
     assert projected(core) == (20, 2)
 
 
@@ -217,14 +223,21 @@ def test_room_that_a_deadline_makes_is_used() -> None:
 
 
 @pytest.mark.parametrize("info", [P, D])
-def test_a_lost_worker_fails_its_requests(info: pb.RegisterRequest) -> None:
+def test_requests_of_a_lost_worker_wait_for_another(info: pb.RegisterRequest) -> None:
     core = running_core()
     core.submit(make_request(), 0.0)
-    effects = core.on_worker_lost(info.incarnation)
-    assert failures(effects) == {"request": "worker_lost"}
+    effects = core.on_worker_lost(info.incarnation, 1.0)
     other = D if info is P else P
-    assert commands(effects) == [("abort", "request", other.incarnation)]
-    assert core.on_worker_lost(info.incarnation) == []
+    assert (commands(effects), failures(effects)) == (
+        [("abort", "request", other.incarnation)],
+        {},
+    )
+    assert core.on_worker_lost(info.incarnation, 1.0) == []
+    assert core.counts()["queued"] == 1
+    successor = registration(info.name, info.role, incarnation=b"n" * 16)
+    (effect,) = core.on_registered(successor, 2.0)
+    assert isinstance(effect, SendCommand) and effect.command.HasField("attach")
+    assert effect.command.route.attempt == 2
 
 
 def test_a_stream_that_decodes_needs_no_prefill_worker() -> None:
@@ -232,7 +245,7 @@ def test_a_stream_that_decodes_needs_no_prefill_worker() -> None:
     core.submit(make_request(), 0.0)
     core.on_event(ready(D.incarnation), 0.0)
     assert core.on_event(failed(P.incarnation, pb.FAILURE_CODE_PEER_LOST), 0.0) == []
-    assert core.on_worker_lost(P.incarnation) == []
+    assert core.on_worker_lost(P.incarnation, 1.0) == []
     assert core.counts()["decoding"] == 1
 
 
@@ -241,7 +254,8 @@ def test_a_silent_worker_is_given_up() -> None:
     core.submit(make_request(), 0.0)
     core.on_event(heartbeat(P.incarnation), 3.0)
     assert core.tick(3.0) == []
-    assert failures(core.tick(3.1)) == {"request": "worker_lost"}
+    assert commands(core.tick(3.1)) == [("abort", "request", P.incarnation)]
+    assert core.counts()["queued"] == 1
     assert core.members.get(D.incarnation) is None
     assert core.members.get(P.incarnation) is not None
 
@@ -250,7 +264,9 @@ def test_a_new_incarnation_replaces_the_old_one() -> None:
     core = running_core()
     core.submit(make_request(), 0.0)
     successor = registration("decode-0", pb.ROLE_DECODE, incarnation=b"n" * 16)
-    assert failures(core.on_registered(successor, 1.0)) == {"request": "worker_lost"}
+    assert ("attach", "request", successor.incarnation) in commands(
+        core.on_registered(successor, 1.0)
+    )
     assert core.members.get(D.incarnation) is None
     dropped = core.num_dropped
     assert core.on_event(tokens(D.incarnation), 1.0) == []
@@ -260,7 +276,8 @@ def test_a_new_incarnation_replaces_the_old_one() -> None:
 def test_a_worker_that_registers_again_starts_without_promises() -> None:
     core = running_core()
     core.submit(make_request(), 0.0)
-    assert failures(core.on_registered(D, 1.0)) == {"request": "worker_lost"}
+    core.cancel("request", "test")
+    core.on_registered(D, 1.0)
     assert projected(core) == (0, 0)
 
 
@@ -326,13 +343,14 @@ def test_prompt_and_output_are_held_against_the_worker_that_holds_them() -> None
 
 def test_what_no_worker_could_hold_stands_aside() -> None:
     """The only large decode worker dies while a large request waits: small ones go on."""
-    core = make_core()
+    core = make_core(max_queued=3)
     large = registration("decode-0", pb.ROLE_DECODE, num_pages=10)
     for info in (P, large, registration("decode-1", pb.ROLE_DECODE, num_pages=2)):
         core.on_registered(info, 0.0)
     assert core.submit(make_request("first", max_tokens=100), 0.0)
     assert not core.submit(make_request("large", max_tokens=100), 0.0)
-    core.on_worker_lost(large.incarnation)
+    core.on_worker_lost(large.incarnation, 1.0)
+    assert core.counts()["queued"] == 2
     assert core.submit(make_request("small", max_tokens=4), 0.0)
 
 

@@ -71,8 +71,12 @@ def capacity_is_settled_twice(patch: pytest.MonkeyPatch) -> None:
     settle = DispatchCore._settle_decode
 
     def settle_twice(core: DispatchCore, lifecycle: Lifecycle) -> None:
+        request_id = lifecycle.request.request_id
+        projection = core._promised.get(request_id)
         settle(core, lifecycle)
-        settle(core, lifecycle)
+        if projection is not None:
+            core._promised[request_id] = projection
+            settle(core, lifecycle)
 
     patch.setattr(DispatchCore, "_settle_decode", settle_twice)
 
