@@ -290,6 +290,7 @@ class DecodeCore:
         for request in list(self._requests.values()):
             receiver = request.receiver
             if receiver.id.receiver == peer and receiver.is_open and receiver.needs_sender:
+                self._cache_received(request)
                 receiver.close()
                 effects += self._end(request)
                 effects.append(
@@ -372,10 +373,13 @@ class DecodeCore:
     def _on_closed(self, message: Closed) -> list[Effect]:
         self.slots.reclaim_granted(SlotHolder(AttemptKey.of(message.id), message.id.sender))
         request = self._addressee(message.id)
-        if request is None or not request.receiver.is_open:
+        if request is None or not (request.receiver.is_open and request.receiver.needs_sender):
             return self._grant_slots()
-        request.receiver.close()  # the sender tells the router why
-        return self._end(request)
+        self._cache_received(request)
+        request.receiver.close()
+        text = "the prefill worker gave the hand-off up"
+        failure = failed(request.route, text, pb.FAILURE_CODE_PEER_LOST)
+        return [*self._end(request), failure]
 
     def _addressee(self, id: HandoffId) -> DecodeRequest | None:
         request = self._requests.get(AttemptKey.of(id))
@@ -490,6 +494,13 @@ class DecodeCore:
         token_ids = (*sequence.token_ids, *sequence.output[:-1])
         keys = self._hasher.keys(token_ids, sequence.cache_salt, sequence.page_keys)
         self.cache.register(keys, sequence.pages[: len(keys)])
+
+    def _cache_received(self, request: DecodeRequest) -> None:
+        """A hand-off ends before it is complete: whoever tries again need not send what is here."""
+        if request.receiver.state is ReceiverState.RECEIVING:
+            num_pages = request.receiver.num_received_tokens // self.layout.page_size
+            keys = request.page_keys[:num_pages]
+            self.cache.register(keys, request.pages[: len(keys)])
 
     # --- The step loop ----------------------------------------------------------------------------
 
@@ -662,6 +673,7 @@ class DecodeCore:
         for sequence in request.sequences:
             self._release(sequence)
         request.sequences = []
+        self._cache_received(request)
         self.pool.release(request.pages)
         if request.reservation is not None:
             self.pool.cancel(request.reservation)

@@ -11,6 +11,7 @@ from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter
+from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
@@ -27,6 +28,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         runner: ModelRunner,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
+        failpoint: Failpoint | None = None,
     ) -> None:
         core = PrefillCore(
             incarnation=incarnation,
@@ -48,6 +50,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             reader=reader,
             model_thread=model_thread,
             on_state=on_state,
+            failpoint=failpoint,
         )
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:

@@ -71,6 +71,7 @@ def _describe(view: WorkerView) -> dict[str, Any]:
         "queued": state.queued,
         "running": state.running,
         "handoffs": state.handoffs,
+        "parked_pages": state.parked_pages,
         "queued_tokens": state.queued_tokens,
         "prompt_tokens": state.prompt_tokens,
         "generated_tokens": state.generated_tokens,

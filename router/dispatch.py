@@ -189,9 +189,10 @@ class DispatchCore:
         if lifecycle is None:
             self.num_dropped += 1
             return []
+        had_no_decode = lifecycle.state is State.PARKED
         effects = lifecycle.on_event(event, now)
         if lifecycle.state is State.RETRYING:
-            may_retry = self._budget.withdraw()
+            may_retry = had_no_decode or self._budget.withdraw()
             effects += self._retry(lifecycle, now) if may_retry else _give_up(lifecycle)
         return self._after(lifecycle, effects)
 

@@ -25,9 +25,8 @@ loss of D, when D says so (for a reason that may pass), and when P says so (Park
                                                                   is known
     PREFILLING, HANDOFF  Attached, P has the prompt   the same    Repoint to P
     PARKED               FirstToken                   PARKED      delivers token 0
-    PARKED               P says: not parked           FAILED      tells the client: no lease
     PREFILLING, HANDOFF  it fails, P knows nothing    RETRYING    Abort to both
-    PREFILLING, HANDOFF  P says: not parked           RETRYING    Abort to D
+    not DECODING         P says: not parked           RETRYING    Abort to D
     not DECODING         P lost before Sealed         RETRYING    Abort to D
     DECODING             D lost                       RETRYING    Abort to P
     RETRYING             enqueue                      QUEUED
@@ -309,11 +308,9 @@ class Lifecycle:
     def _on_prefill_failed(self, failed: pb.Failed) -> list[Effect]:
         assert self.assignment is not None, "somebody was told of the request"
         error, gone = worker_failure(failed), self.assignment.prefill
-        if failed.code != pb.FAILURE_CODE_NOT_PARKED:
-            return self.fail(error, gone)
-        if self.state is State.PARKED:  # nobody has taken it in time
-            return self.fail(self.error or error, gone)
-        return self._retry(error, gone)
+        if failed.code == pb.FAILURE_CODE_NOT_PARKED:
+            return self._retry(error, gone)
+        return self.fail(error, gone)
 
     def _fail_handoff(self, error: RequestFailed, gone: bytes | None = None) -> list[Effect]:
         """The decode worker is of no more use. `gone`: it need not be told."""

@@ -276,6 +276,7 @@ def _worker_families(workers: Sequence[WorkerView]) -> Iterable[Metric]:
         "queued": "Requests that have not started.",
         "running": "Sequences in the step loop.",
         "handoffs": "Hand-offs under way.",
+        "parked_pages": "Pages of computed or parked prompts that wait for a decode worker.",
         "queued_tokens": "Prompt tokens not yet computed.",
     }
     for field, help_text in gauges.items():

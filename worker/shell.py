@@ -27,6 +27,7 @@ from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.core_board import CoreBoard
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
+from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
@@ -68,6 +69,7 @@ class WorkerShell(Handler, Generic[Core]):
         reader: FrameReader | None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
+        failpoint: Failpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`model_thread` is the one thread in which the model was loaded, and is closed in the end.
@@ -80,6 +82,7 @@ class WorkerShell(Handler, Generic[Core]):
         self._runner = runner
         self._reader = reader
         self._on_state = on_state
+        self._failpoint = failpoint
         self.clock = clock
         self._model_thread = model_thread or new_model_thread(config.num_threads)
         self.io_thread = ThreadPoolExecutor(
@@ -216,6 +219,8 @@ class WorkerShell(Handler, Generic[Core]):
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         message = decode(header)
+        if self._failpoint is not None:
+            self._failpoint.reach(message)
         with self._tasks:
             self.carry_out(self.core.on_message(peer, message, self.clock()))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from handoff_pair import (
     DECODE,
+    HASHER,
     LAYOUT,
     PREFILL,
     ROUTER,
@@ -16,12 +17,14 @@ from handoff_pair import (
     decode_core,
     prefill_command,
     sampling,
+    step_result,
 )
 
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.engine.batch import StepResult
 from pagewire.kv_transfer.checksum import EMPTY_DIGEST, extend_digest
 from pagewire.kv_transfer.messages import (
+    Accepted,
     Closed,
     Committed,
     Frame,
@@ -32,6 +35,7 @@ from pagewire.kv_transfer.messages import (
     Open,
     Refused,
     RefuseReason,
+    Renew,
     Seal,
 )
 from pagewire.proto import worker_pb2 as pb
@@ -484,3 +488,67 @@ def test_logprobs_in_a_seal_that_cannot_be_read_are_not_believed(opaque: bytes) 
     core.on_message(PREFILL, opening(), 0.0)
     effects = core.on_message(PREFILL, replace(seal(), first_logprobs=(opaque,)), 0.0)
     assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY
+
+
+def test_a_sender_that_waits_is_told_once_a_second() -> None:
+    core = decode_core(num_pages=2)
+    begin(core)
+    begin(core, "waiting")
+    renewals = [Renew(id=handoff_id(name).reply()) for name in ("waiting", "request")]
+    assert messages(core.tick(1.0)) == renewals
+    assert core.tick(1.75) == []
+    assert messages(core.tick(2.0)) == renewals
+
+
+def test_a_complete_handoff_is_not_renewed() -> None:
+    core = decode_core()
+    hand_off(core)
+    assert core.tick(10.0) == []
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_what_a_lost_sender_has_sent_need_not_be_sent_again(is_aborted: bool) -> None:
+    core = decode_core(hasher=HASHER)
+    credit = grants(begin(core))
+    land(core, frame(credit[0], 0))
+    core.on_scattered(frame(credit[0], 0), True, 0.0)
+    if is_aborted:  # the router may know of the loss first
+        core.on_command(abort_command(DECODE), 0.0)
+    core.on_peer_lost(PREFILL, 0.0)
+    check_nothing_is_left(core)
+    (accepted, *_) = messages(begin(core, "again"))
+    assert isinstance(accepted, Accepted)
+    assert accepted.num_hit_pages == 1
+
+
+def test_what_failed_its_checks_is_not_kept() -> None:
+    core = decode_core(hasher=HASHER)
+    credit = grants(begin(core))
+    for seq, is_sound in ((0, True), (1, False)):
+        land(core, frame(credit[seq], seq))
+        core.on_scattered(frame(credit[seq], seq), is_sound, 0.0)
+    (accepted, *_) = messages(begin(core, "again"))
+    assert isinstance(accepted, Accepted)
+    assert accepted.num_hit_pages == 0
+
+
+def test_a_retry_goes_on_behind_what_was_told() -> None:
+    """The last three of the token ids are output; the Seal brings the fourth."""
+    core = decode_core()
+    command = attach_command(PROMPT, params=sampling(max_tokens=5))
+    command.attach.num_output_tokens = 3
+    core.on_command(command, 0.0)
+    credit = grants(core.on_message(PREFILL, opening(), 0.0))
+    assert core.pool.counts().total - core.pool.num_available == 2  # for 21 tokens
+    for seq in range(2):
+        land(core, frame(credit[seq], seq))
+        core.on_scattered(frame(credit[seq], seq), True, 0.0)
+    core.on_message(PREFILL, seal(), 0.0)
+    batch, _ = core.next_batch(0.0)
+    assert batch is not None
+    (row,) = batch.rows
+    assert (row.output_position, row.start) == (4, 20)
+    (told,) = [event.tokens for event in events(core.on_batch_done(step_result(batch), 0.0))]
+    assert (told.position, list(told.token_ids)) == (3, [7, 7])
+    assert told.finish_reason == pb.FINISH_REASON_LENGTH
+    check_nothing_is_left(core)

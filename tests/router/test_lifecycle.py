@@ -207,7 +207,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
     parked: {
         "FirstToken, finished": (State.DONE, ["Deliver [] stop"]),
         "Failed by P": (State.FAILED, ["Fail"]),
-        "Not parked": (State.FAILED, ["Fail"]),
+        "Not parked": (State.RETRYING, []),
         "P lost": (State.RETRYING, []),
         "deadline": (State.FAILED, ["Abort to P", "Fail"]),
         "cancel": (State.CANCELLED, ["Abort to P"]),
@@ -217,7 +217,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "FirstToken": (State.PARKED, ["Deliver [5]"]),
         "FirstToken, finished": (State.DONE, ["Deliver [5] stop"]),
         "Failed by P": (State.FAILED, ["Fail"]),
-        "Not parked": (State.FAILED, ["Fail"]),
+        "Not parked": (State.RETRYING, []),
         "P lost": (State.RETRYING, []),
         "deadline": (State.FAILED, ["Abort to P", "Fail"]),
         "cancel": (State.CANCELLED, ["Abort to P"]),

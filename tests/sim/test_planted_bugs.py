@@ -10,10 +10,14 @@ from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Message, RefuseReason
+from pagewire.prefill_worker.core import PrefillCore
 from pagewire.prefill_worker.sender import Sender, SenderState
+from pagewire.prefill_worker.sequence import PrefillSequence
+from pagewire.proto import worker_pb2 as pb
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Lifecycle
 from pagewire.router.token_log import TokenLog
+from pagewire.sim.clients import Outcome
 from pagewire.sim.costs import SLOW_STEPS, Costs, Range
 from pagewire.sim.faults import Faults, MessageFaults
 from pagewire.sim.kv_memory import KvMemory
@@ -28,6 +32,8 @@ FAULTS = Faults(
     session_messages=MessageFaults(repeat=0.1),
     connection_losses=1,
 )
+
+LOSSES = Faults(worker_kills=2, connection_losses=2)
 
 SLOW_SCATTER = Costs(scatter=Range(low=0.0, high=0.3))
 
@@ -138,6 +144,38 @@ def a_seal_is_dated_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DecodeCore, "_on_seal", lambda core, seal, now: on_seal(core, seal, 0.0))
 
 
+def parked_pages_are_freed(patch: pytest.MonkeyPatch) -> None:
+    park = PrefillCore._park
+
+    def park_and_free(
+        core: PrefillCore,
+        sequence: PrefillSequence,
+        code: "pb.FailureCode.ValueType",
+        text: str,
+        now: float,
+    ) -> list[Effect]:
+        core.pool.release(sequence.pages)
+        return park(core, sequence, code, text, now)
+
+    patch.setattr(PrefillCore, "_park", park_and_free)
+
+
+def a_repoint_sends_what_is_not_computed(patch: pytest.MonkeyPatch) -> None:
+    resume = PrefillCore._resume
+
+    def resume_hastily(core: PrefillCore, sequence: PrefillSequence, now: float) -> list[Effect]:
+        effects = resume(core, sequence, now)
+        sequence.sender.on_computed(len(sequence.token_ids), now)
+        return effects
+
+    patch.setattr(PrefillCore, "_resume", resume_hastily)
+
+
+def a_retry_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
+    told = Lifecycle._told
+    patch.setattr(Lifecycle, "_told", lambda lifecycle: told(lifecycle) + told(lifecycle)[-1:])
+
+
 def busy_scenario(seed: int, costs: Costs) -> Scenario:
     """One decode worker whose pages change hands all the time."""
     return Scenario(
@@ -201,6 +239,19 @@ def test_times_that_overlap_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(InvariantViolation, match="was told of"):
         for seed in range(MAX_RUNS):
             World(random_scenario(seed)).run()
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [parked_pages_are_freed, a_repoint_sends_what_is_not_computed, a_retry_repeats_a_token],
+)
+def test_a_retry_that_goes_wrong_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(MAX_RUNS):
+            world = World(random_scenario(seed, faults=LOSSES))
+            world.run()
+            assert not world.clients.with_outcome(Outcome.FAILED)
 
 
 @pytest.mark.parametrize(
