@@ -242,7 +242,7 @@ class PrefillCore:
             addresses=_addresses(body),
         )
         self._sequences[key] = sequence
-        return [*effects, *(self._resume(sequence, now) if sequence.pages else [])]
+        return [*effects, *(self._resume(sequence, now) if sequence.started is not None else [])]
 
     def _resume(self, sequence: PrefillSequence, now: float) -> list[Effect]:
         """Open the hand-off of a prompt that has started, with what is computed of it.
@@ -376,7 +376,7 @@ class PrefillCore:
         effects = [
             effect
             for chunk in self._batch
-            if chunk.sequence.sender.state is SenderState.QUEUED
+            if chunk.sequence.started is None
             for effect in self._start(chunk.sequence, now)
         ]
         return Batch(rows=tuple(_row(chunk) for chunk in self._batch)), effects
@@ -449,9 +449,9 @@ class PrefillCore:
         self._num_generated_tokens += len(tokens)
         sequence.first_tokens = tokens
         sequence.first_logprobs = tuple(logprobs_message(each) for each in logprobs)
-        times = pb.TimeParts(
-            queue_s=sequence.started - sequence.arrived, prefill_s=now - sequence.started
-        )
+        started = sequence.started
+        assert started is not None, "a chunk that has run was scheduled"
+        times = pb.TimeParts(queue_s=started - sequence.arrived, prefill_s=now - started)
         first_tokens = _first_tokens(sequence, times)
         num_tokens = sequence.num_resumed + 1
         if all(finish_reason(token, num_tokens, sequence.sampling) for token in tokens):

@@ -32,7 +32,7 @@ class PrefillSequence:
     arrived: float  # seconds on the worker's clock, as is the deadline
     deadline: float  # when the router gives the request up
     priority: int  # lower runs first
-    started: float = 0.0  # when the first chunk was scheduled, once it was
+    started: float | None = None  # when the first chunk was scheduled; None: not yet
     pages: tuple[int, ...] = field(default=())
     num_cached: int = 0  # tokens whose KV was in the prefix cache
     num_computed: int = 0  # those among them

@@ -128,6 +128,9 @@ class RouterControl:
     def counts(self) -> Mapping[str, int]:
         return self._core.counts()
 
+    def retries(self) -> Mapping[str, int]:
+        return self._core.retries
+
     def max_kv_tokens(self, *, num_prompt_tokens: int = 0, n: int = 1) -> int:
         return self._core.max_kv_tokens(num_prompt_tokens=num_prompt_tokens, n=n)
 

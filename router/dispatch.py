@@ -61,6 +61,7 @@ class DispatchCore:
         self._budget = RetryBudget()
         self._ticked_at: float | None = None
         self._is_stopping = False
+        self.retries = {"dispatch": 0, "repoint": 0}  # attempts that followed a failure
         self.num_dropped = 0  # events addressed to no live request
 
     # --- Clients ----------------------------------------------------------------------------------
@@ -223,6 +224,7 @@ class DispatchCore:
         if lifecycle.num_dispatches >= MAX_DISPATCHES:
             return _give_up(lifecycle)
         lifecycle.enqueue(now)
+        self.retries["dispatch"] += 1
         insort_left(self._queue, lifecycle, key=_priority)
         return []
 
@@ -260,6 +262,7 @@ class DispatchCore:
     def _repoint(self, lifecycle: Lifecycle, decode: Member) -> list[Effect]:
         assert lifecycle.assignment is not None, "what is parked is parked at a worker"
         prefill = lifecycle.assignment.prefill
+        self.retries["repoint"] += 1
         return lifecycle.repoint(self._assign(lifecycle, prefill, decode))
 
     def _dispatch_queued(self) -> list[Effect]:

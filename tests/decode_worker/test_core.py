@@ -552,3 +552,25 @@ def test_a_retry_goes_on_behind_what_was_told() -> None:
     assert (told.position, list(told.token_ids)) == (3, [7, 7])
     assert told.finish_reason == pb.FINISH_REASON_LENGTH
     check_nothing_is_left(core)
+
+
+def test_what_is_complete_needs_no_sender_any_more() -> None:
+    """Whose router or connection may be lost while the last frame is brought into pages."""
+    core = decode_core()
+    credit = grants(begin(core))
+    for seq in range(2):
+        land(core, frame(credit[seq], seq))
+    core.on_message(PREFILL, seal(), 0.0)
+    core.on_scattered(frame(credit[0], 0), True, 0.0)
+    assert events(core.on_message(PREFILL, Closed(id=handoff_id()), 0.0)) == []
+    effects = core.on_scattered(frame(credit[1], 1), True, 0.0)
+    assert [event.WhichOneof("body") for event in events(effects)] == ["ready"]
+
+
+def test_a_sender_that_gives_up_is_a_loss() -> None:
+    """The router may have lost it, and wait for this worker."""
+    core = decode_core()
+    begin(core)
+    code = failure(core.on_message(PREFILL, Closed(id=handoff_id()), 0.0)).code
+    assert code == pb.FAILURE_CODE_PEER_LOST
+    check_nothing_is_left(core)

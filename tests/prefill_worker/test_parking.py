@@ -167,6 +167,23 @@ def test_a_prompt_that_has_not_started_can_be_repointed() -> None:
     assert sent(effects) == ["Open 2"]
 
 
+def test_a_prompt_that_has_pages_but_no_place_in_a_step_has_not_started() -> None:
+    """Found by the simulator: it was taken for one that has, and its times were wrong."""
+    core = prefill_core(max_batch_tokens=40)
+    core.on_command(prefill_command(PROMPT[:30], request_id="first"), 0.0)
+    core.on_command(prefill_command(PROMPT), 1.0)
+    first, _ = core.next_batch(2.0)
+    assert first is not None and len(first.rows) == 1
+    assert core.pool.counts().owned == 5  # of both
+    assert core.on_command(repoint_command(), 3.0) == []
+    core.on_batch_done(step_result(first), 4.0)
+    second, effects = core.next_batch(4.0)
+    assert second is not None and sent(effects) == ["Open 2"]
+    (emitted, *_) = core.on_batch_done(step_result(second), 5.0)
+    assert isinstance(emitted, Emit)
+    assert emitted.event.first_token.times == pb.TimeParts(queue_s=3.0, prefill_s=1.0)
+
+
 def test_a_frame_that_is_still_being_sent_ends_by_itself() -> None:
     core = started(prefill_core(max_batch_tokens=64))
     core.on_batch_done(StepResult(tokens=((7,),)), 0.0)

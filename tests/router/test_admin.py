@@ -198,8 +198,10 @@ def test_gauges_come_from_the_dispatcher(
     client: TestClient, dispatcher: ScriptedDispatcher
 ) -> None:
     dispatcher.states = {"queued": 4, "prefilling": 1, "handoff": 2, "decoding": 3}
+    dispatcher.num_retries = {"dispatch": 2, "repoint": 6}
     dispatcher.workers = [DECODE, PREFILL]
     samples = scrape(client)
+    assert samples["pagewire_retries_total{kind=repoint,model_name=smollm2}"] == 6
     labels = "{model_name=smollm2}"
     assert samples[f"vllm:num_requests_waiting{labels}"] == 4
     assert samples[f"vllm:num_requests_running{labels}"] == 6

@@ -436,6 +436,7 @@ def test_what_is_parked_goes_to_another_decode_worker() -> None:
     )
     assert (repoint.route.attempt, repoint.route.receiver) == (2, P.incarnation)
     assert projected(core)[0] == 20  # it computes on
+    assert core.retries == {"dispatch": 0, "repoint": 1}
 
 
 def test_a_lost_decode_worker_is_replaced_before_the_prefill_worker_knows() -> None:

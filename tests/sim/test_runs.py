@@ -23,7 +23,12 @@ DISTURBED = Faults(
     peer_messages=MessageFaults(repeat=0.1, reorder=0.1, corrupt=0.02),
     session_messages=MessageFaults(repeat=0.1, reorder=0.03),
 )
-LOSSES = Faults(worker_kills=2, connection_losses=2)
+LOSSES = Faults(
+    peer_messages=MessageFaults(repeat=0.05, corrupt=0.01),
+    session_messages=MessageFaults(repeat=0.05),
+    worker_kills=2,
+    connection_losses=2,
+)
 BROKEN = Faults(
     peer_messages=MessageFaults(repeat=0.05, reorder=0.02, corrupt=0.01),
     session_messages=MessageFaults(repeat=0.05, reorder=0.01),
@@ -65,7 +70,7 @@ def check_disturbed_messages(seed: int) -> None:
 
 
 def check_losses(seed: int) -> None:
-    """Workers die and lose each other: everybody gets the exact tokens all the same."""
+    """Workers die and lose each other, frames are damaged: everybody gets the exact tokens."""
     clients = run(seed, faults=LOSSES, cancel_probability=0.0, deadline_s=60.0)
     ended = clients.with_outcome(Outcome.DONE, Outcome.REFUSED)  # while a role had no worker at all
     assert len(ended) == len(clients.streams)
