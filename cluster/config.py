@@ -26,6 +26,7 @@ from pagewire.engine.quantization import Quantization
 from pagewire.kv_transfer.exposure import LOOPBACK, ExposureError, require_protected
 from pagewire.kv_transfer.layout import PAGE_SIZES
 from pagewire.kv_transfer.tls import TlsFiles
+from pagewire.worker import failpoint
 
 ENV_PREFIX = "PAGEWIRE_"
 COMMAND_LINE = "command line"
@@ -290,7 +291,7 @@ def _read_file(file: Path) -> dict[str, object]:
 
 def _read_environment() -> dict[str, object]:
     for variable in sorted(os.environ):
-        if variable.upper().startswith(ENV_PREFIX):
+        if variable.upper().startswith(ENV_PREFIX) and variable != failpoint.VARIABLE:
             name = variable[len(ENV_PREFIX) :].lower()
             _require_known(name, "in the environment", ENV_PREFIX)
     return dict(EnvSettingsSource(ServeConfig)())

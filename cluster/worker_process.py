@@ -25,6 +25,7 @@ from pagewire.kv_transfer.transport import TransportError
 from pagewire.prefill_worker.worker import PrefillWorker
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.sessions import RegistrationRefused
 from pagewire.worker.shell import new_model_thread
 
@@ -48,6 +49,7 @@ async def run_worker(
     Raises one of StartError, with a sentence for the user, when the worker cannot work.
     """
     incarnation = secrets.token_bytes(16)
+    failpoint = Failpoint.of_worker(config.name, os.environ)
     loop = asyncio.get_running_loop()
     model_thread = new_model_thread(config.num_threads)
     runner = await loop.run_in_executor(model_thread, _load_engine, config)
@@ -59,6 +61,7 @@ async def run_worker(
             runner=runner,
             model_thread=model_thread,
             on_state=on_state,
+            failpoint=failpoint,
         )
     else:
         speculation, draft_model = await loop.run_in_executor(
@@ -72,6 +75,7 @@ async def run_worker(
             draft_model=draft_model,
             model_thread=model_thread,
             on_state=on_state,
+            failpoint=failpoint,
         )
     chosen = create_transports(
         config.transport,

@@ -37,6 +37,7 @@ from pagewire.kv_transfer.messages import (
     Open,
     Refused,
     RefuseReason,
+    Renew,
     Seal,
 )
 from pagewire.proto import worker_pb2 as pb
@@ -74,8 +75,11 @@ class DecodeCore:
         speculation: Speculation | None = None,
         max_slots_per_handoff: int = 4,
         closing_s: float = 5.0,
+        renew_s: float = 1.0,
     ) -> None:
         """`closing_s` bounds the wait for the sender of a hand-off that was given up.
+
+        `renew_s` is how often the sender of one that is under way is told that it is.
 
         Without a `hasher` nothing is cached, without `speculation` nothing is drafted.
         """
@@ -92,6 +96,7 @@ class DecodeCore:
         self._speculation = speculation
         self._max_slots_per_handoff = max_slots_per_handoff
         self._closing_s = closing_s
+        self._renew_s = renew_s
         self._closing_since: dict[SlotHolder, float] = {}  # ended, may still write their slots
         self._scheduler = DecodeScheduler(max_batch_size)
         self._requests: dict[AttemptKey, DecodeRequest] = {}
@@ -172,19 +177,21 @@ class DecodeCore:
             key=key,
             route=command.route,
             token_ids=token_ids,
-            max_tokens=choices[0].max_tokens,
+            max_tokens=choices[0].max_tokens - body.num_output_tokens,
             num_choices=len(choices),
             receiver=receiver,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
         )
+        num_new = len(token_ids) - body.num_output_tokens
         request.sequences = [
             DecodeSequence(
                 key=key,
                 choice=choice,
                 route=command.route,
                 token_ids=token_ids,
+                num_resumed=body.num_output_tokens,
                 sampling=sampling,
-                history=TokenHistory.for_params(sampling, token_ids),
+                history=TokenHistory.for_params(sampling, token_ids[:num_new], token_ids[num_new:]),
                 cache_salt=body.cache_salt,
                 page_keys=request.page_keys,
                 priority=body.priority,
@@ -282,13 +289,14 @@ class DecodeCore:
         ack = Send(message=FrameAck(id=request.receiver.id, seq=frame.seq))
         return [ack, *self._start_if_ready(request, now), *self._grant_slots()]
 
-    def on_peer_lost(self, peer: bytes) -> list[Effect]:
+    def on_peer_lost(self, peer: bytes, now: float) -> list[Effect]:
         """A prefill worker is gone, or cannot be reached; nothing writes its slots any more."""
         self._written.unpin(self.slots.reclaim_peer(peer))
         effects: list[Effect] = []
         for request in list(self._requests.values()):
             receiver = request.receiver
             if receiver.id.receiver == peer and receiver.is_open and receiver.needs_sender:
+                self._cache_received(request)
                 receiver.close()
                 effects += self._end(request)
                 effects.append(
@@ -354,7 +362,8 @@ class DecodeCore:
         if len(tokens) != request.num_choices or max(tokens) >= self._vocab_size:
             return False
         sampling = request.sequences[0].sampling
-        if all(finish_reason(token, 1, sampling) for token in tokens):
+        num_tokens = request.sequences[0].num_resumed + 1
+        if all(finish_reason(token, num_tokens, sampling) for token in tokens):
             return False
         if sampling.num_logprobs is None:
             return True
@@ -369,10 +378,13 @@ class DecodeCore:
     def _on_closed(self, message: Closed) -> list[Effect]:
         self.slots.reclaim_granted(SlotHolder(AttemptKey.of(message.id), message.id.sender))
         request = self._addressee(message.id)
-        if request is None or not request.receiver.is_open:
+        if request is None or not (request.receiver.is_open and request.receiver.needs_sender):
             return self._grant_slots()
-        request.receiver.close()  # the sender tells the router why
-        return self._end(request)
+        self._cache_received(request)
+        request.receiver.close()
+        text = "the prefill worker gave the hand-off up"
+        failure = failed(request.route, text, pb.FAILURE_CODE_PEER_LOST)
+        return [*self._end(request), failure]
 
     def _addressee(self, id: HandoffId) -> DecodeRequest | None:
         request = self._requests.get(AttemptKey.of(id))
@@ -452,7 +464,8 @@ class DecodeCore:
         sequences, request.sequences = request.sequences, []
         for sequence in sequences:
             sequence.append(receiver.seal.first_tokens[sequence.choice])
-            reason = finish_reason(sequence.output[0], 1, sequence.sampling)
+            token = sequence.output[0]
+            reason = finish_reason(token, sequence.num_output_tokens, sequence.sampling)
             if reason:  # it never runs, while others do
                 effects.append(_tokens(sequence, reason))
             else:
@@ -491,6 +504,13 @@ class DecodeCore:
         token_ids = (*sequence.token_ids, *sequence.output[:-1])
         keys = self._hasher.keys(token_ids, sequence.cache_salt, sequence.page_keys)
         self.cache.register(keys, sequence.pages[: len(keys)])
+
+    def _cache_received(self, request: DecodeRequest) -> None:
+        """A hand-off ends before it is complete: whoever tries again need not send what is here."""
+        if request.receiver.state is ReceiverState.RECEIVING:
+            num_pages = request.receiver.num_received_tokens // self.layout.page_size
+            keys = request.page_keys[:num_pages]
+            self.cache.register(keys, request.pages[: len(keys)])
 
     # --- The step loop ----------------------------------------------------------------------------
 
@@ -564,7 +584,7 @@ class DecodeCore:
         for token in sampled:
             sequence.append(token)
             self._num_generated_tokens += 1
-            reason = finish_reason(token, len(sequence.output), sequence.sampling)
+            reason = finish_reason(token, sequence.num_output_tokens, sequence.sampling)
             if reason:
                 break
         sequence.logprobs += map(logprobs_message, logprobs)
@@ -583,7 +603,8 @@ class DecodeCore:
     # --- Time and state ---------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Effect]:
-        """Give up connections whose worker leaves hand-offs open that were refused long ago.
+        """Renew the hand-offs under way, and give up connections whose worker leaves open what was
+        refused long ago.
 
         Slots are not freed by a time-out: the end of the connection frees them.
         """
@@ -597,7 +618,16 @@ class DecodeCore:
             for holder, since in self._closing_since.items()
             if now - since > self._closing_s
         }
-        return [Disconnect(peer=peer) for peer in overdue]
+        return [*self._renew(now), *(Disconnect(peer=peer) for peer in overdue)]
+
+    def _renew(self, now: float) -> list[Effect]:
+        """Tell the senders that this worker waits for room, or for their frames."""
+        effects: list[Effect] = []
+        for request in (*self._waiting, *self._receiving.values()):
+            if now - request.renewed_at >= self._renew_s:
+                request.renewed_at = now
+                effects.append(Send(message=Renew(id=request.receiver.id)))
+        return effects
 
     def report_cache(self, routers: Iterable[bytes]) -> list[Effect]:
         """Tell the routers, all that have a session, what has changed in the prefix cache."""
@@ -653,6 +683,7 @@ class DecodeCore:
         for sequence in request.sequences:
             self._release(sequence)
         request.sequences = []
+        self._cache_received(request)
         self.pool.release(request.pages)
         if request.reservation is not None:
             self.pool.cancel(request.reservation)
@@ -688,7 +719,7 @@ def _tokens(
     """What the router has not been told of a sequence's output."""
     tokens = pb.Tokens(
         choice=sequence.choice,
-        position=sequence.num_emitted,
+        position=sequence.num_resumed + sequence.num_emitted,
         token_ids=sequence.output[sequence.num_emitted :],
         finish_reason=reason,
         times=times,

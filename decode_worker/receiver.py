@@ -13,6 +13,7 @@ repetition or a late message and changes nothing; docs/PROTOCOL.md has every pai
 """
 
 from enum import Enum, auto
+from itertools import takewhile
 
 from pagewire.kv_transfer.checksum import digest_of
 from pagewire.kv_transfer.layout import KVLayout
@@ -75,6 +76,12 @@ class Receiver:
     def is_open(self) -> bool:
         """Whether the sender knows of the hand-off and has not been told of its end."""
         return self.state in (ReceiverState.WAITING, ReceiverState.RECEIVING)
+
+    @property
+    def num_received_tokens(self) -> int:
+        """Leading tokens of the prompt whose KV is here in all layers."""
+        num_pages = sum(1 for _ in takewhile(self._all_layers.__eq__, self._covered))
+        return min(num_pages * self._source.page_size, self._num_prompt_tokens)
 
     @property
     def wants_credit(self) -> bool:

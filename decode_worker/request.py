@@ -23,13 +23,14 @@ class DecodeRequest:
     key: AttemptKey
     route: pb.Route  # for events to the router that sent the request
     token_ids: tuple[int, ...]  # of the prompt
-    max_tokens: int  # of each choice
+    max_tokens: int  # that each choice may have behind `token_ids`
     num_choices: int
     receiver: Receiver
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
     sequences: list[DecodeSequence] = field(default_factory=list)  # those that have not ended
     reservation: Reservation | None = None  # from Open on; the sequences take their parts of it
     pages: list[int] = field(default_factory=list)  # of the prompt, until the hand-off is complete
+    renewed_at: float = 0.0  # seconds on the worker's clock, when the sender was told to go on
     sealed_at: float = 0.0  # seconds on the worker's clock, once the Seal was here
     queued_at: float | None = None  # since when it waits for its first step; None: it does not
 

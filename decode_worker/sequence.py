@@ -23,14 +23,15 @@ class DecodeSequence:
     key: AttemptKey
     choice: int = 0
     route: pb.Route  # for events to the router that sent the request
-    token_ids: tuple[int, ...]  # of the prompt
+    token_ids: tuple[int, ...]  # of the prompt, and of the output of an earlier attempt
+    num_resumed: int = 0  # of them, the last ones: that output
     sampling: SamplingParams
     cache_salt: str = ""
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
     priority: int  # lower runs first
     reservation: Reservation | None = None  # its part of the request's
     pages: list[int] = field(default_factory=list)
-    output: list[int] = field(default_factory=list)  # token 0 comes with the Seal
+    output: list[int] = field(default_factory=list)  # of this attempt; begins with the Seal's token
     history: TokenHistory | None = None  # where `sampling` has penalties
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # not emitted yet, if asked
     num_emitted: int = 0  # output tokens that the router was told of
@@ -47,9 +48,14 @@ class DecodeSequence:
         return self.num_prompt_tokens + len(self.output) + num_drafts
 
     @property
+    def num_output_tokens(self) -> int:
+        """Output tokens up to now, those of an earlier attempt among them."""
+        return self.num_resumed + len(self.output)
+
+    @property
     def num_tokens_left(self) -> int:
         """Output tokens that it may have yet."""
-        return self.sampling.max_tokens - len(self.output)
+        return self.sampling.max_tokens - self.num_output_tokens
 
     def next_row(self) -> BatchRow:
         """Run the token sampled last and the drafts behind it, sample the next of each."""
@@ -60,7 +66,7 @@ class DecodeSequence:
             start=self.num_prompt_tokens + len(self.output) - 1,
             page_table=self.pages,
             sampling=self.sampling,
-            output_position=len(self.output),
+            output_position=self.num_output_tokens,
             history=self.history,
             num_drafts=len(drafts),
             draft_work=self.drafting.work if self.drafting else None,

@@ -16,6 +16,7 @@ from pagewire.kv_transfer.messages import Frame, MessageError, decode
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter, Verify
+from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.frames import FrameWriter
 from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
@@ -34,6 +35,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         draft_model: DraftModel | None = None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
+        failpoint: Failpoint | None = None,
     ) -> None:
         """`draft_model` makes the drafts that `speculation` asks for."""
         core = DecodeCore(
@@ -55,6 +57,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             reader=None,
             model_thread=model_thread,
             on_state=on_state,
+            failpoint=failpoint,
         )
         self._draft_model = draft_model
         self._writer = FrameWriter(

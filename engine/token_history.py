@@ -25,9 +25,11 @@ class TokenHistory:
             self.append(token)
 
     @classmethod
-    def for_params(cls, params: SamplingParams, prompt: Iterable[int]) -> "TokenHistory | None":
+    def for_params(
+        cls, params: SamplingParams, prompt: Iterable[int], output: Iterable[int] = ()
+    ) -> "TokenHistory | None":
         """None where no penalty would look at it."""
-        return cls(prompt) if params.has_penalties else None
+        return cls(prompt, output) if params.has_penalties else None
 
     @property
     def token_ids(self) -> NDArray[np.int64]:

@@ -176,10 +176,18 @@ class Accepted:
     num_hit_pages: int = _uint()  # leading pages of the prompt that D has already
 
 
-Message = Open | Grant | Frame | FrameAck | Seal | Committed | Refused | Closed | Accepted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renew:
+    """D → P: the hand-off is alive here, though nothing moves: D has no room, or P computes."""
+
+    code: ClassVar[int] = 10
+    id: HandoffId
+
+
+Message = Open | Grant | Frame | FrameAck | Seal | Committed | Refused | Closed | Accepted | Renew
 _TYPES: dict[int, type[Message]] = {
     kind.code: kind
-    for kind in (Open, Grant, Frame, FrameAck, Seal, Committed, Refused, Closed, Accepted)
+    for kind in (Open, Grant, Frame, FrameAck, Seal, Committed, Refused, Closed, Accepted, Renew)
 }
 
 

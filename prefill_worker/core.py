@@ -13,6 +13,7 @@ from pagewire.engine.prefix_cache import PrefixCache
 from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
+    ID_BYTES,
     Accepted,
     Closed,
     Committed,
@@ -23,6 +24,7 @@ from pagewire.kv_transfer.messages import (
     Message,
     Refused,
     RefuseReason,
+    Renew,
     Seal,
 )
 from pagewire.prefill_worker.layer_groups import layer_group_ends
@@ -45,6 +47,9 @@ from pagewire.worker.identity import (
 from pagewire.worker.interval import Interval
 from pagewire.worker.ledger import EndedAttempts
 from pagewire.worker.orphans import OrphanedPages
+
+# After these the same pages may be of use to another decode worker, or to this one.
+_PASSING = frozenset({RefuseReason.UNKNOWN_TICKET, RefuseReason.INTEGRITY, RefuseReason.ABORTED})
 
 _REFUSALS = {
     RefuseReason.UNKNOWN_TICKET: (  # it was expected there, so it was given up there
@@ -88,12 +93,15 @@ class PrefillCore:
         stream_layers: bool = True,
         answer_s: float = 5.0,
         send_s: float = 30.0,
+        lease_s: float = 10.0,
+        max_parked_share: float = 0.5,
     ) -> None:
         """Without a `hasher` nothing is cached; `answer_s` and `send_s`: see Sender.is_stalled.
 
         With `stream_layers` the KV of a prompt's last chunk leaves by groups of layers while they
-        are computed, otherwise at the end of the step. Raises LayoutError when not even one layer
-        of a page fits in `slot_bytes`.
+        are computed, otherwise at the end of the step. `lease_s` is how long a prompt stays parked.
+        While more than `max_parked_share` of the pages wait for decode workers, no prompt starts.
+        Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
         require_slot(layout, slot_bytes)
         self.incarnation = incarnation
@@ -108,6 +116,8 @@ class PrefillCore:
         self._stream_layers = stream_layers
         self._answer_s = answer_s
         self._send_s = send_s
+        self._lease_s = lease_s
+        self.max_parked_pages = int(max_parked_share * pool.num_pages)
         self._scheduler = PrefillScheduler(self.cache, layout, max_batch_tokens)
         self._sequences: dict[AttemptKey, PrefillSequence] = {}
         self._batch: list[Chunk] = []  # the step that runs now
@@ -128,6 +138,8 @@ class PrefillCore:
         match command.WhichOneof("body"):
             case "prefill":
                 return self._on_prefill(key, command, now)
+            case "repoint":
+                return self._on_repoint(key, command, now)
             case "abort":
                 return self._on_abort(key, command.route.sender)
             case "kv_snapshot":
@@ -166,13 +178,33 @@ class PrefillCore:
         token_ids, (sampling, *siblings) = read_work(
             body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
         )
+        num_new = len(token_ids) - body.num_output_tokens
         num_pages = self.layout.num_pages(len(token_ids))
         if num_pages > self.pool.num_pages:
             raise CommandError(
                 f"the prompt takes {num_pages} pages of KV cache; this worker has "
                 f"{self.pool.num_pages}"
             )
-        sender = Sender(
+        return PrefillSequence(
+            key=key,
+            route=command.route,
+            token_ids=token_ids,
+            num_resumed=body.num_output_tokens,
+            sampling=sampling,
+            siblings=tuple(siblings),
+            history=TokenHistory.for_params(sampling, token_ids[:num_new], token_ids[num_new:]),
+            sender=self._make_sender(key, body, token_ids),
+            page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
+            addresses=_addresses(body),
+            arrived=now,
+            deadline=now + body.seconds_left,
+            priority=body.priority,
+        )
+
+    def _make_sender(
+        self, key: AttemptKey, body: pb.Prefill | pb.Repoint, token_ids: Sequence[int]
+    ) -> Sender:
+        return Sender(
             id=HandoffId(
                 request_id=key.request_id,
                 attempt=key.attempt,
@@ -185,20 +217,46 @@ class PrefillCore:
             layout=self.layout,
             slot_bytes=self._slot_bytes,
         )
-        return PrefillSequence(
+
+    def _on_repoint(self, key: AttemptKey, command: pb.WorkerCommand, now: float) -> list[Effect]:
+        """Hand what an earlier attempt has computed to the decode worker of this one.
+
+        It may come before the loss of the earlier decode worker is noticed here.
+        """
+        if key in self._sequences or key in self._ended:
+            self._num_dropped += 1
+            return []
+        body = command.repoint
+        if len(body.ticket) != ID_BYTES:
+            self._ended.add(key)
+            return [failed(command.route, f"ticket is not {ID_BYTES} bytes")]
+        held = AttemptKey(key.request_id, body.held_attempt)
+        sequence = self._sequences.get(held)
+        if sequence is None or sequence.route.sender != command.route.sender:
+            self._ended.add(key)
+            text = "the pages of the prompt are not on this prefill worker any more"
+            return [failed(command.route, text, pb.FAILURE_CODE_NOT_PARKED)]
+        effects: list[Effect] = [Send(message=message) for message in sequence.sender.close()]
+        del self._sequences[held]
+        self._ended.add(held)
+        sequence.repoint(
             key=key,
             route=command.route,
-            token_ids=token_ids,
-            sampling=sampling,
-            siblings=tuple(siblings),
-            history=TokenHistory.for_params(sampling, token_ids),
-            sender=sender,
-            page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
-            addresses=tuple((item.kind, item.address) for item in body.transports),
-            arrived=now,
-            deadline=now + body.seconds_left,
-            priority=body.priority,
+            sender=self._make_sender(key, body, sequence.token_ids),
+            addresses=_addresses(body),
         )
+        self._sequences[key] = sequence
+        return [*effects, *(self._resume(sequence, now) if sequence.started is not None else [])]
+
+    def _resume(self, sequence: PrefillSequence, now: float) -> list[Effect]:
+        """Open the hand-off of a prompt that has started, with what is computed of it.
+
+        Token 0 is told again: what the earlier attempt said of it may have come too late.
+        """
+        effects = self._open(sequence, now)
+        if not sequence.first_tokens:
+            return effects
+        return [*_first_tokens(sequence), *effects, *self._finish(sequence, now)]
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         sequence = self._sequences.get(key)
@@ -226,11 +284,16 @@ class PrefillCore:
             case FrameAck():
                 sequence.sender.on_ack(message.seq, now)
                 return []
+            case Renew():
+                sequence.sender.on_renew(now)
+                return []
             case Committed():
                 sequence.sender.on_committed()
                 return self._end(sequence) if not sequence.sender.is_open else []
             case Refused():
                 code, text = _REFUSALS[message.reason]
+                if message.reason in _PASSING:
+                    return self._park(sequence, code, text, now)
                 return [*self._end(sequence), failed(sequence.route, text, code)]
             case _:
                 self._num_dropped += 1
@@ -245,21 +308,33 @@ class PrefillCore:
             return [*self._end(sequence), failure]
         return self._carry_out(sequence, sequence.sender.on_accepted(message.num_hit_pages, now))
 
-    def on_peer_lost(self, peer: bytes) -> list[Effect]:
+    def on_peer_lost(self, peer: bytes, now: float) -> list[Effect]:
         """The decode worker is gone, or cannot be reached."""
         effects: list[Effect] = []
+        text = "the connection to the decode worker was lost during the hand-off"
         for sequence in list(self._sequences.values()):
             if sequence.sender.id.receiver == peer and sequence.sender.is_open:
                 sequence.sender.on_peer_lost()
-                effects += self._end(sequence)
-                effects.append(
-                    failed(
-                        sequence.route,
-                        "the connection to the decode worker was lost during the hand-off",
-                        pb.FAILURE_CODE_PEER_LOST,
-                    )
-                )
+                if not sequence.is_parked:
+                    effects += self._park(sequence, pb.FAILURE_CODE_PEER_LOST, text, now)
+        for sender, _ in self._sending.values():
+            if sender.id.receiver == peer:
+                sender.on_peer_lost()
         return effects
+
+    def _park(
+        self,
+        sequence: PrefillSequence,
+        code: "pb.FailureCode.ValueType",
+        text: str,
+        now: float,
+    ) -> list[Effect]:
+        """The hand-off has failed: keep the pages for another one, and go on computing."""
+        sequence.lease_until = now + self._lease_s
+        parked = pb.Parked(code=code, message=text)
+        event = pb.WorkerEvent(route=reply_route(sequence.route), parked=parked)
+        messages = sequence.sender.close()
+        return [*(Send(message=message) for message in messages), Emit(event=event)]
 
     def on_frame_sent(
         self, frame: Frame, checksum: int | None, now: float, gathered: Interval | None = None
@@ -289,7 +364,7 @@ class PrefillCore:
 
     def _addressee(self, id: HandoffId) -> PrefillSequence | None:
         sequence = self._sequences.get(AttemptKey.of(id))
-        if sequence is None or id != sequence.sender.id.reply():
+        if sequence is None or sequence.is_parked or id != sequence.sender.id.reply():
             return None
         return sequence
 
@@ -298,14 +373,15 @@ class PrefillCore:
     def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
         """What the model runs next. At most one batch is out at a time."""
         assert not self._batch, "a batch is out already"
-        self._batch = self._scheduler.schedule(now)
+        may_start = self._num_parked_pages() <= self.max_parked_pages
+        self._batch = self._scheduler.schedule(now, may_start=may_start)
         if not self._batch:
             return None, []
         effects = [
             effect
             for chunk in self._batch
-            if chunk.sequence.sender.state is SenderState.QUEUED
-            for effect in self._open(chunk.sequence, now)
+            if chunk.sequence.started is None
+            for effect in self._start(chunk.sequence, now)
         ]
         rows = tuple(_row(chunk) for chunk in self._batch)
         return Batch(rows=rows, layer_group_ends=self._layer_group_ends()), effects
@@ -321,11 +397,22 @@ class PrefillCore:
             return ()
         return layer_group_ends(self.layout, num_pages, self._slot_bytes)
 
+    def _start(self, sequence: PrefillSequence, now: float) -> list[Effect]:
+        """The first chunk is scheduled."""
+        sequence.started = now
+        return self._open(sequence, now)
+
     def _open(self, sequence: PrefillSequence, now: float) -> list[Effect]:
         """Begin the hand-off. Pages out of the cache are complete and can leave at once."""
-        sequence.started = now
-        messages = sequence.sender.open()
-        messages += sequence.sender.on_computed(sequence.num_cached, now)
+        messages = sequence.sender.open(now)
+        messages += sequence.sender.on_computed(sequence.num_computed, now)
+        return self._carry_out(sequence, messages)
+
+    def _finish(self, sequence: PrefillSequence, now: float) -> list[Effect]:
+        """The prompt is computed and token 0 sampled: what is left of the hand-off."""
+        logprobs = tuple(each.SerializeToString() for each in sequence.first_logprobs)
+        messages = sequence.sender.on_computed(sequence.num_computed, now)
+        messages += sequence.sender.finish(sequence.first_tokens, now, logprobs)
         return self._carry_out(sequence, messages)
 
     def on_layers_done(self, num_layers: int, now: float) -> list[Effect]:
@@ -390,14 +477,16 @@ class PrefillCore:
                 sequence, sequence.sender.on_computed(sequence.num_computed, now)
             )
         self._num_generated_tokens += len(tokens)
-        values = [logprobs_message(each) for each in logprobs]
-        first_tokens = _first_tokens(sequence, tokens, values, now)
-        if all(finish_reason(token, 1, sequence.sampling) for token in tokens):
+        sequence.first_tokens = tokens
+        sequence.first_logprobs = tuple(logprobs_message(each) for each in logprobs)
+        started = sequence.started
+        assert started is not None, "a chunk that has run was scheduled"
+        times = pb.TimeParts(queue_s=started - sequence.arrived, prefill_s=now - started)
+        first_tokens = _first_tokens(sequence, times)
+        num_tokens = sequence.num_resumed + 1
+        if all(finish_reason(token, num_tokens, sequence.sampling) for token in tokens):
             return [*first_tokens, *self._end(sequence)]
-        messages = sequence.sender.on_computed(sequence.num_computed, now)
-        first_logprobs = tuple(each.SerializeToString() for each in values)
-        messages += sequence.sender.finish(tokens, now, first_logprobs)
-        return [*first_tokens, *self._carry_out(sequence, messages)]
+        return [*first_tokens, *self._finish(sequence, now)]
 
     def _cache_computed(self, sequence: PrefillSequence) -> None:
         """Let others share the full pages that are computed: now, not before."""
@@ -408,19 +497,27 @@ class PrefillCore:
     # --- Time and state ---------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Effect]:
-        """Fail the hand-offs that have stalled, and give up the connections that they stall on."""
+        """Park what has stalled, give up the connections on which it has, and end what is parked
+        when its lease runs out.
+        """
         effects: list[Effect] = []
         stalled: dict[bytes, None] = {}  # peers, in order
         for sequence in list(self._sequences.values()):
-            if self._is_stalled(sequence.sender, now):
+            if sequence.lease_until is not None:
+                effects += self._expire(sequence) if now > sequence.lease_until else []
+            elif self._is_stalled(sequence.sender, now):
                 stalled[sequence.sender.id.receiver] = None
-                effects += self._end(sequence)
                 text = "the hand-off made no progress and was given up"
-                effects.append(failed(sequence.route, text, pb.FAILURE_CODE_STALLED))
+                effects += self._park(sequence, pb.FAILURE_CODE_STALLED, text, now)
         for sender, _ in self._sending.values():
             if self._is_stalled(sender, now):
                 stalled[sender.id.receiver] = None
         return [*effects, *(Disconnect(peer=peer) for peer in stalled)]
+
+    def _expire(self, sequence: PrefillSequence) -> list[Effect]:
+        text = "no decode worker took the prompt over before its lease ran out"
+        failure = failed(sequence.route, text, pb.FAILURE_CODE_NOT_PARKED)
+        return [*self._end(sequence), failure]
 
     def _is_stalled(self, sender: Sender, now: float) -> bool:
         return sender.is_stalled(now, answer_s=self._answer_s, send_s=self._send_s)
@@ -456,9 +553,18 @@ class PrefillCore:
             prompt_tokens=self._num_prompt_tokens,
             generated_tokens=self._num_generated_tokens,
             dropped_messages=self._num_dropped,
+            parked_pages=self._num_parked_pages(),
         )
 
     # --- Shared -----------------------------------------------------------------------------------
+
+    def _num_parked_pages(self) -> int:
+        """Pages of prompts that wait for a decode worker and for nothing else."""
+        return sum(
+            len(sequence.pages)
+            for sequence in self._sequences.values()
+            if sequence.waits_for_decode
+        )
 
     def _end(self, sequence: PrefillSequence) -> list[Effect]:
         """Forget a sequence and release its pages; those still in use become quarantined."""
@@ -499,31 +605,30 @@ def _row(chunk: Chunk) -> BatchRow:
         start=start,
         page_table=sequence.pages,
         sampling=sequence.sampling if chunk.is_last else None,
+        output_position=sequence.num_resumed,
         siblings=sequence.siblings if chunk.is_last else (),
         history=sequence.history,
     )
 
 
-def _first_tokens(
-    sequence: PrefillSequence,
-    tokens: Sequence[int],
-    logprobs: Sequence[pb.TokenLogprobs],
-    now: float,
-) -> list[Emit]:
-    """Token 0 of each choice, with `logprobs` where they were asked for."""
-    times = pb.TimeParts(
-        queue_s=sequence.started - sequence.arrived, prefill_s=now - sequence.started
-    )
+def _addresses(body: pb.Prefill | pb.Repoint) -> tuple[tuple[str, bytes], ...]:
+    return tuple((item.kind, item.address) for item in body.transports)
+
+
+def _first_tokens(sequence: PrefillSequence, times: pb.TimeParts | None = None) -> list[Emit]:
+    """Token 0 of each choice; `times` are those of its computation, unless they are known."""
+    logprobs = sequence.first_logprobs
     bodies = [
         pb.FirstToken(
             choice=choice,
             token_id=token,
-            finish_reason=finish_reason(token, 1, sequence.sampling),
+            position=sequence.num_resumed,
+            finish_reason=finish_reason(token, sequence.num_resumed + 1, sequence.sampling),
             logprobs=logprobs[choice] if logprobs else None,
             cached_tokens=sequence.num_cached,
             times=None if choice else times,
         )
-        for choice, token in enumerate(tokens)
+        for choice, token in enumerate(sequence.first_tokens)
     ]
     route = reply_route(sequence.route)
     return [Emit(event=pb.WorkerEvent(route=route, first_token=body)) for body in bodies]

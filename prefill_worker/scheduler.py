@@ -76,14 +76,13 @@ class PrefillScheduler:
         if chunk.sequence not in self._queue:
             self._queue.append(chunk.sequence)
 
-    def schedule(self, now: float) -> list[Chunk]:
+    def schedule(self, now: float, *, may_start: bool = True) -> list[Chunk]:
         """Chunks of the next step, at most one a sequence. Allocates pages for those that start.
 
-        Sequences whose last chunk is among them leave the queue.
+        Sequences whose last chunk is among them leave the queue. Without `may_start` none starts.
         """
         budget = self._max_batch_tokens
         chunks: list[Chunk] = []
-        may_start = True
         for sequence in sorted(self._queue, key=lambda item: self._rank(item, now)):
             if not budget:
                 break

@@ -73,7 +73,7 @@ class Sender:
         self._num_sending = 0
         self._checksums: dict[int, int] = {}  # by seq
         self._unacked: set[int] = set()  # seqs of frames that the peer has not answered
-        self._progress_at = 0.0  # when a frame, an answer or the Seal last moved
+        self._progress_at = 0.0  # when a message of the hand-off last went or came
         self._first_tokens: tuple[int, ...] = ()
         self._first_logprobs: tuple[bytes, ...] = ()
 
@@ -82,11 +82,17 @@ class Sender:
         """Whether the peer knows of the hand-off and has not been told of its end."""
         return self.state in (SenderState.STREAMING, SenderState.SEALED, SenderState.DRAINING)
 
-    def open(self) -> list[Message]:
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the peer has room for the prompt."""
+        return self._is_accepted
+
+    def open(self, now: float) -> list[Message]:
         """The first chunk is scheduled: ask the decode worker for a Reservation."""
         if self.state is not SenderState.QUEUED:
             return []
         self.state = SenderState.STREAMING
+        self._progress_at = now
         return [
             Open(
                 id=self.id,
@@ -126,6 +132,7 @@ class Sender:
         if self.state is not SenderState.STREAMING or self._is_accepted:
             return []
         self._is_accepted = True
+        self._progress_at = now
         self._num_planned_pages = num_hit_pages
         return [*self._pair_frames_with_credit(now), *self._seal_if_complete(now)]
 
@@ -152,6 +159,7 @@ class Sender:
             return []
         self._seen_grants.add(credit)
         self._grants.append(grant)
+        self._progress_at = now
         return self._pair_frames_with_credit(now)
 
     def on_sent(
@@ -175,6 +183,11 @@ class Sender:
             self._unacked.remove(seq)
             self._progress_at = now
 
+    def on_renew(self, now: float) -> None:
+        """The peer waits, for room or for frames. An answer that it owes is still to come."""
+        if self.state is SenderState.STREAMING and not self._unacked:
+            self._progress_at = now
+
     def on_committed(self) -> None:
         if self.state is SenderState.SEALED:
             self.state = SenderState.RELEASED
@@ -196,16 +209,14 @@ class Sender:
         self.state = SenderState.RELEASED
 
     def is_stalled(self, now: float, *, answer_s: float, send_s: float) -> bool:
-        """Whether nothing has moved for too long while it was the peer's or the link's turn.
+        """Whether nothing has moved for too long.
 
-        `send_s` bounds a send under way, which a slow link may need; `answer_s` the answer to what
-        was sent.
+        `send_s` bounds a send under way, which a slow link may need; `answer_s` the silence of the
+        peer, which says so several times in it when it merely waits.
         """
         if self._num_sending:
             limit = send_s
-        elif self.state is SenderState.SEALED or (
-            self.state is SenderState.STREAMING and self._unacked
-        ):
+        elif self.state in (SenderState.STREAMING, SenderState.SEALED):
             limit = answer_s
         else:
             return False

@@ -1,16 +1,18 @@
 """The prefill worker: the shared shell around PrefillCore, with frames going out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.messages import Frame, MessageError
+from pagewire.kv_transfer.transport import Transport
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter, Verify
+from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
@@ -27,6 +29,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         runner: ModelRunner,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
+        failpoint: Failpoint | None = None,
     ) -> None:
         core = PrefillCore(
             incarnation=incarnation,
@@ -38,6 +41,8 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
             stream_layers=config.stream_layers,
+            lease_s=config.lease_s,
+            max_parked_share=config.max_parked_share,
         )
         reader = FrameReader(runner.layout, runner.kv_cache.buffer())
         super().__init__(
@@ -47,6 +52,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             reader=reader,
             model_thread=model_thread,
             on_state=on_state,
+            failpoint=failpoint,
         )
 
     def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
@@ -61,6 +67,11 @@ class PrefillWorker(WorkerShell[PrefillCore]):
     def _on_layers_done(self, num_layers: int) -> None:
         with self._tasks:
             self.carry_out(self.core.on_layers_done(num_layers, self.clock()))
+
+    def _registration(self, address: str, transports: Sequence[Transport]) -> pb.RegisterRequest:
+        info = super()._registration(address, transports)
+        info.max_parked_pages = self.core.max_parked_pages
+        return info
 
     async def _scatter(self, effect: Scatter) -> None:
         raise AssertionError("a prefill worker takes no frames")

@@ -81,6 +81,8 @@ class _FailureCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureCo
     """a frame failed its checks"""
     FAILURE_CODE_INTERNAL: _FailureCode.ValueType  # 5
     """a fault of the worker"""
+    FAILURE_CODE_NOT_PARKED: _FailureCode.ValueType  # 6
+    """the pages of the prompt are not here, or not any more"""
 
 class FailureCode(_FailureCode, metaclass=_FailureCodeEnumTypeWrapper):
     """Why a worker could not do what it was asked."""
@@ -96,6 +98,8 @@ FAILURE_CODE_INTEGRITY: FailureCode.ValueType  # 4
 """a frame failed its checks"""
 FAILURE_CODE_INTERNAL: FailureCode.ValueType  # 5
 """a fault of the worker"""
+FAILURE_CODE_NOT_PARKED: FailureCode.ValueType  # 6
+"""the pages of the prompt are not here, or not any more"""
 Global___FailureCode: _TypeAlias = FailureCode  # noqa: Y015
 
 @_typing.final
@@ -426,6 +430,7 @@ class RegisterRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    MAX_PARKED_PAGES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: Global___Role.ValueType
     incarnation: _builtins.bytes
@@ -439,6 +444,8 @@ class RegisterRequest(_message.Message):
     num_pages: _builtins.int
     model_digest: _builtins.bytes
     """of configuration and weights; pages of other models are worthless"""
+    max_parked_pages: _builtins.int
+    """with more of them a prefill worker starts no prompt"""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
@@ -458,10 +465,11 @@ class RegisterRequest(_message.Message):
         layout: Global___KVLayout | None = ...,
         transports: _abc.Iterable[Global___TransportAddress] | None = ...,
         model_digest: _builtins.bytes = ...,
+        max_parked_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "layout", b"layout", "max_model_len", b"max_model_len", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_pages", b"num_pages", "pid", b"pid", "role", b"role", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "layout", b"layout", "max_model_len", b"max_model_len", "max_parked_pages", b"max_parked_pages", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_pages", b"num_pages", "pid", b"pid", "role", b"role", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,6 +505,7 @@ class WorkerCommand(_message.Message):
     ATTACH_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     STOP_CHOICE_FIELD_NUMBER: _builtins.int
+    REPOINT_FIELD_NUMBER: _builtins.int
     KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def route(self) -> Global___Route: ...
@@ -517,6 +526,10 @@ class WorkerCommand(_message.Message):
         """to a decode worker"""
 
     @_builtins.property
+    def repoint(self) -> Global___Repoint:
+        """to a prefill worker"""
+
+    @_builtins.property
     def kv_snapshot(self) -> Global___KvSnapshot: ...
     def __init__(
         self,
@@ -527,13 +540,14 @@ class WorkerCommand(_message.Message):
         attach: Global___Attach | None = ...,
         abort: Global___Abort | None = ...,
         stop_choice: Global___StopChoice | None = ...,
+        repoint: Global___Repoint | None = ...,
         kv_snapshot: Global___KvSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "repoint", b"repoint", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "repoint", b"repoint", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort", "stop_choice", "kv_snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort", "stop_choice", "repoint", "kv_snapshot"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -586,6 +600,7 @@ class Prefill(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes, valid for one hand-off to `decode`"""
     decode: _builtins.bytes
@@ -598,6 +613,10 @@ class Prefill(_message.Message):
     """until the router gives the request up, when this was sent"""
     n: _builtins.int
     """choices, at most 16; absent: 1. Their seeds: see choices.py"""
+    num_output_tokens: _builtins.int
+    """How many of token_ids, the last ones, are output: an earlier attempt has sampled them, and this
+    one continues behind them. With one choice only.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -618,10 +637,11 @@ class Prefill(_message.Message):
         priority: _builtins.int = ...,
         seconds_left: _builtins.float = ...,
         n: _builtins.int | None = ...,
+        num_output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "decode", b"decode", "n", b"n", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "decode", b"decode", "n", b"n", "num_output_tokens", b"num_output_tokens", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -642,6 +662,7 @@ class Attach(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     prefill: _builtins.bytes
     """incarnation of the prefill worker that may use the ticket"""
@@ -650,6 +671,8 @@ class Attach(_message.Message):
     priority: _builtins.int
     """lower runs first"""
     n: _builtins.int
+    """as in Prefill"""
+    num_output_tokens: _builtins.int
     """as in Prefill"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -665,16 +688,52 @@ class Attach(_message.Message):
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
         n: _builtins.int | None = ...,
+        num_output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "n", b"n", "prefill", b"prefill", "priority", b"priority", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "n", b"n", "num_output_tokens", b"num_output_tokens", "prefill", b"prefill", "priority", b"priority", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___Attach: _TypeAlias = Attach  # noqa: Y015
+
+@_typing.final
+class Repoint(_message.Message):
+    """Hand the prompt of an earlier attempt to another decode worker, without computing it again. From
+    here on it is the attempt that the route names.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELD_ATTEMPT_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
+    held_attempt: _builtins.int
+    """under which the prefill worker knows the request"""
+    ticket: _builtins.bytes
+    """as in Prefill"""
+    decode: _builtins.bytes
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportAddress]: ...
+    def __init__(
+        self,
+        *,
+        held_attempt: _builtins.int = ...,
+        ticket: _builtins.bytes = ...,
+        decode: _builtins.bytes = ...,
+        transports: _abc.Iterable[Global___TransportAddress] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "held_attempt", b"held_attempt", "ticket", b"ticket", "transports", b"transports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Repoint: _TypeAlias = Repoint  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):
@@ -752,6 +811,7 @@ class WorkerEvent(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    PARKED_FIELD_NUMBER: _builtins.int
     KV_DELTA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def route(self) -> Global___Route: ...
@@ -772,6 +832,8 @@ class WorkerEvent(_message.Message):
     @_builtins.property
     def failed(self) -> Global___Failed: ...
     @_builtins.property
+    def parked(self) -> Global___Parked: ...
+    @_builtins.property
     def kv_delta(self) -> Global___KvDelta: ...
     def __init__(
         self,
@@ -784,13 +846,14 @@ class WorkerEvent(_message.Message):
         ready: Global___Ready | None = ...,
         tokens: Global___Tokens | None = ...,
         failed: Global___Failed | None = ...,
+        parked: Global___Parked | None = ...,
         kv_delta: Global___KvDelta | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "kv_delta", b"kv_delta", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "kv_delta", b"kv_delta", "parked", b"parked", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "kv_delta", b"kv_delta", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "body", b"body", "failed", b"failed", "first_token", b"first_token", "heartbeat", b"heartbeat", "kv_delta", b"kv_delta", "parked", b"parked", "ready", b"ready", "route", b"route", "sealed", b"sealed", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "attached", "first_token", "sealed", "ready", "tokens", "failed", "kv_delta"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "attached", "first_token", "sealed", "ready", "tokens", "failed", "parked", "kv_delta"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -815,7 +878,7 @@ Global___Attached: _TypeAlias = Attached  # noqa: Y015
 
 @_typing.final
 class FirstToken(_message.Message):
-    """Prefill worker: token 0 of one choice, sent before the hand-off ends."""
+    """Prefill worker: the first token of one choice that it samples, sent before the hand-off ends."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -825,12 +888,15 @@ class FirstToken(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """when set for every choice there is no hand-off"""
     cached_tokens: _builtins.int
     """prompt tokens whose KV was in the prefix cache"""
     choice: _builtins.int
+    position: _builtins.int
+    """num_output_tokens of Prefill"""
     @_builtins.property
     def logprobs(self) -> Global___TokenLogprobs:
         """when asked for"""
@@ -848,10 +914,11 @@ class FirstToken(_message.Message):
         cached_tokens: _builtins.int = ...,
         choice: _builtins.int = ...,
         times: Global___TimeParts | None = ...,
+        position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "times", b"times", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "position", b"position", "times", b"times", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -907,7 +974,7 @@ Global___Ready: _TypeAlias = Ready  # noqa: Y015
 
 @_typing.final
 class Tokens(_message.Message):
-    """Decode worker: tokens of one choice. Its first message starts at position 0, so that it does not
+    """Decode worker: tokens of one choice. Its first message starts at FirstToken's, so that it does not
     matter whether it or the prefill worker's FirstToken reaches the router first.
     """
 
@@ -975,6 +1042,34 @@ class Failed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Failed: _TypeAlias = Failed  # noqa: Y015
+
+@_typing.final
+class Parked(_message.Message):
+    """Prefill worker: the decode worker refused, failed or lost the hand-off. The prompt's pages stay
+    here under a lease, and the rest of it is computed; a Repoint hands it to another decode worker.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: Global___FailureCode.ValueType
+    """why the hand-off failed"""
+    message: _builtins.str
+    """as in Failed"""
+    def __init__(
+        self,
+        *,
+        code: Global___FailureCode.ValueType = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Parked: _TypeAlias = Parked  # noqa: Y015
 
 @_typing.final
 class KvDelta(_message.Message):
@@ -1046,6 +1141,7 @@ class WorkerState(_message.Message):
     DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    PARKED_PAGES_FIELD_NUMBER: _builtins.int
     INTEGRITY_ERROR_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """requests that have not started"""
@@ -1064,6 +1160,8 @@ class WorkerState(_message.Message):
     """that a decode worker's steps have checked"""
     accepted_tokens: _builtins.int
     """of them, those that were right"""
+    parked_pages: _builtins.int
+    """of prompts that wait for a decode worker"""
     integrity_error: _builtins.str
     """Inspect only; empty while pages and slots add up"""
     @_builtins.property
@@ -1087,11 +1185,12 @@ class WorkerState(_message.Message):
         drafted_tokens: _builtins.int = ...,
         accepted_tokens: _builtins.int = ...,
         links: _abc.Iterable[Global___KvLink] | None = ...,
+        parked_pages: _builtins.int = ...,
         integrity_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "links", b"links", "pages", b"pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "links", b"links", "pages", b"pages", "parked_pages", b"parked_pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,7 +36,8 @@ class AdminEndpoints:
     async def prometheus(self) -> Response:
         """All metrics, in Prometheus' text format."""
         workers = await self.dispatcher.inspect()
-        page = self.metrics.render(self.dispatcher.counts(), workers)
+        dispatcher = self.dispatcher
+        page = self.metrics.render(dispatcher.counts(), dispatcher.retries(), workers)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     async def workers(self) -> Response:
@@ -71,6 +72,7 @@ def _describe(view: WorkerView) -> dict[str, Any]:
         "queued": state.queued,
         "running": state.running,
         "handoffs": state.handoffs,
+        "parked_pages": state.parked_pages,
         "queued_tokens": state.queued_tokens,
         "prompt_tokens": state.prompt_tokens,
         "generated_tokens": state.generated_tokens,

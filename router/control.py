@@ -128,6 +128,9 @@ class RouterControl:
     def counts(self) -> Mapping[str, int]:
         return self._core.counts()
 
+    def retries(self) -> Mapping[str, int]:
+        return self._core.retries
+
     def max_kv_tokens(self, *, num_prompt_tokens: int = 0, n: int = 1) -> int:
         return self._core.max_kv_tokens(num_prompt_tokens=num_prompt_tokens, n=n)
 
@@ -175,7 +178,7 @@ class RouterControl:
         if self._sessions.get(session.info.incarnation) is session:
             del self._sessions[session.info.incarnation]
             logger.warning("lost %s: %s", session.info.name, reason)
-            self._carry_out(self._core.on_worker_lost(session.info.incarnation))
+            self._carry_out(self._core.on_worker_lost(session.info.incarnation, self._clock()))
 
     async def _tick(self) -> None:
         while True:

@@ -5,20 +5,32 @@ workers and drives every request's lifecycle. The shell (`pagewire.router.contro
 effects out; the simulator drives the very same class.
 """
 
-from bisect import insort
+from bisect import insort_left, insort_right
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.choices import max_context_tokens
 from pagewire.proto.page_hash import PageHasher
 from pagewire.router.cached_pages import NO_HASHES, PageHashes
-from pagewire.router.lifecycle import Assignment, Effect, Lifecycle, SendCommand, State
+from pagewire.router.commands import Assignment
+from pagewire.router.lifecycle import Effect, Lifecycle, SendCommand, State
 from pagewire.router.members import HEARTBEAT_S, Member, Members
-from pagewire.router.policy import Pair, choose_pair
+from pagewire.router.policy import choose_pair, choose_successor
 from pagewire.router.request import Request, RequestFailed
+from pagewire.router.retry_budget import RetryBudget
 
-_LIVE_STATES = (State.QUEUED, State.PREFILLING, State.HANDOFF, State.DECODING)
+MAX_DISPATCHES = 3  # of one request
+MAX_ATTEMPTS = 8  # of one request, Repoints among them
+_LIVE_STATES = (State.QUEUED, State.PREFILLING, State.HANDOFF, State.PARKED, State.DECODING)
+
+
+class _Projection(NamedTuple):
+    """What was sent to a worker, counted before it reports it."""
+
+    worker: bytes  # incarnation
+    amount: int  # pages of a decode worker, prompt tokens of a prefill worker
 
 
 class DispatchCore:
@@ -43,9 +55,13 @@ class DispatchCore:
         self._page_secret = page_secret
         self._live: dict[str, Lifecycle] = {}
         self._queue: list[Lifecycle] = []  # by priority, then first come, first served
-        self._prefilling: dict[str, int] = {}  # prompt tokens to compute, not known to be
+        self._parked: dict[str, Lifecycle] = {}  # in the order in which they wait
+        self._promised: dict[str, _Projection] = {}  # pages, by request
+        self._prefilling: dict[str, _Projection] = {}  # tokens that may not be computed yet
+        self._budget = RetryBudget()
         self._ticked_at: float | None = None
         self._is_stopping = False
+        self.retries = {"dispatch": 0, "repoint": 0}  # attempts that followed a failure
         self.num_dropped = 0  # events addressed to no live request
 
     # --- Clients ----------------------------------------------------------------------------------
@@ -66,8 +82,9 @@ class DispatchCore:
         lifecycle = Lifecycle(request, self.incarnation, self._page_hashes(request))
         lifecycle.enqueue(now)
         self._live[request.request_id] = lifecycle
-        insort(self._queue, lifecycle, key=lambda item: item.request.priority)
-        return self._dispatch_queued()
+        self._budget.deposit()
+        insort_right(self._queue, lifecycle, key=_priority)
+        return self._dispatch_waiting()
 
     def cancel(self, request_id: str, reason: str) -> list[Effect]:
         """The client is gone or has enough. Idempotent."""
@@ -135,17 +152,25 @@ class DispatchCore:
         """Take a worker in; one of the same name is replaced. Raises RegistrationRefused."""
         self.members.check(info)
         previous = self.members.named(info.name)
-        effects = self.on_worker_lost(previous.incarnation) if previous else []
+        effects = self.on_worker_lost(previous.incarnation, now) if previous else []
         self.members.add(info, now)
-        return [*effects, *self._dispatch_queued()]
+        return [*effects, *self._dispatch_waiting()]
 
-    def on_worker_lost(self, incarnation: bytes) -> list[Effect]:
-        """A worker is gone. Idempotent."""
+    def on_worker_lost(self, incarnation: bytes, now: float) -> list[Effect]:
+        """A worker is gone: what it did is tried again elsewhere. Idempotent.
+
+        Such retries are not held against the budget: a worker can be lost only once.
+        """
         if self.members.remove(incarnation) is None:
             return []
         effects: list[Effect] = []
         for lifecycle in list(self._live.values()):
-            effects += self._after(lifecycle, lifecycle.on_worker_lost(incarnation))
+            if lifecycle.assignment is None:
+                continue
+            lost = lifecycle.on_worker_lost(incarnation)
+            if lifecycle.state is State.RETRYING:
+                lost += self._retry(lifecycle, now)
+            effects += self._after(lifecycle, lost)
         return effects
 
     def on_event(self, event: pb.WorkerEvent, now: float) -> list[Effect]:
@@ -156,15 +181,21 @@ class DispatchCore:
             return []
         member.last_seen = now
         if event.HasField("heartbeat"):
+            could_start = member.may_start_prompts
             member.state = event.heartbeat
-            return []
+            return [] if could_start else self._dispatch_waiting()
         if event.HasField("kv_delta"):
             return [] if member.cached_pages.apply(event.kv_delta) else [self._ask_snapshot(member)]
         lifecycle = self._live.get(event.route.request_id)
         if lifecycle is None:
             self.num_dropped += 1
             return []
-        return self._after(lifecycle, lifecycle.on_event(event, now))
+        had_no_decode = lifecycle.state is State.PARKED
+        effects = lifecycle.on_event(event, now)
+        if lifecycle.state is State.RETRYING:
+            may_retry = had_no_decode or self._budget.withdraw()
+            effects += self._retry(lifecycle, now) if may_retry else _give_up(lifecycle)
+        return self._after(lifecycle, effects)
 
     # --- Time -------------------------------------------------------------------------------------
 
@@ -176,16 +207,63 @@ class DispatchCore:
         if pause > HEARTBEAT_S:  # this process stood still: heartbeats wait to be read
             self.members.forgive(pause)
         for member in self.members.silent(now):
-            effects += self.on_worker_lost(member.incarnation)
+            effects += self.on_worker_lost(member.incarnation, now)
         for lifecycle in list(self._live.values()):
             request = lifecycle.request
             if now > request.deadline:
                 effects += self._after(lifecycle, lifecycle.fail(_timed_out("the request")))
-            elif lifecycle.state is State.QUEUED and now > request.queue_deadline:
-                effects += self._after(lifecycle, lifecycle.fail(_timed_out("waiting for room")))
-        return effects
+            elif lifecycle.state is State.QUEUED and now > lifecycle.queue_deadline:
+                error = lifecycle.error or _timed_out("waiting for room")
+                effects += self._after(lifecycle, lifecycle.fail(error))
+        return [*effects, *self._repoint_parked(may_repeat=True)]
 
     # --- Shared -----------------------------------------------------------------------------------
+
+    def _retry(self, lifecycle: Lifecycle, now: float) -> list[Effect]:
+        """Queue a request again, before those of its priority that came later."""
+        if lifecycle.num_dispatches >= MAX_DISPATCHES:
+            return _give_up(lifecycle)
+        lifecycle.enqueue(now)
+        self.retries["dispatch"] += 1
+        insort_left(self._queue, lifecycle, key=_priority)
+        return []
+
+    def _dispatch_waiting(self) -> list[Effect]:
+        """Fill the room there is: what is parked holds memory, so it goes first."""
+        if self._is_stopping:
+            return []
+        return [*self._repoint_parked(), *self._dispatch_queued()]
+
+    def _repoint_parked(self, *, may_repeat: bool = False) -> list[Effect]:
+        """Send what is parked to decode workers that have not failed it already.
+
+        With `may_repeat` also to those that have: if they are lost this is known by then. What
+        finds none waits until one comes, or its lease at the prefill worker has run out.
+        """
+        effects: list[Effect] = []
+        for lifecycle in list(self._parked.values()):
+            failed = lifecycle.failed_decodes
+            member = self._choose_successor(lifecycle, failed)
+            if member is None and may_repeat:
+                member = self._choose_successor(lifecycle, ())
+            if member is not None:
+                del self._parked[lifecycle.request.request_id]
+                effects += self._repoint(lifecycle, member)
+        return effects
+
+    def _choose_successor(self, lifecycle: Lifecycle, avoided: Collection[bytes]) -> Member | None:
+        return choose_successor(
+            self.members.of_role(pb.ROLE_DECODE),
+            demand=lifecycle.page_demand,
+            page_hashes=lifecycle.page_hashes,
+            avoided=avoided,
+        )
+
+    def _repoint(self, lifecycle: Lifecycle, decode: Member) -> list[Effect]:
+        assert lifecycle.assignment is not None, "what is parked is parked at a worker"
+        prefill = lifecycle.assignment.prefill
+        self.retries["repoint"] += 1
+        return lifecycle.repoint(self._assign(lifecycle, prefill, decode))
 
     def _dispatch_queued(self) -> list[Effect]:
         """Send queued requests out, in the order of the queue, while a pair has room.
@@ -193,16 +271,21 @@ class DispatchCore:
         One that no worker could hold at the moment, however idle, stands aside for those behind it.
         """
         effects: list[Effect] = []
-        for lifecycle in [] if self._is_stopping else list(self._queue):
+        for lifecycle in list(self._queue):
             pair = choose_pair(
                 self.members.of_role(pb.ROLE_PREFILL),
                 self.members.of_role(pb.ROLE_DECODE),
-                demand=lifecycle.request.page_demand,
+                demand=lifecycle.page_demand,
                 page_hashes=lifecycle.page_hashes,
             )
             if pair is not None:
                 self._queue.remove(lifecycle)
-                effects += lifecycle.dispatch(self._assign(lifecycle.request, pair))
+                num_tokens = pair.num_uncached_tokens
+                pair.prefill.num_projected_tokens += num_tokens
+                projection = _Projection(pair.prefill.incarnation, num_tokens)
+                self._prefilling[lifecycle.request.request_id] = projection
+                assignment = self._assign(lifecycle, pair.prefill.incarnation, pair.decode)
+                effects += lifecycle.dispatch(assignment)
             elif self._fits(lifecycle.request):
                 break
         return effects
@@ -232,43 +315,60 @@ class DispatchCore:
             for member in self.members.of_role(pb.ROLE_DECODE)
         )
 
-    def _assign(self, request: Request, pair: Pair) -> Assignment:
-        self._prefilling[request.request_id] = pair.num_uncached_tokens
-        pair.prefill.num_projected_tokens += pair.num_uncached_tokens
-        pair.decode.num_projected_pages += request.page_demand.num_pages(pair.decode.page_size)
+    def _assign(self, lifecycle: Lifecycle, prefill: bytes, decode: Member) -> Assignment:
+        demand = lifecycle.page_demand.num_pages(decode.page_size)
+        num_pages = min(demand, decode.num_unpromised_pages)  # for the rest it waits there
+        decode.num_projected_pages += num_pages
+        projection = _Projection(decode.incarnation, num_pages)
+        self._promised[lifecycle.request.request_id] = projection
         return Assignment(
-            attempt=1,
-            prefill=pair.prefill.incarnation,
-            decode=pair.decode.incarnation,
-            transports=tuple((item.kind, item.address) for item in pair.decode.info.transports),
+            attempt=lifecycle.num_attempts + 1,
+            prefill=prefill,
+            decode=decode.incarnation,
+            transports=tuple((item.kind, item.address) for item in decode.info.transports),
             ticket=self._make_ticket(),
         )
 
-    def _after(self, lifecycle: Lifecycle, effects: Iterable[Effect]) -> list[Effect]:
+    def _after(self, lifecycle: Lifecycle, effects: list[Effect]) -> list[Effect]:
         """Give back what a request no longer needs, and fill the room."""
-        if lifecycle.state is not State.PREFILLING:
+        if lifecycle.state is State.PARKED and lifecycle.num_attempts >= MAX_ATTEMPTS:
+            effects += _give_up(lifecycle)
+        if not lifecycle.awaits_first_token:
             self._settle_prefill(lifecycle)
-        if lifecycle.is_live or self._live.pop(lifecycle.request.request_id, None) is None:
-            return list(effects)
-        if lifecycle.assignment is None:
-            self._queue.remove(lifecycle)
+        if lifecycle.decode is not None and lifecycle.is_live:
+            return effects
+        self._settle_decode(lifecycle)
+        request_id = lifecycle.request.request_id
+        if lifecycle.state is State.PARKED:
+            self._parked.setdefault(request_id, lifecycle)
         else:
-            self._settle_decode(lifecycle)
-        return [*effects, *self._dispatch_queued()]
+            self._parked.pop(request_id, None)
+        if not lifecycle.is_live:
+            self._live.pop(request_id, None)
+            if lifecycle in self._queue:
+                self._queue.remove(lifecycle)
+        return [*effects, *self._dispatch_waiting()]
 
     def _settle_prefill(self, lifecycle: Lifecycle) -> None:
-        num_tokens = self._prefilling.pop(lifecycle.request.request_id, 0)
-        if lifecycle.assignment is not None:
-            member = self.members.get(lifecycle.assignment.prefill)
-            if member is not None:
-                member.num_projected_tokens -= num_tokens
+        projection = self._prefilling.pop(lifecycle.request.request_id, None)
+        member = self.members.get(projection.worker) if projection else None
+        if member is not None and projection is not None:
+            member.num_projected_tokens -= projection.amount
 
     def _settle_decode(self, lifecycle: Lifecycle) -> None:
-        assert lifecycle.assignment is not None, "pages are promised with an assignment"
-        member = self.members.get(lifecycle.assignment.decode)
-        if member is not None:
-            demand = lifecycle.request.page_demand
-            member.num_projected_pages -= demand.num_pages(member.page_size)
+        projection = self._promised.pop(lifecycle.request.request_id, None)
+        member = self.members.get(projection.worker) if projection else None
+        if member is not None and projection is not None:
+            member.num_projected_pages -= projection.amount
+
+
+def _priority(lifecycle: Lifecycle) -> int:
+    return lifecycle.request.priority
+
+
+def _give_up(lifecycle: Lifecycle) -> list[Effect]:
+    assert lifecycle.error is not None, "what is given up has failed"
+    return lifecycle.fail(lifecycle.error)
 
 
 def _too_large(request: Request) -> RequestFailed:

@@ -11,22 +11,43 @@
     DECODING    Tokens                         DECODING     delivers them
     DECODING    Tokens, all finished           DONE         delivers them
     DECODING    Failed by P, P lost            DECODING     nothing: D has all that it needs
+    DECODING    Parked                         DECODING     Abort to P
     any live    Sealed                         the same     P's loss does no harm any more
-    any live    Failed, worker lost, deadline  FAILED       tells the client, Abort to the others
+    any live    Failed, deadline               FAILED       tells the client, Abort to the others
     any live    cancel                         CANCELLED    Abort to both
     any live    stop_choice                    the same     StopChoice to D; the last: as cancel
 
+Where another try may go well a failure is not the end. Before DECODING, a hand-off fails with the
+loss of D, when D says so (for a reason that may pass), and when P says so (Parked):
+
+    PREFILLING, HANDOFF  it fails, P has the prompt   PARKED      Abort to D
+    PARKED               there is another D           PREFILLING  Attach to it; HANDOFF if token 0
+                                                                  is known
+    PREFILLING, HANDOFF  Attached, P has the prompt   the same    Repoint to P
+    PARKED               FirstToken                   PARKED      delivers token 0
+    PREFILLING, HANDOFF  it fails, P knows nothing    RETRYING    Abort to both
+    not DECODING         P says: not parked           RETRYING    Abort to D
+    not DECODING         P lost before Sealed         RETRYING    Abort to D
+    DECODING             D lost                       RETRYING    Abort to P
+    RETRYING             enqueue                      QUEUED
+
+A retry of one choice continues behind the tokens that its client has; one of several begins anew,
+and what is told again is not delivered.
+
 A choice finishes with its finish_reason or when it is stopped; "all finished" is when none is left.
 
-An event that does not carry the current attempt and the incarnation of the worker that was chosen
-for it, or comes when its choice or the request has ended, changes nothing.
+An event that does not carry the attempt that its sender was given and the incarnation of the worker
+that was chosen for it, or comes when its choice or the request has ended, changes nothing.
 """
 
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.proto.choices import PageDemand
+from pagewire.router import commands
 from pagewire.router.cached_pages import NO_HASHES, PageHashes
+from pagewire.router.commands import Assignment
 from pagewire.router.request import FinishReason, Request, RequestFailed, TokenUpdate
 from pagewire.router.time_ledger import Part, worker_times
 from pagewire.router.token_log import TokenConflict, TokenGap, TokenLog
@@ -37,7 +58,9 @@ class State(Enum):
     QUEUED = auto()
     PREFILLING = auto()
     HANDOFF = auto()
+    PARKED = auto()
     DECODING = auto()
+    RETRYING = auto()
     DONE = auto()
     CANCELLED = auto()
     FAILED = auto()
@@ -45,16 +68,12 @@ class State(Enum):
 
 TERMINAL = frozenset({State.DONE, State.CANCELLED, State.FAILED})
 
+_HANDOFF_PARTS = frozenset({Part.GRANT_WAIT, Part.GATHER, Part.WIRE, Part.SCATTER})
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """The pair that one attempt was sent to."""
-
-    attempt: int
-    prefill: bytes  # incarnation
-    decode: bytes  # incarnation
-    transports: tuple[tuple[str, bytes], ...]  # of the decode worker
-    ticket: bytes  # 16 random bytes
+# Why a decode worker may fail a hand-off that goes well at another try.
+_PASSING = frozenset(
+    {pb.FAILURE_CODE_PEER_LOST, pb.FAILURE_CODE_STALLED, pb.FAILURE_CODE_INTEGRITY}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +118,22 @@ class Lifecycle:
         self.request = request
         self.page_hashes = page_hashes
         self.state = State.ADMITTED
-        self.assignment: Assignment | None = None
+        self.assignment: Assignment | None = None  # of the attempt that goes on
+        self.decode: bytes | None = None  # the decode worker that it counts on, if there is one
+        self.num_attempts = 0
+        self.num_dispatches = 0  # attempts that began with the prompt, not with a Repoint
+        self.failed_decodes: set[bytes] = set()  # decode workers to which a hand-off has failed
+        self.error: RequestFailed | None = None  # why it is PARKED or RETRYING
+        self.queue_deadline = request.queue_deadline  # seconds on the router's clock
         self.logs = tuple(TokenLog() for _ in range(request.n))  # by choice
         self._router = router
-        self._is_prefill_sent = False
+        self._output: tuple[int, ...] = ()  # that the client had when the attempt was dispatched
+        self._held_attempt: int | None = None  # under which the prefill worker has the prompt
+        self._has_first_token = False  # of the prefill worker
         self._unfinished = set(range(request.n))  # choices
         self._is_sealed = False  # from then on the decode worker answers for the attempt
-        self._enqueued_at = 0.0  # seconds on the router's clock
+        self._arrived_at = 0.0  # seconds on the router's clock
+        self._enqueued_at = 0.0  # likewise
         self._times: dict[Part, float] = {}  # seconds, not delivered yet
         self._reported: set[Part] = set()  # by the workers
 
@@ -113,8 +141,29 @@ class Lifecycle:
     def is_live(self) -> bool:
         return self.state not in TERMINAL
 
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether the prefill worker may still have tokens of the prompt to compute."""
+        waiting = (State.PREFILLING, State.HANDOFF, State.PARKED)
+        return self.state in waiting and not self._has_first_token
+
+    @property
+    def page_demand(self) -> PageDemand:
+        """What the next attempt needs at most."""
+        num_told = len(self._told())
+        return PageDemand(
+            num_prompt_tokens=len(self.request.token_ids) + num_told,
+            max_tokens=self.request.sampling.max_tokens - num_told,
+            n=self.request.n,
+        )
+
     def enqueue(self, now: float) -> None:
-        assert self.state is State.ADMITTED, f"enqueued while {self.state.name}"
+        """Wait for a pair: for the first time, or again and for as long."""
+        if self.state is State.RETRYING:
+            self.queue_deadline = now + self.request.queue_deadline - self._arrived_at
+        else:
+            assert self.state is State.ADMITTED, f"enqueued while {self.state.name}"
+            self._arrived_at = now
         self.state = State.QUEUED
         self._enqueued_at = now
 
@@ -122,43 +171,34 @@ class Lifecycle:
         """A pair has room: the decode worker learns of the hand-off first."""
         assert self.state is State.QUEUED, f"dispatched while {self.state.name}"
         self.state = State.PREFILLING
-        self.assignment = assignment
-        attach = pb.Attach(
-            token_ids=self.request.token_ids,
-            sampling=self.request.sampling,
-            ticket=assignment.ticket,
-            prefill=assignment.prefill,
-            priority=self.request.priority,
-            cache_salt=self.request.cache_salt,
-            n=self.request.n,
-        )
-        route = self._route(assignment.decode)
-        return [SendCommand(command=pb.WorkerCommand(route=route, attach=attach))]
+        self.num_dispatches += 1
+        self._output = self._told()
+        self._has_first_token = False
+        self._reported.clear()
+        return self._attach(assignment)
+
+    def repoint(self, assignment: Assignment) -> list[Effect]:
+        """There is another decode worker for what the prefill worker has parked."""
+        assert self.state is State.PARKED, f"repointed while {self.state.name}"
+        self.state = State.HANDOFF if self._has_first_token else State.PREFILLING
+        self._reported -= _HANDOFF_PARTS
+        return self._attach(assignment)
 
     def on_event(self, event: pb.WorkerEvent, now: float) -> list[Effect]:
         """An event of a worker, addressed to this request."""
         assigned = self.assignment
-        if not self.is_live or assigned is None or event.route.attempt != assigned.attempt:
+        if not self.is_live or assigned is None:
             return []
-        is_prefill = event.route.sender == assigned.prefill
-        is_decode = event.route.sender == assigned.decode
+        sender, attempt = event.route.sender, event.route.attempt
+        is_prefill = sender == assigned.prefill and attempt == self._held_attempt
+        is_handing_off = is_prefill and attempt == assigned.attempt
+        is_decode = sender == self.decode and attempt == assigned.attempt
         match event.WhichOneof("body"):
             case "attached" if is_decode:
                 return self._on_attached(assigned, now)
             case "first_token" if is_prefill:
-                token = event.first_token
-                self._on_times(token.times)
-                logprobs = (token.logprobs,) if token.HasField("logprobs") else ()
-                return self._on_tokens(
-                    token.choice,
-                    0,
-                    (token.token_id,),
-                    logprobs,
-                    token.finish_reason,
-                    State.HANDOFF,
-                    num_cached_tokens=min(token.cached_tokens, len(self.request.token_ids)),
-                )
-            case "sealed" if is_prefill:
+                return self._on_first_token(event.first_token)
+            case "sealed" if is_handing_off and self.state is not State.PARKED:
                 self._on_times(event.sealed.times)
                 self._is_sealed = True
                 return []
@@ -169,38 +209,35 @@ class Lifecycle:
             case "tokens" if is_decode:
                 tokens = event.tokens
                 self._on_times(tokens.times)
+                self.state = State.DECODING
                 return self._on_tokens(
                     tokens.choice,
                     tokens.position,
                     tuple(tokens.token_ids),
                     tuple(tokens.logprobs),
                     tokens.finish_reason,
-                    State.DECODING,
                 )
-            case "failed" if is_decode or (is_prefill and self.state is not State.DECODING):
-                return self.fail(worker_failure(event.failed), gone=event.route.sender)
+            case "parked" if is_handing_off:
+                return self._on_parked(assigned, worker_failure(event.parked))
+            case "failed" if is_decode:
+                return self._on_decode_failed(event.failed)
+            case "failed" if is_prefill and self.state is not State.DECODING:
+                return self._on_prefill_failed(event.failed)
             case _:
                 return []
 
     def on_worker_lost(self, incarnation: bytes) -> list[Effect]:
         """A worker's process is gone, or is believed to be."""
-        assigned = self.assignment
-        if not self.is_live or assigned is None:
+        if not self.is_live or self.assignment is None:
             return []
-        if incarnation == assigned.decode or (
-            incarnation == assigned.prefill
-            and self.state is not State.DECODING
-            and not self._is_sealed
-        ):
-            error = RequestFailed(
-                "a worker that served this request was lost; send the request again",
-                status=503,
-                kind="server_error",
-                code="worker_lost",
-                retry_after_s=1,
-            )
-            return self.fail(error, gone=incarnation)
-        return []
+        if incarnation == self.decode:
+            return self._fail_handoff(_worker_lost(), gone=incarnation)
+        if incarnation != self.assignment.prefill:
+            return []
+        if self.state is State.DECODING or self._is_sealed:
+            self._held_attempt = None
+            return []
+        return self._retry(_worker_lost(), gone=incarnation)
 
     def cancel(self, reason: str) -> list[Effect]:
         """The client does not want more. Idempotent."""
@@ -216,10 +253,7 @@ class Lifecycle:
         self._unfinished.remove(choice)
         if not self._unfinished:
             return self.cancel("every choice was stopped")
-        assert self.assignment is not None, "a choice is stopped for what it has said"
-        route = self._route(self.assignment.decode)
-        stop = pb.StopChoice(choice=choice)
-        return [SendCommand(command=pb.WorkerCommand(route=route, stop_choice=stop))]
+        return [] if self.decode is None else [self._stop_choice(self.decode, choice)]
 
     def fail(self, error: RequestFailed, gone: bytes | None = None) -> list[Effect]:
         """End the request with an error; `gone` is the worker that need not be told. Idempotent."""
@@ -231,27 +265,97 @@ class Lifecycle:
             Fail(request_id=self.request.request_id, error=error),
         ]
 
+    # --- Hand-offs --------------------------------------------------------------------------------
+
+    def _attach(self, assignment: Assignment) -> list[Effect]:
+        """Choices that need no more tokens are stopped before they begin."""
+        self.num_attempts = assignment.attempt
+        self.assignment = assignment
+        self.decode = assignment.decode
+        self._is_sealed = False
+        attach = commands.attach(self.request, assignment, self._output)
+        route = self._route(assignment.decode, assignment.attempt)
+        ended = sorted(set(range(self.request.n)) - self._unfinished)
+        return [
+            SendCommand(command=pb.WorkerCommand(route=route, attach=attach)),
+            *(self._stop_choice(assignment.decode, choice) for choice in ended),
+        ]
+
     def _on_attached(self, assigned: Assignment, now: float) -> list[Effect]:
-        if self._is_prefill_sent:
+        held, self._held_attempt = self._held_attempt, assigned.attempt
+        route = self._route(assigned.prefill, assigned.attempt)
+        if held == assigned.attempt:
             return []
-        self._is_prefill_sent = True
+        if held is not None:
+            repoint = commands.repoint(assigned, held)
+            return [SendCommand(command=pb.WorkerCommand(route=route, repoint=repoint))]
         self._add_time(Part.QUEUE, now - self._enqueued_at)
-        prefill = pb.Prefill(
-            token_ids=self.request.token_ids,
-            sampling=self.request.sampling,
-            ticket=assigned.ticket,
-            decode=assigned.decode,
-            transports=[
-                pb.TransportAddress(kind=kind, address=address)
-                for kind, address in assigned.transports
-            ],
-            priority=self.request.priority,
-            seconds_left=self.request.deadline - now,
-            cache_salt=self.request.cache_salt,
-            n=self.request.n,
-        )
-        route = self._route(assigned.prefill)
+        prefill = commands.prefill(self.request, assigned, self._output, now)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
+
+    def _on_parked(self, assigned: Assignment, error: RequestFailed) -> list[Effect]:
+        """The prefill worker says that a hand-off has failed, and keeps the pages."""
+        if self.state is State.DECODING:
+            return [self._abort_prefill(assigned, "the decode worker has the prompt")]
+        return self._fail_handoff(error) if self.state is not State.PARKED else []
+
+    def _on_decode_failed(self, failed: pb.Failed) -> list[Effect]:
+        error = worker_failure(failed)
+        if self.state is State.DECODING or failed.code not in _PASSING:
+            return self.fail(error, gone=self.decode)
+        return self._fail_handoff(error, gone=self.decode)
+
+    def _on_prefill_failed(self, failed: pb.Failed) -> list[Effect]:
+        assert self.assignment is not None, "somebody was told of the request"
+        error, gone = worker_failure(failed), self.assignment.prefill
+        if failed.code == pb.FAILURE_CODE_NOT_PARKED:
+            return self._retry(error, gone)
+        return self.fail(error, gone)
+
+    def _fail_handoff(self, error: RequestFailed, gone: bytes | None = None) -> list[Effect]:
+        """The decode worker is of no more use. `gone`: it need not be told."""
+        assert self.assignment is not None and self.decode is not None, "no hand-off is under way"
+        self.failed_decodes.add(self.decode)
+        if self.state is State.DECODING or self._held_attempt is None:
+            return self._retry(error, gone)
+        effects: list[Effect] = []
+        if self.decode != gone:
+            effects.append(self._abort_decode(self.assignment, error.code))
+        self.state = State.PARKED
+        self.error = error
+        self.decode = None
+        self._is_sealed = False
+        return effects
+
+    def _retry(self, error: RequestFailed, gone: bytes | None) -> list[Effect]:
+        """Only a new attempt can help: no worker has what is needed to go on."""
+        effects = self._aborts(error.code, gone)
+        self.state = State.RETRYING
+        self.error = error
+        self.assignment = None
+        self.decode = None
+        self._held_attempt = None
+        return effects
+
+    # --- Tokens -----------------------------------------------------------------------------------
+
+    def _told(self) -> tuple[int, ...]:
+        """Output behind which another attempt can continue."""
+        return tuple(self.logs[0].token_ids) if self.request.n == 1 else ()
+
+    def _on_first_token(self, token: pb.FirstToken) -> list[Effect]:
+        self._on_times(token.times)
+        self._has_first_token = True
+        if self.state is State.PREFILLING:
+            self.state = State.HANDOFF
+        return self._on_tokens(
+            token.choice,
+            token.position,
+            (token.token_id,),
+            (token.logprobs,) if token.HasField("logprobs") else (),
+            token.finish_reason,
+            num_cached_tokens=min(token.cached_tokens, len(self.request.token_ids)),
+        )
 
     def _on_tokens(
         self,
@@ -260,15 +364,12 @@ class Lifecycle:
         token_ids: tuple[int, ...],
         logprobs: tuple[pb.TokenLogprobs, ...],
         reason: "pb.FinishReason.ValueType",
-        state: State,
         num_cached_tokens: int = 0,
     ) -> list[Effect]:
         wants_logprobs = self.request.sampling.HasField("num_logprobs")
         num_logprobs = len(token_ids) if wants_logprobs else 0
         if choice >= self.request.n or len(logprobs) != num_logprobs:
             return self.fail(_stream_broken())
-        if self.state is not State.DECODING:
-            self.state = state
         if choice not in self._unfinished:
             return []
         log = self.logs[choice]
@@ -296,11 +397,14 @@ class Lifecycle:
                 Deliver(request_id=self.request.request_id, update=update, is_last=is_last)
             )
         if not self._unfinished:
-            ended_on_prefill = self.state is State.HANDOFF
+            effects += self._end_with_token_0() if self.state is State.HANDOFF else []
             self.state = State.DONE
-            if ended_on_prefill and self.assignment is not None:
-                effects.append(self._abort(self.assignment.decode, "finished at token 0"))
         return effects
+
+    def _end_with_token_0(self) -> list[Effect]:
+        """There is no hand-off: the decode worker does not know, the prefill worker does."""
+        assert self.assignment is not None, "tokens come from workers"
+        return [self._abort_decode(self.assignment, "finished at token 0")]
 
     def _on_times(self, times: pb.TimeParts) -> None:
         """What a worker has measured. A part that was reported before adds nothing."""
@@ -314,28 +418,55 @@ class Lifecycle:
         if seconds:
             self._times[part] = self._times.get(part, 0.0) + seconds
 
+    # --- Commands ---------------------------------------------------------------------------------
+
     def _aborts(self, reason: str, gone: bytes | None = None) -> list[Effect]:
+        """To all that take part, but `gone`."""
         if self.assignment is None:
             return []
-        return [
-            self._abort(worker, reason)
-            for worker in (self.assignment.prefill, self.assignment.decode)
-            if worker != gone
-        ]
+        effects: list[Effect] = []
+        if self.assignment.prefill != gone:
+            effects.append(self._abort_prefill(self.assignment, reason))
+        if self.decode is not None and self.decode != gone:
+            effects.append(self._abort_decode(self.assignment, reason))
+        return effects
 
-    def _abort(self, worker: bytes, reason: str) -> SendCommand:
+    def _abort_prefill(self, assigned: Assignment, reason: str) -> SendCommand:
+        abort = pb.Abort(reason=reason)
         return SendCommand(
-            command=pb.WorkerCommand(route=self._route(worker), abort=pb.Abort(reason=reason))
+            command=pb.WorkerCommand(route=self._prefill_route(assigned), abort=abort)
         )
 
-    def _route(self, worker: bytes) -> pb.Route:
-        assert self.assignment is not None, "a route needs an attempt"
+    def _abort_decode(self, assigned: Assignment, reason: str) -> SendCommand:
+        route = self._route(assigned.decode, assigned.attempt)
+        return SendCommand(command=pb.WorkerCommand(route=route, abort=pb.Abort(reason=reason)))
+
+    def _stop_choice(self, decode: bytes, choice: int) -> SendCommand:
+        route = self._route(decode, self.num_attempts)
+        stop = pb.StopChoice(choice=choice)
+        return SendCommand(command=pb.WorkerCommand(route=route, stop_choice=stop))
+
+    def _prefill_route(self, assigned: Assignment) -> pb.Route:
+        """To the prefill worker, by the attempt under which it has the prompt."""
+        return self._route(assigned.prefill, self._held_attempt or assigned.attempt)
+
+    def _route(self, worker: bytes, attempt: int) -> pb.Route:
         return pb.Route(
             request_id=self.request.request_id,
-            attempt=self.assignment.attempt,
+            attempt=attempt,
             sender=self._router,
             receiver=worker,
         )
+
+
+def _worker_lost() -> RequestFailed:
+    return RequestFailed(
+        "a worker that served this request was lost; send the request again",
+        status=503,
+        kind="server_error",
+        code="worker_lost",
+        retry_after_s=1,
+    )
 
 
 def _stream_broken() -> RequestFailed:
@@ -347,10 +478,10 @@ def _stream_broken() -> RequestFailed:
     )
 
 
-def worker_failure(failed: pb.Failed) -> RequestFailed:
+def worker_failure(failed: pb.Failed | pb.Parked) -> RequestFailed:
     """What a worker's failure means for the client."""
     match failed.code:
-        case pb.FAILURE_CODE_PEER_LOST | pb.FAILURE_CODE_STALLED:
+        case pb.FAILURE_CODE_PEER_LOST | pb.FAILURE_CODE_STALLED | pb.FAILURE_CODE_NOT_PARKED:
             return RequestFailed(
                 f"{failed.message}; send the request again",
                 status=503,

@@ -44,6 +44,11 @@ class Member:
         return self.cached_pages.num_leading(page_hashes.get(page_size, ())) * page_size
 
     @property
+    def may_start_prompts(self) -> bool:
+        """False while too many pages of a prefill worker wait for decode workers."""
+        return self.state.parked_pages <= self.info.max_parked_pages
+
+    @property
     def num_unpromised_pages(self) -> int:
         return self.info.num_pages - self.num_projected_pages
 

@@ -110,11 +110,17 @@ class RouterMetrics:
         """Count a request that ended by stop, length, abort or error."""
         self._finished.labels(self.model_name, reason).inc()
 
-    def render(self, counts: Mapping[str, int], workers: Sequence[WorkerView]) -> bytes:
+    def render(
+        self,
+        counts: Mapping[str, int],
+        retries: Mapping[str, int],
+        workers: Sequence[WorkerView],
+    ) -> bytes:
         """The metrics page, in Prometheus' text format."""
         families = [
             *self._registry.collect(),
             *_request_gauges(self.model_name, counts),
+            _retries(self.model_name, retries),
             _cache_usage(self.model_name, workers),
             *_worker_families(workers),
         ]
@@ -249,6 +255,17 @@ def _request_gauges(model_name: str, counts: Mapping[str, int]) -> Iterable[Metr
     yield _gauge("pagewire_requests_running", "Requests at a worker.", model_name, running)
 
 
+def _retries(model_name: str, retries: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(
+        "pagewire_retries",
+        "Attempts after a failure: prompts dispatched again, and parked prompts repointed.",
+        labels=["model_name", "kind"],
+    )
+    for kind, count in retries.items():
+        family.add_metric([model_name, kind], count)
+    return family
+
+
 def _cache_usage(model_name: str, workers: Sequence[WorkerView]) -> Metric:
     pages = [each.state.pages for each in workers if each.role == "decode"]
     total = sum(each.total for each in pages)
@@ -276,6 +293,7 @@ def _worker_families(workers: Sequence[WorkerView]) -> Iterable[Metric]:
         "queued": "Requests that have not started.",
         "running": "Sequences in the step loop.",
         "handoffs": "Hand-offs under way.",
+        "parked_pages": "Pages of computed or parked prompts that wait for a decode worker.",
         "queued_tokens": "Prompt tokens not yet computed.",
     }
     for field, help_text in gauges.items():

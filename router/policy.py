@@ -1,6 +1,6 @@
 """Which pair of workers serves a request. Pure: values in, a choice out."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from pagewire.proto.choices import PageDemand
@@ -25,6 +25,8 @@ def choose_pair(
 ) -> Pair | None:
     """The least loaded pair that can hold the request; None while all are full.
 
+    A prefill worker whose prompts already wait for decode workers counts as full.
+
     Prefill workers compare by the prompt tokens that they would have to compute up to the end of
     this prompt, without those in their prefix cache; decode workers by the share of their pages
     that is promised, and equals by the prefix that they have. Both are projected: what was sent
@@ -37,14 +39,18 @@ def choose_pair(
     prefills = [
         member
         for member in prefill
-        if member.num_pages(demand.num_prompt_tokens) <= member.info.num_pages
+        if member.may_start_prompts
+        and member.num_pages(demand.num_prompt_tokens) <= member.info.num_pages
     ]
-    decodes = [
-        member
-        for member in decode
-        if demand.num_pages(member.page_size) <= member.num_unpromised_pages
-    ]
-    if not prefills or not decodes:
+    chosen = _least_loaded(
+        (
+            member
+            for member in decode
+            if demand.num_pages(member.page_size) <= member.num_unpromised_pages
+        ),
+        page_hashes,
+    )
+    if not prefills or chosen is None:
         return None
     best = min(
         prefills,
@@ -52,13 +58,42 @@ def choose_pair(
     )
     return Pair(
         prefill=best,
-        decode=min(
-            decodes,
-            key=lambda member: (
-                member.num_projected_pages / member.info.num_pages,
-                -member.num_cached_tokens(page_hashes),
-                member.info.name,
-            ),
-        ),
+        decode=chosen,
         num_uncached_tokens=num_uncached(best),
+    )
+
+
+def choose_successor(
+    decode: Iterable[Member],
+    *,
+    demand: PageDemand,
+    page_hashes: PageHashes = NO_HASHES,
+    avoided: Collection[bytes] = (),
+) -> Member | None:
+    """The decode worker for what a prefill worker has parked: the least loaded, none of `avoided`.
+
+    It may be full: the hand-off waits there. Were it to wait for room that is promised to prompts
+    which have not started, and these for the memory that it holds, nobody would ever go on.
+    """
+    return _least_loaded(
+        (
+            member
+            for member in decode
+            if member.incarnation not in avoided
+            and demand.num_pages(member.page_size) <= member.info.num_pages
+        ),
+        page_hashes,
+    )
+
+
+def _least_loaded(candidates: Iterable[Member], page_hashes: PageHashes) -> Member | None:
+    """By the share of pages that is promised; among equals by the prefix that they have."""
+    return min(
+        candidates,
+        key=lambda member: (
+            member.num_projected_pages / member.info.num_pages,
+            -member.num_cached_tokens(page_hashes),
+            member.info.name,
+        ),
+        default=None,
     )

@@ -117,6 +117,9 @@ class Dispatcher(Protocol):
     def counts(self) -> Mapping[str, int]:
         """Requests by lifecycle state (queued, prefilling, handoff, decoding)."""
 
+    def retries(self) -> Mapping[str, int]:
+        """Attempts since the start that followed a failure, by kind (dispatch, repoint)."""
+
     def max_kv_tokens(self, *, num_prompt_tokens: int = 0, n: int = 1) -> int:
         """The longest prompt plus output that the registered workers can hold; 0 without any.
 

@@ -13,6 +13,11 @@ class SimPrefillWorker(SimWorker[PrefillCore]):
 
     role = pb.ROLE_PREFILL
 
+    def registration_info(self) -> pb.RegisterRequest:
+        info = super().registration_info()
+        info.max_parked_pages = self.core.max_parked_pages
+        return info
+
     def place(self, peer: bytes, header: bytes, length: int) -> int | None:
         raise AssertionError("a prefill worker takes no frames")
 

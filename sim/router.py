@@ -88,7 +88,8 @@ class SimRouter:
         if self._sessions.get(session.worker.incarnation) is session:
             del self._sessions[session.worker.incarnation]
             self._environment.note(self.process.name, f"lost {session.worker.process.name}")
-            self._carry_out(self.core.on_worker_lost(session.worker.incarnation))
+            incarnation = session.worker.incarnation
+            self._carry_out(self.core.on_worker_lost(incarnation, self.process.now))
 
     def _tick(self) -> None:
         self._carry_out(self.core.tick(self.process.now))

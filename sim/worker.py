@@ -180,7 +180,7 @@ class SimWorker(SimHandler, Generic[Core]):
 
     def lost(self, peer: bytes) -> None:
         self._environment.note(self.process.name, "lost a peer")
-        effects = self.core.on_peer_lost(peer)  # first: what was queued is then void
+        effects = self.core.on_peer_lost(peer, self.process.now)  # first: what was queued is void
         self._outbox.drop(peer)
         self.carry_out(effects)
 
@@ -198,7 +198,7 @@ class SimWorker(SimHandler, Generic[Core]):
 
     def _on_unreachable(self, peer: bytes) -> None:
         self._environment.note(self.process.name, "cannot reach a peer")
-        self.carry_out(self.core.on_peer_lost(peer))
+        self.carry_out(self.core.on_peer_lost(peer, self.process.now))
 
     @abstractmethod
     def _on_layers_done(self, num_layers: int) -> None:

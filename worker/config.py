@@ -42,6 +42,8 @@ class WorkerConfig:
     kernels: str = "auto"  # auto, native or torch
     deterministic: bool = False  # logits are the same to the bit in every batch
     max_batch_tokens: int = 512  # prompt tokens that one prefill step runs
+    lease_s: float = 10.0  # how long a prefill worker keeps a prompt whose hand-off has failed
+    max_parked_share: float = 0.5  # of its pages, beyond which it starts no prompt
     max_batch_size: int = 32  # sequences that one decode step runs
     max_draft_tokens: int = 0  # that a decode step checks beside its rows; 0: no speculation
     draft_model: str | None = None  # as `model`; None: drafts are looked up in the text

@@ -23,7 +23,7 @@ class WorkerCore(Protocol):
     def on_message(self, peer: bytes, message: Message, now: float) -> list[Effect]:
         """A message of another worker is complete."""
 
-    def on_peer_lost(self, peer: bytes) -> list[Effect]:
+    def on_peer_lost(self, peer: bytes, now: float) -> list[Effect]:
         """The connection to another worker is gone."""
 
     def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:

@@ -44,7 +44,7 @@ def reply_route(route: pb.Route) -> pb.Route:
 def read_work(
     body: pb.Prefill | pb.Attach, *, vocab_size: int, max_model_len: int
 ) -> tuple[tuple[int, ...], tuple[SamplingParams, ...]]:
-    """Prompt of a command, and how each choice is sampled; checked again where they are used.
+    """Token ids of a command, and how each choice is sampled; checked again where they are used.
 
     The router has validated the request, but a limit that is checked on one path only is the
     classic way to bring an engine down. Raises CommandError.
@@ -66,7 +66,13 @@ def read_work(
         sampling = _sampling_params(body.sampling)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if len(token_ids) + sampling.max_tokens > max_model_len:
+    num_resumed = body.num_output_tokens
+    if num_resumed >= min(len(token_ids), sampling.max_tokens) or (num_resumed and n > 1):
+        raise CommandError(
+            f"num_output_tokens is {num_resumed}; it must be less than max_tokens and token_ids, "
+            "and 0 with several choices"
+        )
+    if len(token_ids) - num_resumed + sampling.max_tokens > max_model_len:
         raise CommandError(
             f"{len(token_ids)} prompt tokens and max_tokens {sampling.max_tokens} exceed the "
             f"model's {max_model_len}"

@@ -38,6 +38,7 @@ from pagewire.worker.effects import (
     SendFrame,
     Verify,
 )
+from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
@@ -79,6 +80,7 @@ class WorkerShell(Handler, Generic[Core]):
         reader: FrameReader | None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
+        failpoint: Failpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`model_thread` is the one thread in which the model was loaded, and is closed in the end.
@@ -91,6 +93,7 @@ class WorkerShell(Handler, Generic[Core]):
         self._runner = runner
         self._reader = reader
         self._on_state = on_state
+        self._failpoint = failpoint
         self.clock = clock
         self._model_thread = model_thread or new_model_thread(config.num_threads)
         self.io_thread = ThreadPoolExecutor(
@@ -144,7 +147,7 @@ class WorkerShell(Handler, Generic[Core]):
                 reader=self._reader,
                 io_thread=self.io_thread,
                 on_frame_sent=self._on_frame_sent,
-                on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
+                on_peer_lost=self._on_peer_lost,
                 has_handoff=self._has_handoff,
                 spawn=self._tasks.spawn,
                 clock=self.clock,
@@ -240,13 +243,15 @@ class WorkerShell(Handler, Generic[Core]):
 
     def deliver(self, peer: bytes, header: bytes) -> None:
         message = decode(header)
+        if self._failpoint is not None:
+            self._failpoint.reach(message)
         with self._tasks:
             self.carry_out(self.core.on_message(peer, message, self.clock()))
             self._improve_connections()
 
     def lost(self, peer: bytes, reason: str) -> None:
         with self._tasks:
-            effects = self.core.on_peer_lost(peer)  # first: what was queued is then void
+            effects = self.core.on_peer_lost(peer, self.clock())  # first: what was queued is void
             if self._links is not None:
                 self._links.drop(peer)
             self.carry_out(effects)
@@ -255,6 +260,10 @@ class WorkerShell(Handler, Generic[Core]):
         """A hand-off may have ended that kept a pair on a transport which is not its best."""
         if self._links is not None:
             self._links.connections.improve()
+
+    def _on_peer_lost(self, peer: bytes) -> None:
+        """There was no connection to `peer`, and none could be made."""
+        self.carry_out(self.core.on_peer_lost(peer, self.clock()))
 
     # --- Sessions ---------------------------------------------------------------------------------
 

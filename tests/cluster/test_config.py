@@ -8,6 +8,7 @@ import pytest
 from pagewire.cluster.config import COMMAND_LINE, DEFAULT, ServeConfig, load_config
 from pagewire.cluster.errors import ConfigError
 from pagewire.engine.quantization import Quantization
+from pagewire.worker import failpoint
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,11 @@ def test_unknown_variable_is_refused_with_the_nearest(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PAGEWIRE_DASHBORD_PORT", "1")
     with pytest.raises(ConfigError, match=r"PAGEWIRE_DASHBORD_PORT.*PAGEWIRE_DASHBOARD_PORT"):
         load_config({})
+
+
+def test_the_failpoint_of_a_worker_is_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(failpoint.VARIABLE, "decode-0:Frame:1")
+    assert set(load_config({}).origins.values()) == {"default"}
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just text\n", "a: [\n", "\x00"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from handoff_pair import (
     DECODE,
+    HASHER,
     LAYOUT,
     PREFILL,
     ROUTER,
@@ -16,12 +17,14 @@ from handoff_pair import (
     decode_core,
     prefill_command,
     sampling,
+    step_result,
 )
 
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.engine.batch import StepResult
 from pagewire.kv_transfer.checksum import EMPTY_DIGEST, extend_digest
 from pagewire.kv_transfer.messages import (
+    Accepted,
     Closed,
     Committed,
     Frame,
@@ -32,6 +35,7 @@ from pagewire.kv_transfer.messages import (
     Open,
     Refused,
     RefuseReason,
+    Renew,
     Seal,
 )
 from pagewire.proto import worker_pb2 as pb
@@ -267,7 +271,7 @@ def test_pages_in_which_a_frame_landed_are_free_when_its_peer_is_lost() -> None:
     core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
     core.on_command(abort_command(DECODE), 0.0)
     assert core.pool.counts().quarantined == 1
-    core.on_peer_lost(PREFILL)
+    core.on_peer_lost(PREFILL, 0.0)
     check_nothing_is_left(core)
 
 
@@ -308,13 +312,12 @@ def test_slots_of_an_aborted_handoff_stay_out_of_use_until_closed() -> None:
 def test_a_worker_that_does_not_close_what_was_refused_is_disconnected() -> None:
     core = decode_core(num_slots=2)
     begin(core)
-    assert core.tick(100.0) == []
     core.on_command(abort_command(DECODE), 100.0)
     assert core.tick(100.1) == []
     assert core.tick(105.1) == []
     assert core.tick(105.2) == [Disconnect(peer=PREFILL)]
     assert core.slots.num_free == 0  # no time-out frees them
-    core.on_peer_lost(PREFILL)
+    core.on_peer_lost(PREFILL, 0.0)
     assert core.tick(106.0) == []
     check_nothing_is_left(core)
 
@@ -342,7 +345,7 @@ def test_a_lost_peer_does_not_concern_what_has_landed() -> None:
     for seq in range(2):
         land(core, frame(credit[seq], seq))
     core.on_message(PREFILL, seal(), 0.0)
-    assert core.on_peer_lost(PREFILL) == []
+    assert core.on_peer_lost(PREFILL, 0.0) == []
     effects = [
         effect
         for seq in range(2)
@@ -422,15 +425,15 @@ def test_a_lost_peer_frees_what_it_could_have_written() -> None:
     core = decode_core(num_slots=2)
     credit, _ = grants(begin(core))
     core.place(PREFILL, frame(credit, 0), LAYOUT.page_bytes)
-    assert failure(core.on_peer_lost(PREFILL)).code == pb.FAILURE_CODE_PEER_LOST
+    assert failure(core.on_peer_lost(PREFILL, 0.0)).code == pb.FAILURE_CODE_PEER_LOST
     check_nothing_is_left(core)
-    assert core.on_peer_lost(PREFILL) == []
+    assert core.on_peer_lost(PREFILL, 0.0) == []
 
 
 def test_a_lost_peer_does_not_concern_what_is_here() -> None:
     core = decode_core()
     hand_off(core)
-    assert core.on_peer_lost(PREFILL) == []
+    assert core.on_peer_lost(PREFILL, 0.0) == []
     batch, _ = core.next_batch(0.0)
     assert batch is not None
 
@@ -466,7 +469,7 @@ def test_a_sender_that_never_closes_loses_its_connection_and_not_the_slots() -> 
     assert core.slots.num_free == 0
     assert core.tick(15.1) == [Disconnect(peer=PREFILL)]
     assert core.slots.num_free == 0  # until the connection is really gone
-    core.on_peer_lost(PREFILL)
+    core.on_peer_lost(PREFILL, 0.0)
     assert core.tick(100.0) == []
     check_nothing_is_left(core)
 
@@ -492,7 +495,7 @@ def test_a_hand_off_whose_last_frame_is_here_outlives_its_sender() -> None:
     for seq in range(2):
         land(core, frame(credit[seq], seq))
     core.on_message(PREFILL, seal(), 0.0)
-    assert events(core.on_peer_lost(PREFILL)) == []
+    assert events(core.on_peer_lost(PREFILL, 0.0)) == []
     core.on_scattered(frame(credit[0], 0), True, 0.0)
     (event,) = events(core.on_scattered(frame(credit[1], 1), True, 0.0))
     assert event.HasField("ready")
@@ -532,3 +535,89 @@ def test_logprobs_in_a_seal_that_cannot_be_read_are_not_believed(opaque: bytes) 
     core.on_message(PREFILL, opening(), 0.0)
     effects = core.on_message(PREFILL, replace(seal(), first_logprobs=(opaque,)), 0.0)
     assert failure(effects).code == pb.FAILURE_CODE_INTEGRITY
+
+
+def test_a_sender_that_waits_is_told_once_a_second() -> None:
+    core = decode_core(num_pages=2)
+    begin(core)
+    begin(core, "waiting")
+    renewals = [Renew(id=handoff_id(name).reply()) for name in ("waiting", "request")]
+    assert messages(core.tick(1.0)) == renewals
+    assert core.tick(1.75) == []
+    assert messages(core.tick(2.0)) == renewals
+
+
+def test_a_complete_handoff_is_not_renewed() -> None:
+    core = decode_core()
+    hand_off(core)
+    assert core.tick(10.0) == []
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_what_a_lost_sender_has_sent_need_not_be_sent_again(is_aborted: bool) -> None:
+    core = decode_core(hasher=HASHER)
+    credit = grants(begin(core))
+    land(core, frame(credit[0], 0))
+    core.on_scattered(frame(credit[0], 0), True, 0.0)
+    if is_aborted:  # the router may know of the loss first
+        core.on_command(abort_command(DECODE), 0.0)
+    core.on_peer_lost(PREFILL, 0.0)
+    check_nothing_is_left(core)
+    (accepted, *_) = messages(begin(core, "again"))
+    assert isinstance(accepted, Accepted)
+    assert accepted.num_hit_pages == 1
+
+
+def test_what_failed_its_checks_is_not_kept() -> None:
+    core = decode_core(hasher=HASHER)
+    credit = grants(begin(core))
+    for seq, is_sound in ((0, True), (1, False)):
+        land(core, frame(credit[seq], seq))
+        core.on_scattered(frame(credit[seq], seq), is_sound, 0.0)
+    (accepted, *_) = messages(begin(core, "again"))
+    assert isinstance(accepted, Accepted)
+    assert accepted.num_hit_pages == 0
+
+
+def test_a_retry_goes_on_behind_what_was_told() -> None:
+    """The last three of the token ids are output; the Seal brings the fourth."""
+    core = decode_core()
+    command = attach_command(PROMPT, params=sampling(max_tokens=5))
+    command.attach.num_output_tokens = 3
+    core.on_command(command, 0.0)
+    credit = grants(core.on_message(PREFILL, opening(), 0.0))
+    assert core.pool.counts().total - core.pool.num_available == 2  # for 21 tokens
+    for seq in range(2):
+        land(core, frame(credit[seq], seq))
+        core.on_scattered(frame(credit[seq], seq), True, 0.0)
+    core.on_message(PREFILL, seal(), 0.0)
+    batch, _ = core.next_batch(0.0)
+    assert batch is not None
+    (row,) = batch.rows
+    assert (row.output_position, row.start) == (4, 20)
+    (told,) = [event.tokens for event in events(core.on_batch_done(step_result(batch), 0.0))]
+    assert (told.position, list(told.token_ids)) == (3, [7, 7])
+    assert told.finish_reason == pb.FINISH_REASON_LENGTH
+    check_nothing_is_left(core)
+
+
+def test_what_is_complete_needs_no_sender_any_more() -> None:
+    """Whose router or connection may be lost while the last frame is brought into pages."""
+    core = decode_core()
+    credit = grants(begin(core))
+    for seq in range(2):
+        land(core, frame(credit[seq], seq))
+    core.on_message(PREFILL, seal(), 0.0)
+    core.on_scattered(frame(credit[0], 0), True, 0.0)
+    assert events(core.on_message(PREFILL, Closed(id=handoff_id()), 0.0)) == []
+    effects = core.on_scattered(frame(credit[1], 1), True, 0.0)
+    assert [event.WhichOneof("body") for event in events(effects)] == ["ready"]
+
+
+def test_a_sender_that_gives_up_is_a_loss() -> None:
+    """The router may have lost it, and wait for this worker."""
+    core = decode_core()
+    begin(core)
+    code = failure(core.on_message(PREFILL, Closed(id=handoff_id()), 0.0)).code
+    assert code == pb.FAILURE_CODE_PEER_LOST
+    check_nothing_is_left(core)

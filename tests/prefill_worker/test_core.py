@@ -241,14 +241,11 @@ def test_a_failed_step_fails_the_rows_to_blame_and_runs_the_others_again() -> No
 @pytest.mark.parametrize(
     ("reason", "code"),
     [
-        (RefuseReason.UNKNOWN_TICKET, pb.FAILURE_CODE_PEER_LOST),
         (RefuseReason.LAYOUT, pb.FAILURE_CODE_INVALID),
         (RefuseReason.PREFIX, pb.FAILURE_CODE_INTEGRITY),
-        (RefuseReason.INTEGRITY, pb.FAILURE_CODE_INTEGRITY),
-        (RefuseReason.ABORTED, pb.FAILURE_CODE_PEER_LOST),
     ],
 )
-def test_a_refusal_fails_the_request(
+def test_a_refusal_for_good_fails_the_request(
     reason: RefuseReason, code: "pb.FailureCode.ValueType"
 ) -> None:
     core = computed()
@@ -256,6 +253,24 @@ def test_a_refusal_fails_the_request(
     assert event(effects).failed.code == code
     assert message_types(effects) == [Closed]
     check_nothing_is_left(core)
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (RefuseReason.UNKNOWN_TICKET, pb.FAILURE_CODE_PEER_LOST),
+        (RefuseReason.INTEGRITY, pb.FAILURE_CODE_INTEGRITY),
+        (RefuseReason.ABORTED, pb.FAILURE_CODE_PEER_LOST),
+    ],
+)
+def test_a_refusal_that_may_pass_parks_the_prompt(
+    reason: RefuseReason, code: "pb.FailureCode.ValueType"
+) -> None:
+    core = computed()
+    effects = core.on_message(DECODE, Refused(id=ID, reason=reason), 0.0)
+    assert event(effects).parked.code == code
+    assert message_types(effects) == [Closed]
+    assert core.state().parked_pages == 2
 
 
 def test_a_refusal_of_what_is_forgotten_is_answered() -> None:
@@ -283,14 +298,14 @@ def test_messages_of_strangers_are_dropped() -> None:
     assert core.state().handoffs == 1
 
 
-def test_a_lost_peer_fails_its_handoffs_but_not_what_is_queued() -> None:
+def test_a_lost_peer_parks_its_handoffs_but_not_what_is_queued() -> None:
     core = computed()
     core.on_command(prefill_command(PROMPT, request_id="queued"), 0.0)
-    answer = event(core.on_peer_lost(DECODE))
+    answer = event(core.on_peer_lost(DECODE, 0.0))
     assert answer.route.request_id == "request"
-    assert answer.failed.code == pb.FAILURE_CODE_PEER_LOST
-    assert core.on_peer_lost(DECODE) == []
-    assert core.state().queued == 1
+    assert answer.parked.code == pb.FAILURE_CODE_PEER_LOST
+    assert core.on_peer_lost(DECODE, 0.0) == []
+    assert (core.state().queued, core.state().parked_pages) == (1, 2)
 
 
 def test_a_lost_router_takes_its_requests_with_it() -> None:
@@ -302,17 +317,17 @@ def test_a_lost_router_takes_its_requests_with_it() -> None:
     assert (core.state().queued, core.state().handoffs) == (1, 0)
 
 
-def test_a_handoff_without_progress_is_given_up() -> None:
+def test_a_handoff_without_progress_is_parked() -> None:
     core = computed()
     (effect,) = core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 1.0)
     assert isinstance(effect, SendFrame)
     core.on_frame_sent(effect.frame, 5, 1.0)
     assert core.tick(6.0) == []
     effects = core.tick(6.1)
-    assert event(effects).failed.code == pb.FAILURE_CODE_STALLED
+    assert event(effects).parked.code == pb.FAILURE_CODE_STALLED
     assert message_types(effects) == [Closed]
     assert effects[-1] == Disconnect(peer=DECODE)
-    check_nothing_is_left(core)
+    assert core.state().parked_pages == 2
 
 
 def test_a_send_that_never_ends_costs_the_connection() -> None:
@@ -334,8 +349,7 @@ def test_a_frame_that_was_not_sent_is_not_sealed() -> None:
         (effect,) = core.on_message(DECODE, Grant(id=ID, slot=slot, slot_generation=0), 0.0)
         assert isinstance(effect, SendFrame)
         assert core.on_frame_sent(effect.frame, None, 0.0) == []
-    assert event(core.on_peer_lost(DECODE)).failed.code == pb.FAILURE_CODE_PEER_LOST
-    check_nothing_is_left(core)
+    assert event(core.on_peer_lost(DECODE, 0.0)).parked.code == pb.FAILURE_CODE_PEER_LOST
 
 
 def test_a_router_cannot_abort_what_another_one_sent() -> None:

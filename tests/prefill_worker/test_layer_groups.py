@@ -97,7 +97,7 @@ class Handoff:
             layout=layout,
             slot_bytes=slot_bytes,
         )
-        self.sender.open()
+        self.sender.open(0.0)
         self._slot_bytes = slot_bytes
         self._num_tokens = num_tokens
         self._computed: set[Part] = set()

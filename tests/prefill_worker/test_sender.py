@@ -29,7 +29,7 @@ def grant(sender: Sender, slot: int, generation: int = 0) -> Grant:
 
 def streaming() -> Sender:
     sender = make_sender()
-    sender.open()
+    sender.open(0.0)
     sender.on_accepted(0, 0.0)
     return sender
 
@@ -73,6 +73,10 @@ def lose_peer(sender: Sender) -> list[Message]:
     return []
 
 
+def reopen(sender: Sender) -> list[Message]:
+    return sender.open(0.0)
+
+
 def commit(sender: Sender) -> list[Message]:
     sender.on_committed()
     return []
@@ -81,10 +85,10 @@ def commit(sender: Sender) -> list[Message]:
 @pytest.mark.parametrize(
     ("make", "before", "event", "after", "sent"),
     [
-        (make_sender, SenderState.QUEUED, Sender.open, SenderState.STREAMING, [Open]),
+        (make_sender, SenderState.QUEUED, reopen, SenderState.STREAMING, [Open]),
         (make_sender, SenderState.QUEUED, close, SenderState.RELEASED, []),
         (make_sender, SenderState.QUEUED, commit, SenderState.QUEUED, []),
-        (streaming, SenderState.STREAMING, Sender.open, SenderState.STREAMING, []),
+        (streaming, SenderState.STREAMING, reopen, SenderState.STREAMING, []),
         (streaming, SenderState.STREAMING, close, SenderState.RELEASED, [Closed]),
         (streaming, SenderState.STREAMING, commit, SenderState.STREAMING, []),
         (
@@ -99,7 +103,7 @@ def commit(sender: Sender) -> list[Message]:
         (draining, SenderState.DRAINING, close, SenderState.DRAINING, []),
         (draining, SenderState.DRAINING, commit, SenderState.DRAINING, []),
         (released, SenderState.RELEASED, close, SenderState.RELEASED, []),
-        (released, SenderState.RELEASED, Sender.open, SenderState.RELEASED, []),
+        (released, SenderState.RELEASED, reopen, SenderState.RELEASED, []),
         (streaming, SenderState.STREAMING, lose_peer, SenderState.RELEASED, []),
         (sealed, SenderState.SEALED, lose_peer, SenderState.RELEASED, []),
         (draining, SenderState.DRAINING, lose_peer, SenderState.RELEASED, []),
@@ -119,7 +123,7 @@ def test_table(
 
 
 def test_open_says_what_was_agreed() -> None:
-    (message,) = make_sender().open()
+    (message,) = make_sender().open(0.0)
     assert isinstance(message, Open)
     assert (message.ticket, message.num_prompt_tokens) == (TICKET, NUM_TOKENS)
     assert (message.layout, message.prefix_hash) == (LAYOUT, b"h" * 16)
@@ -162,7 +166,7 @@ def test_repeated_credit_is_used_once() -> None:
 
 def test_a_page_larger_than_a_slot_goes_in_layers() -> None:
     sender = make_sender(slot_bytes=LAYOUT.layer_bytes)
-    sender.open()
+    sender.open(0.0)
     sender.on_accepted(0, 0.0)
     sender.on_computed(16, 0.0)
     parts = [sender.on_grant(grant(sender, slot), 0.0)[0] for slot in range(2)]
@@ -191,11 +195,35 @@ def is_stalled(sender: Sender, now: float) -> bool:
     return sender.is_stalled(now, answer_s=5.0, send_s=30.0)
 
 
-def test_no_stall_while_it_is_the_senders_turn() -> None:
-    sender = streaming()
+def test_a_peer_that_says_nothing_is_a_stall_from_the_first_message_on() -> None:
+    sender = make_sender()
     assert not is_stalled(sender, 100.0)
-    sender.on_computed(16, 0.0)
-    assert not is_stalled(sender, 100.0)
+    sender.open(10.0)
+    assert not is_stalled(sender, 15.0)
+    assert is_stalled(sender, 15.1)
+
+
+def test_a_peer_that_waits_says_so() -> None:
+    sender = make_sender()
+    sender.open(0.0)
+    sender.on_renew(4.0)
+    assert not is_stalled(sender, 9.0)
+    sender.on_accepted(0, 9.0)
+    assert not is_stalled(sender, 14.0)
+    sender.on_computed(16, 14.0)
+    sender.on_renew(14.0)
+    assert not is_stalled(sender, 19.0)
+    assert is_stalled(sender, 19.1)
+
+
+def test_a_peer_that_owes_an_answer_cannot_put_it_off() -> None:
+    sender = streaming_with_a_send_in_flight()
+    sender.on_sent(0, 5, 0.0)
+    sender.on_renew(4.0)
+    assert is_stalled(sender, 5.1)
+    sender = sealed()
+    sender.on_renew(4.0)
+    assert is_stalled(sender, 5.1)
 
 
 def test_a_frame_that_is_not_acknowledged_is_a_stall() -> None:
@@ -212,7 +240,7 @@ def test_a_frame_that_is_not_acknowledged_is_a_stall() -> None:
     assert not is_stalled(sender, 19.0)
     assert is_stalled(sender, 19.1)
     sender.on_ack(1, 19.0)
-    assert not is_stalled(sender, 100.0)
+    assert not is_stalled(sender, 24.0)
 
 
 def test_a_slow_link_has_longer_than_a_silent_peer() -> None:
@@ -245,7 +273,7 @@ def test_a_seal_that_is_not_committed_is_a_stall() -> None:
 
 def test_nothing_is_sent_or_sealed_before_the_peer_has_accepted() -> None:
     sender = make_sender()
-    sender.open()
+    sender.open(0.0)
     sender.on_computed(NUM_TOKENS, 0.0)
     assert sender.on_grant(grant(sender, 0), 0.0) == []
     assert sender.finish((7,), 0.0) == []
@@ -257,7 +285,7 @@ def test_nothing_is_sent_or_sealed_before_the_peer_has_accepted() -> None:
 
 def test_a_prompt_that_the_peer_has_is_sealed_without_a_frame() -> None:
     sender = make_sender()
-    sender.open()
+    sender.open(0.0)
     sender.on_computed(NUM_TOKENS, 0.0)
     sender.finish((7,), 0.0)
     (seal,) = sender.on_accepted(3, 0.0)

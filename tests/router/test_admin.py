@@ -20,6 +20,7 @@ PREFILL = WorkerView(
         pages=pb.PageCounts(free=3, pinned=1, total=4),
         queued=2,
         queued_tokens=99,
+        parked_pages=5,
         transfers=[
             pb.TransferTotals(kind="tcp", bytes_sent=1000, send_seconds=0.5, failures=1, trips=2),
         ],
@@ -110,6 +111,7 @@ def test_the_workers(client: TestClient, dispatcher: ScriptedDispatcher) -> None
         "queued": 0,
         "running": 3,
         "handoffs": 1,
+        "parked_pages": 0,
         "queued_tokens": 0,
         "prompt_tokens": 0,
         "generated_tokens": 7,
@@ -211,8 +213,10 @@ def test_gauges_come_from_the_dispatcher(
     client: TestClient, dispatcher: ScriptedDispatcher
 ) -> None:
     dispatcher.states = {"queued": 4, "prefilling": 1, "handoff": 2, "decoding": 3}
+    dispatcher.num_retries = {"dispatch": 2, "repoint": 6}
     dispatcher.workers = [DECODE, PREFILL]
     samples = scrape(client)
+    assert samples["pagewire_retries_total{kind=repoint,model_name=smollm2}"] == 6
     labels = "{model_name=smollm2}"
     assert samples[f"vllm:num_requests_waiting{labels}"] == 4
     assert samples[f"vllm:num_requests_running{labels}"] == 6
@@ -227,6 +231,7 @@ def test_gauges_come_from_the_dispatcher(
     assert samples[f"pagewire_worker_accepted_tokens_total{{{decode}}}"] == 4
     assert samples[f"vllm:spec_decode_num_accepted_tokens_total{{{decode}}}"] == 4
     assert samples["pagewire_worker_queued_tokens{role=prefill,worker=prefill-0}"] == 99
+    assert samples["pagewire_worker_parked_pages{role=prefill,worker=prefill-0}"] == 5
     sent = "{direction=sent,transport=tcp,worker=prefill-0}"
     assert samples[f"pagewire_kv_transfer_bytes_total{sent}"] == 1000
     assert samples[f"pagewire_kv_transfer_seconds_total{sent}"] == 0.5

@@ -17,9 +17,9 @@ from routing import (
 from scripted_dispatcher import ScriptedDispatcher, events, updates
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.router.commands import Assignment
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import (
-    Assignment,
     Deliver,
     Effect,
     Fail,

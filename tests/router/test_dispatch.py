@@ -12,6 +12,7 @@ from routing import (
     first_token,
     heartbeat,
     make_request,
+    parked_event,
     ready,
     registration,
     tokens,
@@ -78,7 +79,13 @@ def test_a_request_is_sent_to_a_pair_at_once() -> None:
     core = running_core()
     effects = core.submit(make_request(), 0.0)
     assert commands(effects) == [("attach", "request", D.incarnation)]
-    assert core.counts() == {"queued": 0, "prefilling": 1, "handoff": 0, "decoding": 0}
+    assert core.counts() == {
+        "queued": 0,
+        "prefilling": 1,
+        "handoff": 0,
+        "parked": 0,
+        "decoding": 0,
+    }
     assert projected(core) == (20, 2)
 
 
@@ -217,14 +224,21 @@ def test_room_that_a_deadline_makes_is_used() -> None:
 
 
 @pytest.mark.parametrize("info", [P, D])
-def test_a_lost_worker_fails_its_requests(info: pb.RegisterRequest) -> None:
+def test_requests_of_a_lost_worker_wait_for_another(info: pb.RegisterRequest) -> None:
     core = running_core()
     core.submit(make_request(), 0.0)
-    effects = core.on_worker_lost(info.incarnation)
-    assert failures(effects) == {"request": "worker_lost"}
+    effects = core.on_worker_lost(info.incarnation, 1.0)
     other = D if info is P else P
-    assert commands(effects) == [("abort", "request", other.incarnation)]
-    assert core.on_worker_lost(info.incarnation) == []
+    assert (commands(effects), failures(effects)) == (
+        [("abort", "request", other.incarnation)],
+        {},
+    )
+    assert core.on_worker_lost(info.incarnation, 1.0) == []
+    assert core.counts()["queued"] == 1
+    successor = registration(info.name, info.role, incarnation=b"n" * 16)
+    (effect,) = core.on_registered(successor, 2.0)
+    assert isinstance(effect, SendCommand) and effect.command.HasField("attach")
+    assert effect.command.route.attempt == 2
 
 
 def test_a_stream_that_decodes_needs_no_prefill_worker() -> None:
@@ -232,7 +246,7 @@ def test_a_stream_that_decodes_needs_no_prefill_worker() -> None:
     core.submit(make_request(), 0.0)
     core.on_event(ready(D.incarnation), 0.0)
     assert core.on_event(failed(P.incarnation, pb.FAILURE_CODE_PEER_LOST), 0.0) == []
-    assert core.on_worker_lost(P.incarnation) == []
+    assert core.on_worker_lost(P.incarnation, 1.0) == []
     assert core.counts()["decoding"] == 1
 
 
@@ -241,7 +255,8 @@ def test_a_silent_worker_is_given_up() -> None:
     core.submit(make_request(), 0.0)
     core.on_event(heartbeat(P.incarnation), 3.0)
     assert core.tick(3.0) == []
-    assert failures(core.tick(3.1)) == {"request": "worker_lost"}
+    assert commands(core.tick(3.1)) == [("abort", "request", P.incarnation)]
+    assert core.counts()["queued"] == 1
     assert core.members.get(D.incarnation) is None
     assert core.members.get(P.incarnation) is not None
 
@@ -250,7 +265,9 @@ def test_a_new_incarnation_replaces_the_old_one() -> None:
     core = running_core()
     core.submit(make_request(), 0.0)
     successor = registration("decode-0", pb.ROLE_DECODE, incarnation=b"n" * 16)
-    assert failures(core.on_registered(successor, 1.0)) == {"request": "worker_lost"}
+    assert ("attach", "request", successor.incarnation) in commands(
+        core.on_registered(successor, 1.0)
+    )
     assert core.members.get(D.incarnation) is None
     dropped = core.num_dropped
     assert core.on_event(tokens(D.incarnation), 1.0) == []
@@ -260,7 +277,8 @@ def test_a_new_incarnation_replaces_the_old_one() -> None:
 def test_a_worker_that_registers_again_starts_without_promises() -> None:
     core = running_core()
     core.submit(make_request(), 0.0)
-    assert failures(core.on_registered(D, 1.0)) == {"request": "worker_lost"}
+    core.cancel("request", "test")
+    core.on_registered(D, 1.0)
     assert projected(core) == (0, 0)
 
 
@@ -326,13 +344,14 @@ def test_prompt_and_output_are_held_against_the_worker_that_holds_them() -> None
 
 def test_what_no_worker_could_hold_stands_aside() -> None:
     """The only large decode worker dies while a large request waits: small ones go on."""
-    core = make_core()
+    core = make_core(max_queued=3)
     large = registration("decode-0", pb.ROLE_DECODE, num_pages=10)
     for info in (P, large, registration("decode-1", pb.ROLE_DECODE, num_pages=2)):
         core.on_registered(info, 0.0)
     assert core.submit(make_request("first", max_tokens=100), 0.0)
     assert not core.submit(make_request("large", max_tokens=100), 0.0)
-    core.on_worker_lost(large.incarnation)
+    core.on_worker_lost(large.incarnation, 1.0)
+    assert core.counts()["queued"] == 2
     assert core.submit(make_request("small", max_tokens=4), 0.0)
 
 
@@ -376,3 +395,204 @@ def test_a_gap_in_what_a_worker_says_of_its_cache_is_asked_about() -> None:
     assert isinstance(effect, SendCommand)
     assert effect.command.HasField("kv_snapshot")
     assert effect.command.route.receiver == P.incarnation
+
+
+E = registration("decode-1", pb.ROLE_DECODE)
+
+
+def handing_off_core() -> DispatchCore:
+    """Two decode workers; the first has been promised a prompt that the prefill worker computes."""
+    core = running_core()
+    core.on_registered(E, 0.0)
+    core.submit(make_request(), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    return core
+
+
+def pages_promised(core: DispatchCore) -> dict[str, int]:
+    decode = core.members.of_role(pb.ROLE_DECODE)
+    return {member.info.name: member.num_projected_pages for member in decode}
+
+
+def bodies(effects: Sequence[Effect]) -> list[pb.WorkerCommand]:
+    return [effect.command for effect in effects if isinstance(effect, SendCommand)]
+
+
+def test_what_is_parked_goes_to_another_decode_worker() -> None:
+    core = handing_off_core()
+    effects = core.on_event(parked_event(P.incarnation), 1.0)
+    assert commands(effects) == [
+        ("abort", "request", D.incarnation),
+        ("attach", "request", E.incarnation),
+    ]
+    assert pages_promised(core) == {"decode-0": 0, "decode-1": 2}
+    attach = bodies(effects)[-1]
+    (repoint,) = bodies(core.on_event(attached(E.incarnation, attempt=2), 1.0))
+    assert repoint.repoint == pb.Repoint(
+        held_attempt=1,
+        ticket=attach.attach.ticket,
+        decode=E.incarnation,
+        transports=E.transports,
+    )
+    assert (repoint.route.attempt, repoint.route.receiver) == (2, P.incarnation)
+    assert projected(core)[0] == 20  # it computes on
+    assert core.retries == {"dispatch": 0, "repoint": 1}
+
+
+def test_a_lost_decode_worker_is_replaced_before_the_prefill_worker_knows() -> None:
+    core = handing_off_core()
+    core.on_event(first_token(P.incarnation), 0.5)
+    effects = core.on_worker_lost(D.incarnation, 1.0)
+    assert commands(effects) == [("attach", "request", E.incarnation)]
+    assert core.on_event(parked_event(P.incarnation), 1.0) == []  # of the attempt before
+    (repoint,) = bodies(core.on_event(attached(E.incarnation, attempt=2), 1.0))
+    assert repoint.repoint.held_attempt == 1
+    core.on_event(ready(E.incarnation, attempt=2), 1.0)
+    assert core.counts()["decoding"] == 1
+
+
+def test_a_decode_worker_that_failed_a_prompt_gets_it_again_only_if_there_is_no_other() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    effects = core.on_event(parked_event(P.incarnation), 0.0)
+    assert commands(effects) == [("abort", "request", D.incarnation)]
+    assert core.counts()["parked"] == 1
+    assert commands(core.tick(0.25)) == [("attach", "request", D.incarnation)]
+    assert core.counts()["parked"] == 0
+
+
+def test_what_is_parked_waits_for_a_decode_worker_that_joins() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    assert commands(core.on_worker_lost(D.incarnation, 1.0)) == []
+    assert core.tick(1.25) == []
+    assert commands(core.on_registered(E, 2.0)) == [("attach", "request", E.incarnation)]
+
+
+def test_what_nobody_took_before_its_lease_ran_out_is_dispatched_again() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    core.on_worker_lost(D.incarnation, 1.0)
+    assert core.on_event(failed(P.incarnation, pb.FAILURE_CODE_NOT_PARKED), 11.0) == []
+    assert core.counts()["queued"] == 1
+    (attach,) = bodies(core.on_registered(E, 12.0))
+    assert (attach.route.attempt, attach.route.receiver) == (2, E.incarnation)
+    (prefill,) = bodies(core.on_event(attached(E.incarnation, attempt=2), 12.0))
+    assert prefill.HasField("prefill")
+
+
+def test_a_retry_that_finds_no_worker_in_time_says_what_was_lost() -> None:
+    core = running_core()
+    core.submit(make_request(queue_deadline=5.0), 0.0)
+    core.on_worker_lost(D.incarnation, 4.0)
+    for now in (5.5, 8.0, 9.0):
+        core.on_event(heartbeat(P.incarnation), now)
+        assert core.tick(now) == []
+    assert failures(core.tick(9.1)) == {"request": "worker_lost"}
+
+
+def test_a_repoint_that_comes_too_late_is_dispatched_again() -> None:
+    core = handing_off_core()
+    core.on_worker_lost(D.incarnation, 1.0)
+    core.on_event(attached(E.incarnation, attempt=2), 1.0)
+    failure = failed(P.incarnation, pb.FAILURE_CODE_NOT_PARKED, attempt=2)
+    effects = core.on_event(failure, 1.0)
+    assert commands(effects) == [
+        ("abort", "request", E.incarnation),
+        ("attach", "request", E.incarnation),
+    ]
+    (prefill,) = bodies(core.on_event(attached(E.incarnation, attempt=3), 1.0))
+    assert prefill.HasField("prefill")
+
+
+def test_what_is_parked_goes_before_what_is_queued_even_to_a_full_worker() -> None:
+    """Room that is promised to prompts behind it must not keep it waiting."""
+    core = running_core()
+    core.submit(make_request("parked", num_prompt_tokens=80), 0.0)
+    core.on_event(attached(D.incarnation, "parked"), 0.0)
+    core.submit(make_request("queued", num_prompt_tokens=80), 0.0)
+    effects = core.on_event(parked_event(P.incarnation, request_id="parked"), 0.0)
+    assert ("attach", "queued", D.incarnation) in commands(effects)
+    assert commands(core.tick(0.25)) == [("attach", "parked", D.incarnation)]
+    assert pages_promised(core) == {"decode-0": 10}
+
+
+def lose_prefill(core: DispatchCore, number: int) -> list[Effect]:
+    """The prefill worker dies; its successor is there at once."""
+    name = f"prefill-{number}"
+    member = core.members.named(name)
+    assert member is not None
+    core.on_registered(registration(f"prefill-{number + 1}", pb.ROLE_PREFILL), 0.0)
+    return core.on_worker_lost(member.incarnation, 0.0)
+
+
+def test_a_request_is_dispatched_three_times_at_most() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    for number in range(2):
+        assert ("attach", "request", D.incarnation) in commands(lose_prefill(core, number))
+    assert failures(lose_prefill(core, 2)) == {"request": "worker_lost"}
+    assert pages_promised(core) == {"decode-0": 0}
+
+
+def test_a_retry_goes_on_behind_what_its_client_was_told() -> None:
+    core = handing_off_core()
+    core.on_event(tokens(D.incarnation, (5, 6)), 0.0)
+    effects = core.on_worker_lost(D.incarnation, 1.0)
+    (abort, attach) = bodies(effects)
+    assert abort.HasField("abort")
+    (prefill,) = bodies(core.on_event(attached(E.incarnation, attempt=2), 1.0))
+    for body in (attach.attach, prefill.prefill):
+        assert list(body.token_ids) == [*range(20), 5, 6]
+        assert (body.num_output_tokens, body.sampling.max_tokens) == (2, 4)
+    told = first_token(P.incarnation, 7, attempt=2)
+    told.first_token.position = 2
+    (delivery,) = core.on_event(told, 1.0)
+    assert isinstance(delivery, Deliver)
+    assert (delivery.update.position, delivery.update.token_ids) == (2, (7,))
+
+
+def test_several_choices_are_generated_again() -> None:
+    core = running_core()
+    core.on_registered(E, 0.0)
+    core.submit(make_request(n=2), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    core.on_event(tokens(D.incarnation, (5, 6), choice=1), 0.0)
+    core.stop_choice("request", 0)
+    (_, attach, stop) = bodies(core.on_worker_lost(D.incarnation, 1.0))
+    assert (len(attach.attach.token_ids), attach.attach.num_output_tokens) == (20, 0)
+    assert (stop.stop_choice.choice, stop.route.receiver) == (0, E.incarnation)
+    core.on_event(attached(E.incarnation, attempt=2), 1.0)
+    again = tokens(E.incarnation, (5, 6, 7), choice=1, attempt=2)
+    (delivery,) = core.on_event(again, 1.0)
+    assert isinstance(delivery, Deliver)
+    assert (delivery.update.position, delivery.update.token_ids) == (2, (7,))
+
+
+def test_retries_that_no_loss_explains_are_held_against_a_budget() -> None:
+    core = running_core(max_queued=10)
+    outcomes = []
+    for index in range(4):
+        name = f"request-{index}"
+        core.submit(make_request(name), 0.0)
+        core.on_event(attached(D.incarnation, name), 0.0)
+        failure = failed(P.incarnation, pb.FAILURE_CODE_NOT_PARKED, name)
+        outcomes.append(failures(core.on_event(failure, 0.0)))
+        core.cancel(name, "test")
+    assert outcomes == [{}, {}, {}, {"request-3": "worker_lost"}]
+
+
+def test_a_prefill_worker_above_its_watermark_gets_nothing() -> None:
+    core = make_core()
+    info = registration("prefill-0", pb.ROLE_PREFILL)
+    info.max_parked_pages = 5
+    core.on_registered(info, 0.0)
+    core.on_registered(D, 0.0)
+    core.on_event(heartbeat(info.incarnation, pb.WorkerState(parked_pages=6)), 0.0)
+    assert core.submit(make_request(), 0.0) == []
+    assert core.counts()["queued"] == 1
+    effects = core.on_event(heartbeat(info.incarnation, pb.WorkerState(parked_pages=5)), 1.0)
+    assert commands(effects) == [("attach", "request", D.incarnation)]

@@ -10,14 +10,15 @@ from routing import (
     first_token,
     heartbeat,
     make_request,
+    parked_event,
     ready,
     sealed,
     tokens,
 )
 
 from pagewire.proto import worker_pb2 as pb
+from pagewire.router.commands import Assignment
 from pagewire.router.lifecycle import (
-    Assignment,
     Deliver,
     Effect,
     Fail,
@@ -71,6 +72,24 @@ def handed_over() -> Lifecycle:
     return lifecycle
 
 
+def parked() -> Lifecycle:
+    lifecycle = handing_off()
+    lifecycle.on_event(parked_event(P), 0.0)
+    return lifecycle
+
+
+def parked_while_computing() -> Lifecycle:
+    lifecycle = prefill_sent()
+    lifecycle.on_event(parked_event(P), 0.0)
+    return lifecycle
+
+
+def retrying() -> Lifecycle:
+    lifecycle = handing_off()
+    lifecycle.on_worker_lost(P)
+    return lifecycle
+
+
 def decoding() -> Lifecycle:
     lifecycle = handing_off()
     lifecycle.on_event(ready(D), 0.0)
@@ -111,8 +130,11 @@ EVENTS: dict[str, Happen] = {
     "Ready": event(ready(D)),
     "Tokens": event(tokens(D)),
     "Tokens, finished": event(tokens(D, finish=STOP)),
+    "Parked": event(parked_event(P)),
     "Failed by P": event(failed(P)),
+    "Not parked": event(failed(P, pb.FAILURE_CODE_NOT_PARKED)),
     "Failed by D": event(failed(D)),
+    "Hand-off failed by D": event(failed(D, pb.FAILURE_CODE_PEER_LOST)),
     "P lost": lambda lifecycle: lifecycle.on_worker_lost(P),
     "D lost": lambda lifecycle: lifecycle.on_worker_lost(D),
     "deadline": lambda lifecycle: lifecycle.fail(
@@ -122,12 +144,45 @@ EVENTS: dict[str, Happen] = {
     "the only choice stopped": lambda lifecycle: lifecycle.stop_choice(0),
 }
 
+PARKED = (State.PARKED, ["Abort to D"])
+PARKED_BY_D: tuple[State, list[str]] = (State.PARKED, [])
+RETRYING_BY_P = (State.RETRYING, ["Abort to D"])
+RETRYING_BY_D = (State.RETRYING, ["Abort to P"])
 FAILED_BY_P = (State.FAILED, ["Abort to D", "Fail"])
 FAILED_BY_D = (State.FAILED, ["Abort to P", "Fail"])
 FAILED_ON_TIME = (State.FAILED, ["Abort to P", "Abort to D", "Fail"])
 CANCELLED = (State.CANCELLED, ["Abort to P", "Abort to D"])
 
 # What is not named here changes nothing.
+BEFORE_P_IS_TOLD: dict[str, tuple[State, list[str]]] = {
+    "Attached": (State.PREFILLING, ["Prefill to P"]),
+    "Ready": (State.DECODING, []),
+    "Tokens": (State.DECODING, ["Deliver [5, 6]"]),
+    "Tokens, finished": (State.DONE, ["Deliver [5, 6] stop"]),
+    "Failed by D": FAILED_BY_D,
+    "Hand-off failed by D": RETRYING_BY_D,
+    "P lost": RETRYING_BY_P,
+    "D lost": RETRYING_BY_D,
+    "deadline": FAILED_ON_TIME,
+    "cancel": CANCELLED,
+    "the only choice stopped": CANCELLED,
+}
+IN_HANDOFF: dict[str, tuple[State, list[str]]] = {
+    "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to D"]),
+    "Ready": (State.DECODING, []),
+    "Tokens": (State.DECODING, ["Deliver [6]"]),
+    "Tokens, finished": (State.DONE, ["Deliver [6] stop"]),
+    "Parked": PARKED,
+    "Failed by P": FAILED_BY_P,
+    "Not parked": RETRYING_BY_P,
+    "Failed by D": FAILED_BY_D,
+    "Hand-off failed by D": PARKED_BY_D,
+    "P lost": RETRYING_BY_P,
+    "D lost": PARKED_BY_D,
+    "deadline": FAILED_ON_TIME,
+    "cancel": CANCELLED,
+    "the only choice stopped": CANCELLED,
+}
 TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
     admitted: {
         "deadline": (State.FAILED, ["Fail"]),
@@ -139,69 +194,51 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "cancel": (State.CANCELLED, []),
         "the only choice stopped": (State.CANCELLED, []),
     },
-    prefilling: {
-        "Attached": (State.PREFILLING, ["Prefill to P"]),
-        "FirstToken": (State.HANDOFF, ["Deliver [5]"]),
-        "FirstToken, finished": (State.DONE, ["Deliver [5] stop", "Abort to D"]),
-        "Ready": (State.DECODING, []),
-        "Tokens": (State.DECODING, ["Deliver [5, 6]"]),
-        "Tokens, finished": (State.DONE, ["Deliver [5, 6] stop"]),
-        "Failed by P": FAILED_BY_P,
-        "Failed by D": FAILED_BY_D,
-        "P lost": FAILED_BY_P,
-        "D lost": FAILED_BY_D,
-        "deadline": FAILED_ON_TIME,
-        "cancel": CANCELLED,
-        "the only choice stopped": CANCELLED,
-    },
+    prefilling: BEFORE_P_IS_TOLD,
     prefill_sent: {
+        **IN_HANDOFF,
         "FirstToken": (State.HANDOFF, ["Deliver [5]"]),
         "FirstToken, finished": (State.DONE, ["Deliver [5] stop", "Abort to D"]),
-        "Ready": (State.DECODING, []),
         "Tokens": (State.DECODING, ["Deliver [5, 6]"]),
         "Tokens, finished": (State.DONE, ["Deliver [5, 6] stop"]),
-        "Failed by P": FAILED_BY_P,
-        "Failed by D": FAILED_BY_D,
-        "P lost": FAILED_BY_P,
-        "D lost": FAILED_BY_D,
-        "deadline": FAILED_ON_TIME,
-        "cancel": CANCELLED,
-        "the only choice stopped": CANCELLED,
     },
-    handing_off: {
-        "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to D"]),
-        "Ready": (State.DECODING, []),
-        "Tokens": (State.DECODING, ["Deliver [6]"]),
-        "Tokens, finished": (State.DONE, ["Deliver [6] stop"]),
-        "Failed by P": FAILED_BY_P,
-        "Failed by D": FAILED_BY_D,
-        "P lost": FAILED_BY_P,
-        "D lost": FAILED_BY_D,
-        "deadline": FAILED_ON_TIME,
-        "cancel": CANCELLED,
-        "the only choice stopped": CANCELLED,
+    handing_off: IN_HANDOFF,
+    handed_over: {name: cell for name, cell in IN_HANDOFF.items() if name != "P lost"},
+    parked: {
+        "FirstToken, finished": (State.DONE, ["Deliver [] stop"]),
+        "Failed by P": (State.FAILED, ["Fail"]),
+        "Not parked": (State.RETRYING, []),
+        "P lost": (State.RETRYING, []),
+        "deadline": (State.FAILED, ["Abort to P", "Fail"]),
+        "cancel": (State.CANCELLED, ["Abort to P"]),
+        "the only choice stopped": (State.CANCELLED, ["Abort to P"]),
     },
-    handed_over: {
-        "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to D"]),
-        "Ready": (State.DECODING, []),
-        "Tokens": (State.DECODING, ["Deliver [6]"]),
-        "Tokens, finished": (State.DONE, ["Deliver [6] stop"]),
-        "Failed by P": FAILED_BY_P,
-        "Failed by D": FAILED_BY_D,
-        "D lost": FAILED_BY_D,
-        "deadline": FAILED_ON_TIME,
-        "cancel": CANCELLED,
-        "the only choice stopped": CANCELLED,
+    parked_while_computing: {
+        "FirstToken": (State.PARKED, ["Deliver [5]"]),
+        "FirstToken, finished": (State.DONE, ["Deliver [5] stop"]),
+        "Failed by P": (State.FAILED, ["Fail"]),
+        "Not parked": (State.RETRYING, []),
+        "P lost": (State.RETRYING, []),
+        "deadline": (State.FAILED, ["Abort to P", "Fail"]),
+        "cancel": (State.CANCELLED, ["Abort to P"]),
+        "the only choice stopped": (State.CANCELLED, ["Abort to P"]),
     },
     decoding: {
         "FirstToken, finished": (State.DONE, ["Deliver [] stop"]),
         "Tokens": (State.DECODING, ["Deliver [6]"]),
         "Tokens, finished": (State.DONE, ["Deliver [6] stop"]),
+        "Parked": (State.DECODING, ["Abort to P"]),
         "Failed by D": FAILED_BY_D,
-        "D lost": FAILED_BY_D,
+        "Hand-off failed by D": FAILED_BY_D,
+        "D lost": RETRYING_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
         "the only choice stopped": CANCELLED,
+    },
+    retrying: {
+        "deadline": (State.FAILED, ["Fail"]),
+        "cancel": (State.CANCELLED, []),
+        "the only choice stopped": (State.CANCELLED, []),
     },
     done: {},
     cancelled: {},
@@ -346,6 +383,7 @@ def test_the_last_update_says_why() -> None:
     [
         (pb.FAILURE_CODE_PEER_LOST, 503, "worker_lost"),
         (pb.FAILURE_CODE_STALLED, 503, "worker_lost"),
+        (pb.FAILURE_CODE_NOT_PARKED, 503, "worker_lost"),
         (pb.FAILURE_CODE_INTEGRITY, 500, "handoff_corrupt"),
         (pb.FAILURE_CODE_INVALID, 500, "worker_error"),
         (pb.FAILURE_CODE_INTERNAL, 500, "worker_error"),
@@ -361,7 +399,7 @@ def test_what_a_failure_means_for_the_client(
 
 
 def test_a_prefill_worker_that_has_sealed_is_not_missed() -> None:
-    lifecycle = prefilling()
+    lifecycle = prefill_sent()
     lifecycle.on_event(first_token(P), 0.0)
     lifecycle.on_event(sealed(P), 0.0)
     assert lifecycle.on_worker_lost(P) == []

@@ -8,7 +8,7 @@ from routing import registration
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.choices import PageDemand
 from pagewire.router.members import Member
-from pagewire.router.policy import choose_pair
+from pagewire.router.policy import choose_pair, choose_successor
 
 
 def prefill(name: str, *, num_pages: int = 10, projected: int = 0) -> Member:
@@ -133,3 +133,25 @@ def test_whoever_is_chosen_has_room(
         assert pair.prefill.num_projected_tokens == min(
             member.num_projected_tokens for member in fitting_prefills
         )
+
+
+def test_a_prefill_worker_whose_prompts_wait_for_decode_workers_gets_no_more() -> None:
+    full, other = prefill("p0"), prefill("p1", projected=500)
+    full.info.max_parked_pages = other.info.max_parked_pages = 5
+    full.state.parked_pages = 6
+    pair = choose_pair([full, other], [decode("d0")], demand=demand(17, 33))
+    assert pair is not None and pair.prefill is other
+    assert choose_pair([full], [decode("d0")], demand=demand(17, 33)) is None
+
+
+def test_what_is_parked_goes_to_the_least_loaded_that_could_hold_it() -> None:
+    workers = [decode("d0", projected=9), decode("d1", projected=10), decode("d2", num_pages=2)]
+    assert choose_successor(workers, demand=demand(17, 33)) is workers[0]
+
+
+def test_what_is_parked_may_go_to_a_full_worker_but_to_none_that_is_avoided() -> None:
+    workers = [decode("d0"), decode("d1", projected=10)]
+    avoided = {workers[0].incarnation}
+    assert choose_successor(workers, demand=demand(17, 33), avoided=avoided) is workers[1]
+    avoided.add(workers[1].incarnation)
+    assert choose_successor(workers, demand=demand(17, 33), avoided=avoided) is None

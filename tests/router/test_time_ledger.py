@@ -14,7 +14,8 @@ from routing import ROUTER, attached, first_token, make_request, ready, sealed, 
 from scripted_dispatcher import ScriptedDispatcher, events, updates
 
 from pagewire.proto import worker_pb2 as pb
-from pagewire.router.lifecycle import Assignment, Deliver, Effect, Lifecycle
+from pagewire.router.commands import Assignment
+from pagewire.router.lifecycle import Deliver, Effect, Lifecycle
 from pagewire.router.request import TokenUpdate
 from pagewire.router.time_ledger import Part, PartTimes, TimeLedger, worker_times
 

@@ -11,10 +11,14 @@ from pagewire.decode_worker.request import DecodeRequest
 from pagewire.engine.batch import Batch
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Message, RefuseReason
+from pagewire.prefill_worker.core import PrefillCore
 from pagewire.prefill_worker.sender import Sender, SenderState
+from pagewire.prefill_worker.sequence import PrefillSequence
+from pagewire.proto import worker_pb2 as pb
 from pagewire.router.dispatch import DispatchCore
 from pagewire.router.lifecycle import Lifecycle
 from pagewire.router.token_log import TokenLog
+from pagewire.sim.clients import Outcome
 from pagewire.sim.costs import SLOW_STEPS, Costs, Range
 from pagewire.sim.faults import Faults, MessageFaults
 from pagewire.sim.kv_memory import LAYOUT, KvMemory
@@ -32,6 +36,8 @@ FAULTS = Faults(
 )
 
 SLOW_WIRE = Costs(wire=Range(low=0.0, high=0.3))
+
+LOSSES = Faults(worker_kills=2, connection_losses=2)
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -73,8 +79,12 @@ def capacity_is_settled_twice(patch: pytest.MonkeyPatch) -> None:
     settle = DispatchCore._settle_decode
 
     def settle_twice(core: DispatchCore, lifecycle: Lifecycle) -> None:
+        request_id = lifecycle.request.request_id
+        projection = core._promised.get(request_id)
         settle(core, lifecycle)
-        settle(core, lifecycle)
+        if projection is not None:
+            core._promised[request_id] = projection
+            settle(core, lifecycle)
 
     patch.setattr(DispatchCore, "_settle_decode", settle_twice)
 
@@ -144,6 +154,38 @@ def layers_leave_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:
             compute(model, batch, num_layers)
 
     patch.setattr(SimModel, "compute_layers", compute_all_or_nothing)
+
+
+def parked_pages_are_freed(patch: pytest.MonkeyPatch) -> None:
+    park = PrefillCore._park
+
+    def park_and_free(
+        core: PrefillCore,
+        sequence: PrefillSequence,
+        code: "pb.FailureCode.ValueType",
+        text: str,
+        now: float,
+    ) -> list[Effect]:
+        core.pool.release(sequence.pages)
+        return park(core, sequence, code, text, now)
+
+    patch.setattr(PrefillCore, "_park", park_and_free)
+
+
+def a_repoint_sends_what_is_not_computed(patch: pytest.MonkeyPatch) -> None:
+    resume = PrefillCore._resume
+
+    def resume_hastily(core: PrefillCore, sequence: PrefillSequence, now: float) -> list[Effect]:
+        effects = resume(core, sequence, now)
+        sequence.sender.on_computed(len(sequence.token_ids), now)
+        return effects
+
+    patch.setattr(PrefillCore, "_resume", resume_hastily)
+
+
+def a_retry_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
+    told = Lifecycle._told
+    patch.setattr(Lifecycle, "_told", lambda lifecycle: told(lifecycle) + told(lifecycle)[-1:])
 
 
 def busy_scenario(seed: int, costs: Costs) -> Scenario:
@@ -216,6 +258,19 @@ def test_times_that_overlap_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(InvariantViolation, match="was told of"):
         for seed in range(MAX_RUNS):
             World(random_scenario(seed)).run()
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [parked_pages_are_freed, a_repoint_sends_what_is_not_computed, a_retry_repeats_a_token],
+)
+def test_a_retry_that_goes_wrong_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(MAX_RUNS):
+            world = World(random_scenario(seed, faults=LOSSES))
+            world.run()
+            assert not world.clients.with_outcome(Outcome.FAILED)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ DISTURBED = Faults(
     peer_messages=MessageFaults(repeat=0.1, reorder=0.1, corrupt=0.02),
     session_messages=MessageFaults(repeat=0.1, reorder=0.03),
 )
+LOSSES = Faults(
+    peer_messages=MessageFaults(repeat=0.05, corrupt=0.01),
+    session_messages=MessageFaults(repeat=0.05),
+    worker_kills=2,
+    connection_losses=2,
+)
 BROKEN = Faults(
     peer_messages=MessageFaults(repeat=0.05, reorder=0.02, corrupt=0.01),
     session_messages=MessageFaults(repeat=0.05, reorder=0.01),
@@ -63,6 +69,13 @@ def check_disturbed_messages(seed: int) -> None:
     assert codes <= {"stream_broken", "handoff_corrupt", "worker_lost"}
 
 
+def check_losses(seed: int) -> None:
+    """Workers die and lose each other, frames are damaged: everybody gets the exact tokens."""
+    clients = run(seed, faults=LOSSES, cancel_probability=0.0, deadline_s=60.0)
+    ended = clients.with_outcome(Outcome.DONE, Outcome.REFUSED)  # while a role had no worker at all
+    assert len(ended) == len(clients.streams)
+
+
 def check_broken_cluster(seed: int) -> None:
     """Workers die, freeze and lose each other: every request still ends, and nothing is left."""
     run(seed, faults=BROKEN, cancel_probability=0.2, deadline_s=10.0)
@@ -78,6 +91,7 @@ CHECKS = (
     check_without_faults,
     check_hang_ups_and_repetitions,
     check_disturbed_messages,
+    check_losses,
     check_broken_cluster,
     check_dying_router,
 )

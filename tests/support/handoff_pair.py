@@ -186,9 +186,9 @@ class HandoffPair:
         self._landing.clear()
         for end in (PREFILL, DECODE) if first == PREFILL else (DECODE, PREFILL):
             if end == PREFILL:
-                self.carry_out(self.prefill.on_peer_lost(DECODE))
+                self.carry_out(self.prefill.on_peer_lost(DECODE, 0.0))
             else:
-                self.carry_out(self.decode.on_peer_lost(PREFILL))
+                self.carry_out(self.decode.on_peer_lost(PREFILL, 0.0))
         self.to_decode.clear()
         self.to_prefill.clear()
 
@@ -277,12 +277,19 @@ class HandoffPair:
         return [event.WhichOneof("body") for event in self.events]
 
     def failures(self) -> "list[tuple[bytes, pb.FailureCode.ValueType]]":
-        """Who has given up, and why."""
+        """Who has given up, or parked the prompt, and why."""
         return [
-            (event.route.sender, event.failed.code)
+            (event.route.sender, getattr(event, str(event.WhichOneof("body"))).code)
             for event in self.events
-            if event.HasField("failed")
+            if event.HasField("failed") or event.HasField("parked")
         ]
+
+    def abort(self, attempt: int = 1) -> None:
+        """The router gives the request up, at both workers."""
+        for core in (self.prefill, self.decode):
+            command = abort_command(core.incarnation, attempt=attempt)
+            self.carry_out(core.on_command(command, 0.0))
+        self.run()
 
     def check_nothing_is_left(self) -> None:
         for core in (self.prefill, self.decode):

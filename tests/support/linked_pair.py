@@ -155,7 +155,7 @@ class LinkedWorker:
             reader=self._reader,
             io_thread=InlineExecutor(),
             on_frame_sent=self._on_frame_sent,
-            on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer)),
+            on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer, self.now)),
             has_handoff=self._has_handoff,
             spawn=self._tasks.spawn,
             clock=lambda: self.now,
@@ -231,7 +231,7 @@ class LinkedWorker:
 
     def lost(self, peer: bytes, reason: str) -> None:
         with self._tasks:
-            effects = self.core.on_peer_lost(peer)
+            effects = self.core.on_peer_lost(peer, self.now)
             self._links.drop(peer)
             self.carry_out(effects)
 

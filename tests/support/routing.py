@@ -103,6 +103,16 @@ def failed(
     return pb.WorkerEvent(route=_route(sender, request_id, attempt), failed=body)
 
 
+def parked_event(
+    sender: bytes,
+    code: "pb.FailureCode.ValueType" = pb.FAILURE_CODE_PEER_LOST,
+    request_id: str = "request",
+    attempt: int = 1,
+) -> pb.WorkerEvent:
+    body = pb.Parked(code=code, message="the hand-off broke")
+    return pb.WorkerEvent(route=_route(sender, request_id, attempt), parked=body)
+
+
 def heartbeat(sender: bytes, state: pb.WorkerState | None = None) -> pb.WorkerEvent:
     return pb.WorkerEvent(
         route=pb.Route(sender=sender, receiver=ROUTER), heartbeat=state or pb.WorkerState()

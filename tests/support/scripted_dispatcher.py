@@ -55,6 +55,7 @@ class ScriptedDispatcher:
         self.unready: RequestFailed | None = None
         self.workers: list[WorkerView] = []
         self.states: dict[str, int] = {}
+        self.num_retries: dict[str, int] = {}
         self.capacity = 0
 
     def submit(self, request: Request) -> ScriptedStream:
@@ -70,6 +71,9 @@ class ScriptedDispatcher:
 
     async def inspect(self) -> list[WorkerView]:
         return self.workers
+
+    def retries(self) -> Mapping[str, int]:
+        return self.num_retries
 
     def counts(self) -> Mapping[str, int]:
         return self.states

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,6 @@ import pytest
 START_TIMEOUT_S = 180
 RESTART_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
-FAILURE_TIMEOUT_S = 5  # in which a client is told that its worker is gone
 PAGEWIRE = Path(sys.executable).with_name("pagewire")
 QUESTION = "What is the capital of France?"
 
@@ -85,18 +85,39 @@ def shared_memory() -> frozenset[str]:
     return frozenset(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else frozenset()
 
 
-def start(directory: Path, *arguments: str) -> Server:
+@contextmanager
+def counting(server: Server, max_tokens: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """The events of a long answer, the usage at its end; silences are bounded."""
+    body = {
+        "model": "default",
+        "prompt": "Count: one, two, three,",
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with (
+        httpx.Client(trust_env=False, timeout=RESTART_TIMEOUT_S) as client,
+        client.stream("POST", f"{server.url}/v1/completions", json=body) as response,
+    ):
+        assert response.status_code == 200
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        yield (json.loads(line.removeprefix("data: ")) for line in lines)
+
+
+def start(directory: Path, *arguments: str, failpoint: str | None = None) -> Server:
     """Start an instance on free ports, and wait until it says that it is ready."""
     output, temporary = directory / "output", directory / "tmp"
     temporary.mkdir()
     before = shared_memory()
     environment = {name: each for name, each in os.environ.items() if "PAGEWIRE" not in name}
+    failpoints = {"PAGEWIRE_FAILPOINT": failpoint} if failpoint else {}
     with output.open("wb") as file:
         process = subprocess.Popen(
             [PAGEWIRE, "serve", "--port", "0", "--dashboard-port", "0", *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment | {"TMPDIR": str(temporary)},
+            env=environment | {"TMPDIR": str(temporary)} | failpoints,
         )
     server = Server(process=process, output=output, temporary=temporary, shared_memory=before)
 
@@ -211,31 +232,14 @@ def test_chat_command_streams_and_measures(server: Server) -> None:
     assert "tokens/s" in result.stderr
 
 
-def test_killed_worker_fails_its_stream_and_comes_back(server: Server) -> None:
+def test_a_stream_goes_on_when_its_worker_was_killed_and_comes_back(server: Server) -> None:
     killed = server.workers()["decode-0"]
-    with httpx.Client(trust_env=False, timeout=FAILURE_TIMEOUT_S) as client:
-        body = {
-            "model": "default",
-            "prompt": "Count: one, two, three,",
-            "max_tokens": 1000,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-            assert response.status_code == 200
-            events = (line for line in response.iter_lines() if line.startswith("data: {"))
-            assert "error" not in json.loads(next(events).removeprefix("data: "))
-            os.kill(killed["pid"], signal.SIGKILL)
-            # Each silence is bounded by the client's time-out.
-            last = [json.loads(line.removeprefix("data: ")) for line in events][-1]
-    assert "error" in last
-
-    def new_worker() -> dict[str, Any] | None:
-        worker = server.workers().get("decode-0")
-        return worker if worker and worker["incarnation"] != killed["incarnation"] else None
-
-    worker = wait_for(new_worker, RESTART_TIMEOUT_S, "new decode-0")
-    assert worker["pid"] != killed["pid"]
+    with counting(server, max_tokens=200) as events:
+        assert "error" not in next(events)
+        os.kill(killed["pid"], signal.SIGKILL)
+        *_, last = events
+    assert last["usage"]["completion_tokens"] == 200
+    assert server.workers()["decode-0"]["pid"] != killed["pid"]
     assert "Paris" in server.ask()
     assert "decode-0 ended: its process was killed or crashed" in server.output.read_text()
 
@@ -264,11 +268,12 @@ def sysv_segments(creators: set[int]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def larger_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two workers of each kind, without Ray."""
+    """Two workers of each kind, without Ray; one dies at the first frame that it gets."""
     running = start(
         tmp_path_factory.mktemp("larger"),
         *("--launcher", "subprocess", "--transport", "tcp", "--dtype", "float32"),
         *("--prefill", "2", "--decode", "2", "--num-pages", "64", "--served-model", "small"),
+        failpoint="decode-1:Frame:1",
     )
     yield running
     if running.process.poll() is None:
@@ -282,6 +287,37 @@ def test_number_of_workers_transport_and_launcher_can_be_chosen(larger_server: S
     assert {worker["pages"]["total"] for worker in workers.values()} == {64}
     assert get(f"{larger_server.url}/v1/models").json()["data"][0]["id"] == "small"
     assert "Paris" in larger_server.ask()
+
+
+def test_a_decode_worker_that_dies_in_a_handoff_costs_no_second_prefill(
+    larger_server: Server,
+) -> None:
+    prompt = "The river rises in the hills, " * 40
+
+    def num_computed() -> int:
+        workers = larger_server.workers()
+        return sum(workers[name]["prompt_tokens"] for name in ("prefill-0", "prefill-1"))
+
+    def complete() -> tuple[str, int]:
+        with larger_server.client() as client:
+            answer = client.completions.create(
+                model="default", prompt=prompt, max_tokens=12, temperature=0
+            )
+        assert answer.usage is not None
+        return answer.choices[0].text, answer.usage.prompt_tokens
+
+    with counting(larger_server, max_tokens=1000) as events:
+        next(events)  # decode-0 is at work: what comes next goes to decode-1
+        killed, before = larger_server.workers()["decode-1"], num_computed()
+        text, num_tokens = complete()
+        assert num_computed() - before == num_tokens
+
+    def new_worker() -> dict[str, Any] | None:
+        worker = larger_server.workers().get("decode-1")
+        return worker if worker and worker["incarnation"] != killed["incarnation"] else None
+
+    wait_for(new_worker, RESTART_TIMEOUT_S, "new decode-1")
+    assert complete()[0] == text
 
 
 def test_workers_end_with_an_instance_that_is_killed(larger_server: Server) -> None:

@@ -220,6 +220,7 @@ def test_to_stop_the_last_choice_is_to_abort() -> None:
     refusals = [item for item in pair.to_prefill if isinstance(item, Refused)]
     assert [item.reason for item in refusals] == [RefuseReason.ABORTED]
     pair.run()
+    pair.abort()
     pair.check_nothing_is_left()
 
 

@@ -144,6 +144,7 @@ def test_a_frame_with_a_wrong_checksum_ends_the_handoff(seq: int) -> None:
         (PREFILL, pb.FAILURE_CODE_INTEGRITY),
         (DECODE, pb.FAILURE_CODE_INTEGRITY),
     }
+    pair.abort()
     pair.check_nothing_is_left()
 
 
@@ -180,7 +181,7 @@ def test_what_was_not_agreed_is_refused(
     assert isinstance(refusal, Refused) and refusal.reason is reason
     pair.run()
     assert pair.failures() == failures
-    pair.carry_out(pair.decode.on_command(abort_command(DECODE), 0.0))
+    pair.abort()
     pair.check_nothing_is_left()
 
 
@@ -241,6 +242,7 @@ def test_what_does_not_fit_the_layout_ends_the_handoff() -> None:
     assert slot is None
     pair.run()
     assert (DECODE, pb.FAILURE_CODE_INTEGRITY) in pair.failures()
+    pair.abort()
     pair.check_nothing_is_left()
 
 

@@ -13,7 +13,15 @@ from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.kv_transfer.checksum import digest_of
 from pagewire.kv_transfer.framing import Kind
 from pagewire.kv_transfer.layout import KVLayout
-from pagewire.kv_transfer.messages import Frame, Grant, HandoffId, Message, Open, RefuseReason, Seal
+from pagewire.kv_transfer.messages import (
+    Frame,
+    Grant,
+    HandoffId,
+    Message,
+    Open,
+    RefuseReason,
+    Seal,
+)
 from pagewire.kv_transfer.socket_transport import CONNECT_TIMEOUT_S
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.prefill_worker.sender import Sender, SenderState
@@ -71,7 +79,7 @@ def reserve(receiver: Receiver, num_hits: int) -> None:
 
 
 SENDER_EVENTS: dict[str, SenderEvent] = {
-    "opened": lambda sender: sender.open(),
+    "opened": lambda sender: sender.open(0.0),
     "computed": lambda sender: sender.on_computed(NUM_TOKENS, 0.0),
     "layers computed": lambda sender: sender.on_layers_computed(LAYOUT.num_layers, 0.0),
     "Accepted": lambda sender: sender.on_accepted(0, 0.0),
@@ -81,6 +89,7 @@ SENDER_EVENTS: dict[str, SenderEvent] = {
     "sent": lambda sender: sender.on_sent(0, CHECKSUM, 0.0),
     "not sent": lambda sender: sender.on_sent(0, None, 0.0),
     "FrameAck": lambda sender: sender.on_ack(0, 0.0),
+    "Renew": lambda sender: sender.on_renew(0.0),
     "Committed": lambda sender: sender.on_committed(),
     "given up": lambda sender: sender.close(),
     "peer lost": lambda sender: sender.on_peer_lost(),
@@ -231,6 +240,8 @@ def test_every_timer() -> None:
         "connect": CONNECT_TIMEOUT_S,
         "answer_s": prefill["answer_s"].default,
         "send_s": prefill["send_s"].default,
+        "lease_s": prefill["lease_s"].default,
+        "renew_s": decode["renew_s"].default,
         "closing_s": decode["closing_s"].default,
     }
     assert documented == {name: f"{value:g}" for name, value in values.items()}
