@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pagewire.engine.batch import Batch, BatchRow, StepResult, TokenLogprobs
+from pagewire.engine.batch import Batch, BatchRow, PageCopy, StepResult, TokenLogprobs
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
 from pagewire.engine.parallel.rank_group import RankLost
@@ -67,7 +67,7 @@ class ModelRunner:
         """Copy pages, run a step and sample. Raises ValueError and RankLost as `forward` does."""
         if batch.copies:
             self._followers.copy_pages(batch.copies)
-            self.kv_cache.copy_pages(batch.copies)
+            self.copy_pages(batch.copies)
         logits = self.forward(batch)
         sampled = [
             (params, row.output_position + index, row.history)
@@ -80,6 +80,14 @@ class ModelRunner:
         params, positions, histories = zip(*sampled, strict=True)
         logits = _for_siblings(logits, batch.rows)
         return _by_row(batch, self._sampler.sample(logits, params, positions, histories))
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Make copies on this rank, and wait until all ranks have made theirs.
+
+        From then on whoever reaches the pages of other ranks may write to the originals.
+        """
+        self.kv_cache.copy_pages(copies)
+        self.model.group.barrier()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

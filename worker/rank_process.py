@@ -55,7 +55,7 @@ def follow(runner: ModelRunner, rank_zero: RankZero) -> None:
     for message in rank_zero.messages():
         match message:
             case Copies(copies=copies):
-                runner.kv_cache.copy_pages(copies)
+                runner.copy_pages(copies)
             case Step():
                 torch.set_num_threads(message.num_threads)
                 runner.run(message.inputs(memory))

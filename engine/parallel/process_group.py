@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from pagewire.engine.parallel.rank_group import RankLost, split_evenly
 
 _LOOPBACK = "127.0.0.1"  # the ranks of a worker are on one machine
-_STEP_TIMEOUT = timedelta(seconds=60)  # for the slowest rank in the middle of a step
+_STEP_TIMEOUT = timedelta(seconds=60)
 _LOAD_TIMEOUT = timedelta(minutes=30)  # between ranks that load large weights from slow disks
 
 
@@ -52,6 +52,9 @@ class ProcessGroup:
         self._run(lambda: self._group.gather([parts] if parts else [], [padded], options))
         return torch.cat(parts, dim=1)[:, :num_columns].contiguous() if parts else x
 
+    def barrier(self) -> None:
+        self._run(self._group.barrier)
+
     def least(self, value: int) -> int:
         values = torch.tensor([value], device=self._device)
         options = AllreduceOptions()
@@ -78,31 +81,38 @@ class ProcessGroup:
 
 
 def join_group(
-    store: Store, rank: int, size: int, *, device: str = "cpu", in_rank_order: bool = False
+    store: Store,
+    rank: int,
+    size: int,
+    *,
+    device: str = "cpu",
+    in_rank_order: bool = False,
+    timeout: timedelta = _STEP_TIMEOUT,
 ) -> ProcessGroup:
     """Join the group of those who call this with the same store, once each.
 
-    Raises RankLost when the others do not come, or when this torch has no such groups.
+    `timeout`: for the slowest rank to come, and in the middle of a step. Raises RankLost when the
+    others do not come, or when this torch has no such groups.
     """
     make_group = _nccl_group if device.startswith("cuda") else _gloo_group
     try:
-        group = make_group(store, rank, size)
+        group = make_group(store, rank, size, timeout)
     except (AttributeError, RuntimeError) as error:  # AttributeError: torch was built without
         raise RankLost(f"rank {rank} of {size} cannot join its group: {error}") from error
     return ProcessGroup(group, device, in_rank_order=in_rank_order)
 
 
-def _gloo_group(store: Store, rank: int, size: int) -> Any:
+def _gloo_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
     gloo: Any = torch.distributed.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=_LOOPBACK, lazy_init=False)]
-    options._timeout = _STEP_TIMEOUT
+    options._timeout = timeout
     options._threads = 1  # one operation at a time
     return gloo(store, rank, size, options)
 
 
-def _nccl_group(store: Store, rank: int, size: int) -> Any:
+def _nccl_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
     nccl: Any = torch.distributed.ProcessGroupNCCL
     options = nccl.Options()
-    options._timeout = _STEP_TIMEOUT
+    options._timeout = timeout
     return nccl(store, rank, size, options)

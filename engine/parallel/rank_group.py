@@ -40,6 +40,9 @@ class RankGroup(Protocol):
         x: [num_rows, columns of this rank], which are `split_evenly` of num_columns.
         """
 
+    def barrier(self) -> None:
+        """Return once all ranks are here."""
+
     def least(self, value: int) -> int:
         """The smallest `value` of all ranks, however long some of them take to get here."""
 
@@ -55,6 +58,9 @@ class SingleRank:
 
     def gather_columns(self, x: Tensor, num_columns: int) -> Tensor:
         return x
+
+    def barrier(self) -> None:
+        pass
 
     def least(self, value: int) -> int:
         return value

@@ -4,7 +4,9 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import pytest
@@ -209,3 +211,28 @@ def test_a_rank_that_ends_is_missed() -> None:
 
     with pytest.raises(RankLost, match="rank 0 of 2 waits for the others in vain"):
         on_ranks(2, first_leaves)
+
+
+def test_a_rank_that_hangs_is_not_waited_for_without_end() -> None:
+    store, is_over = HashStore(), Event()
+
+    def work(rank: int) -> None:
+        group = join_group(store, rank, 2, timeout=timedelta(seconds=1))
+        if rank == 1:
+            is_over.wait()
+            return
+        try:
+            group.all_reduce(torch.ones(4))
+        finally:
+            is_over.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = (threads.submit(work, rank) for rank in range(2))
+        with pytest.raises(RankLost, match="rank 0 of 2 waits for the others in vain"):
+            first.result()
+        second.result()
+
+
+def test_a_group_that_is_not_complete_cannot_be_joined() -> None:
+    with pytest.raises(RankLost, match="rank 0 of 2 cannot join its group"):
+        join_group(HashStore(), 0, 2, timeout=timedelta(milliseconds=100))

@@ -59,6 +59,7 @@ async def serving(
             max_batch_tokens=128,
             slot_bytes=1 << 16,
             num_slots=4,
+            max_draft_tokens=8,  # so that some rows have several logits
             prefix_cache_secret="5a" * KEY_BYTES,
         )
         tasks[role] = asyncio.create_task(run_worker(config, stop))
