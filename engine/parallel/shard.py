@@ -40,13 +40,19 @@ class ModelShard:
         config = self.config
         for name in ("num_heads", "intermediate_size"):
             if getattr(config, name) % self.size:
-                raise self._refusal(f"{name}, which is {getattr(config, name)}")
+                raise ModelError(
+                    f"tensor_parallel_size is {self.size}; it must divide {name}, which is "
+                    f"{getattr(config, name)}. Choose another one"
+                )
         try:
             HeadSplit(num_kv_heads=config.num_kv_heads, degree=self.size)
         except LayoutError as error:
             raise ModelError(str(error)) from error
         if not split_evenly(config.vocab_size, self.size, self.size - 1):
-            raise self._refusal(f"the vocabulary of {config.vocab_size} tokens")
+            raise ModelError(
+                f"tensor_parallel_size is {self.size}: some rank would have none of the "
+                f"{config.vocab_size} tokens. Choose a smaller one"
+            )
 
     @property
     def rank_config(self) -> ModelConfig:
@@ -126,8 +132,3 @@ class ModelShard:
         head_dim = self.config.head_dim
         index = range(heads.start * head_dim, heads.stop * head_dim)
         return Part(dim=dim, index=index, size=num_heads * head_dim)
-
-    def _refusal(self, what: str) -> ModelError:
-        return ModelError(
-            f"tensor_parallel_size is {self.size}; it must divide {what}. Choose another one"
-        )

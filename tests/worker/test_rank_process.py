@@ -32,7 +32,7 @@ def test_it_ends_with_rank_0_while_it_waits_for_it(tmp_path: Path) -> None:
     with mine, theirs:
         process = subprocess.Popen(
             [*command, CONFIG.to_json(), "1", str(tmp_path / "store"), "0"],
-            stdin=theirs.fileno().fileno(),
+            stdin=theirs.fileno(),
         )
         theirs.close()
         mine.settimeout(TIMEOUT_S)
