@@ -24,7 +24,7 @@ from pagewire.kv_transfer.transport import TransportError
 from pagewire.prefill_worker.worker import PrefillWorker
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role, WorkerConfig
-from pagewire.worker.followers import FollowerProcesses
+from pagewire.worker.followers import FollowerProcesses, follower_processes
 from pagewire.worker.load import load_worker_engine
 from pagewire.worker.sessions import RegistrationRefused
 from pagewire.worker.shell import new_model_thread
@@ -53,7 +53,7 @@ async def run_worker(
     async with AsyncExitStack() as stack:
         followers = None
         if config.tensor_parallel_size > 1:
-            followers = await stack.enter_async_context(FollowerProcesses(config))
+            followers = await stack.enter_async_context(follower_processes(config))
         model_thread = new_model_thread(config.threads_per_rank)
         worker = await _load(config, followers, model_thread, on_state)
         chosen = create_transports(config.transport, worker.core.incarnation, worker, config.host)

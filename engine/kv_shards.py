@@ -18,7 +18,7 @@ from pagewire.kv_transfer.reshard import HeadSplit
 Bytes = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Shard:
     """Neighbouring KV heads, in the pool of a rank that has them."""
 
@@ -38,7 +38,7 @@ class KVShards:
         self._layout = layout
         split = HeadSplit(num_kv_heads=layout.num_kv_heads, degree=len(caches))
         self._shards = [
-            _Shard(cache.layout, np.frombuffer(cache.buffer(), np.uint8))
+            _Shard(layout=cache.layout, pool=np.frombuffer(cache.buffer(), np.uint8))
             for cache in caches[:: split.num_replicas]
         ]
         self._scatters = [

@@ -5,27 +5,24 @@ of every page, and run the steps that rank 0 tells them. A group lives and dies 
 """
 
 import asyncio
-import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from pathlib import Path
-from types import TracebackType
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
 
 from pagewire.engine.batch import PageCopy
-from pagewire.engine.errors import KernelError
+from pagewire.engine.errors import EngineError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.parallel.process_group import join_group
 from pagewire.engine.parallel.rank_group import RankLost
-from pagewire.engine.parallel.shared_pools import SharedPools, new_shared_memory
+from pagewire.engine.parallel.shared_pools import SharedPools, shared_memory
 from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.step_memory import StepInputs
 from pagewire.worker.config import WorkerConfig
@@ -36,58 +33,61 @@ _START_TIMEOUT_S = 300.0  # of a process that imports torch
 _SEND_TIMEOUT_S = 60.0
 
 
-class FollowerProcesses:
-    """Implements Followers. A context: within it the processes run, behind it they are gone.
+@asynccontextmanager
+async def follower_processes(config: WorkerConfig) -> AsyncIterator["FollowerProcesses"]:
+    """Within this context the processes run, behind it they are gone.
 
-    Raises KernelError for a device whose memory processes cannot share.
+    They load their part of the model while rank 0 does. Raises EngineError where processes cannot
+    share the memory of the device, and OSError.
     """
+    if config.device != "cpu":
+        raise EngineError(
+            f"tensor_parallel_size is {config.tensor_parallel_size} and device {config.device}: "
+            "rank 0 sends the pages of all ranks from memory that they share, which only device "
+            "cpu has"
+        )
+    with tempfile.TemporaryDirectory(prefix="pagewire-") as directory, shared_memory() as memory:
+        followers = FollowerProcesses(config, store_path=f"{directory}/ranks", memory=memory)
+        try:
+            await followers.start()
+            yield followers
+        finally:
+            await followers.end()
 
-    def __init__(self, config: WorkerConfig) -> None:
-        if config.device != "cpu":
-            raise KernelError(
-                f"tensor_parallel_size is {config.tensor_parallel_size} and device "
-                f"{config.device}: rank 0 sends the pages of all ranks from memory that they "
-                "share, which only device cpu has"
-            )
+
+class FollowerProcesses:
+    """Implements Followers. Made by `follower_processes`."""
+
+    def __init__(self, config: WorkerConfig, *, store_path: str, memory: int) -> None:
+        """`store_path`: where the ranks find each other; `memory`: descriptor of their pools."""
         self._config = config
         self._size = config.tensor_parallel_size
-        self._stack = AsyncExitStack()
+        self._store_path = store_path
+        self._memory = memory
+        self._pools = SharedPools(memory, self._size)
         self._processes: list[asyncio.subprocess.Process] = []
         self._sockets: list[socket.socket] = []
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids, from rank 1 on."""
-        return [process.pid for process in self._processes]
+    async def start(self) -> None:
+        """Start the processes. Raises OSError."""
+        for rank in range(1, self._size):
+            await self._start(rank)
 
-    async def __aenter__(self) -> "FollowerProcesses":
-        """Start the processes; they load their part while rank 0 does."""
-        async with AsyncExitStack() as stack:
-            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagewire-"))
-            self._store_path = Path(directory) / "ranks"
-            descriptor = new_shared_memory()
-            stack.callback(os.close, descriptor)
-            self._pools = SharedPools(descriptor, self._size)
-            stack.push_async_callback(self._end)
-            for rank in range(1, self._size):
-                await self._start(rank, descriptor)
-            self._stack = stack.pop_all()
-        return self
-
-    async def __aexit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._stack.aclose()
+    async def end(self) -> None:
+        """Kill them: they have nothing to finish, and may be in the middle of a step."""
+        for sock in self._sockets:
+            sock.close()
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
 
     def join(self) -> TensorParallel:
         """The place of rank 0, once all others are there. Blocks. Raises RankLost."""
         for rank, sock in enumerate(self._sockets, start=1):
             self._await_start(rank, sock)
         group = join_group(
-            FileStore(str(self._store_path), self._size),
+            FileStore(self._store_path, self._size),
             0,
             self._size,
             in_rank_order=self._config.deterministic,
@@ -136,7 +136,7 @@ class FollowerProcesses:
             raise RankLost(f"rank {rank} of {self._size} did not start; see what it wrote above")
         sock.settimeout(_SEND_TIMEOUT_S)
 
-    async def _start(self, rank: int, descriptor: int) -> None:
+    async def _start(self, rank: int) -> None:
         mine, theirs = socket.socketpair()
         self._sockets.append(mine)
         with theirs:
@@ -146,10 +146,10 @@ class FollowerProcesses:
                 "pagewire.worker.rank_process",
                 self._config.to_json(),
                 str(rank),
-                str(self._store_path),
-                str(descriptor),
+                self._store_path,
+                str(self._memory),
                 stdin=theirs.fileno(),
-                pass_fds=(descriptor,),
+                pass_fds=(self._memory,),
             )
         self._processes.append(process)
 
@@ -157,12 +157,3 @@ class FollowerProcesses:
         code = await self._processes[rank - 1].wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
         raise RankLost(f"rank {rank} of {self._size} {how}, and with it the worker")
-
-    async def _end(self) -> None:
-        """They have nothing to finish, and may be in the middle of a step."""
-        for sock in self._sockets:
-            sock.close()
-        for process in self._processes:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()

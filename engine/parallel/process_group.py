@@ -45,7 +45,8 @@ class ProcessGroup:
 
     def gather_columns(self, x: Tensor, num_columns: int) -> Tensor:
         share = len(split_evenly(num_columns, self.size, 0))
-        padded = F.pad(x, (0, share - x.shape[1])).contiguous()
+        missing = share - x.shape[1]
+        padded = F.pad(x, (0, missing)) if missing else x.contiguous()
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else []
         options = GatherOptions()
         options.rootRank = 0

@@ -5,9 +5,12 @@ So rank 0 alone sends and receives frames: it reaches the KV heads of every rank
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
+from pagewire.engine.errors import EngineError
 from pagewire.engine.kv_cache import in_huge_pages
 
 
@@ -19,7 +22,7 @@ class SharedPools:
     """
 
     def __init__(self, descriptor: int, num_ranks: int) -> None:
-        """`descriptor`: of `new_shared_memory`, inherited from the process that made it."""
+        """`descriptor`: of `shared_memory`, inherited from the process that made it."""
         self._descriptor = descriptor
         self._num_ranks = num_ranks
 
@@ -30,6 +33,19 @@ class SharedPools:
         return in_huge_pages(mmap.mmap(self._descriptor, num_bytes, offset=rank * stride))
 
 
-def new_shared_memory() -> int:
-    """The descriptor of anonymous shared memory, still empty. Raises OSError."""
-    return os.memfd_create("pagewire-pools")
+@contextmanager
+def shared_memory() -> Iterator[int]:
+    """The descriptor of anonymous shared memory, still empty.
+
+    Raises EngineError where there is none.
+    """
+    try:
+        descriptor = os.memfd_create("pagewire-pools")
+    except (AttributeError, OSError) as error:
+        raise EngineError(
+            f"this system has no anonymous shared memory ({error}); set tensor_parallel_size to 1"
+        ) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

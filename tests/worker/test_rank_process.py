@@ -9,10 +9,10 @@ from socket import socketpair
 
 import pytest
 
-from pagewire.engine.errors import KernelError
+from pagewire.engine.errors import EngineError
 from pagewire.engine.parallel.rank_group import RankLost
 from pagewire.worker.config import Role, WorkerConfig
-from pagewire.worker.followers import FollowerProcesses
+from pagewire.worker.followers import follower_processes
 from pagewire.worker.step_messages import STARTED
 
 CONFIG = WorkerConfig(
@@ -44,7 +44,7 @@ def test_one_that_cannot_start_is_noticed_at_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "executable", "/bin/false")
 
     async def run() -> None:
-        async with FollowerProcesses(CONFIG) as followers:
+        async with follower_processes(CONFIG) as followers:
             with pytest.raises(RankLost, match="rank 1 of 2 did not start"):
                 await asyncio.to_thread(followers.join)
 
@@ -52,5 +52,9 @@ def test_one_that_cannot_start_is_noticed_at_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ranks_share_host_memory_alone() -> None:
-    with pytest.raises(KernelError, match=r"tensor_parallel_size is 2 and device cuda:0"):
-        FollowerProcesses(replace(CONFIG, device="cuda:0"))
+    async def run() -> None:
+        async with follower_processes(replace(CONFIG, device="cuda:0")):
+            raise AssertionError("it has started")
+
+    with pytest.raises(EngineError, match=r"tensor_parallel_size is 2 and device cuda:0"):
+        asyncio.run(run())
