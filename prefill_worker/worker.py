@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.landing import Landing
@@ -13,8 +14,9 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter, Verify
 from pagewire.worker.failpoint import Failpoint
-from pagewire.worker.frames import FrameReader
+from pagewire.worker.frames import FrameReader, PageReader
 from pagewire.worker.interval import Interval
+from pagewire.worker.sharded_frames import ShardedFrameReader
 from pagewire.worker.shell import WorkerShell
 
 
@@ -27,10 +29,12 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         config: WorkerConfig,
         incarnation: bytes,
         runner: ModelRunner,
+        shards: KVShards | None = None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         failpoint: Failpoint | None = None,
     ) -> None:
+        """`shards`: the pages of all ranks, where `runner` is one of several."""
         core = PrefillCore(
             incarnation=incarnation,
             layout=runner.layout,
@@ -44,7 +48,11 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             lease_s=config.lease_s,
             max_parked_share=config.max_parked_share,
         )
-        reader = FrameReader(runner.layout, runner.kv_cache.buffer())
+        reader: PageReader
+        if shards is None:
+            reader = FrameReader(runner.layout, runner.kv_cache.buffer())
+        else:
+            reader = ShardedFrameReader(shards)
         super().__init__(
             config=config,
             core=core,

@@ -4,6 +4,7 @@ Runs and their checksum on one side; landing, verification and scatter on the ot
 """
 
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,42 @@ from pagewire.kv_transfer.messages import Frame
 Bytes = npt.NDArray[np.uint8]
 
 
+class PageReader(Protocol):
+    """Finds frames in the pages of a worker."""
+
+    def read(
+        self, frame: Frame, page_table: tuple[int, ...]
+    ) -> tuple[Frame, tuple[memoryview, ...]]:
+        """The frame with its checksum, and its payload: the runs that it consists of."""
+
+
+class PageWriter(Protocol):
+    """Where frames land in a worker, and the way from staging slots into its pages."""
+
+    def land_in_slot(self, frame: Frame, num_bytes: int) -> Landing:
+        """Where the payload of `frame` lands when `write` is to bring it into pages."""
+
+    def land_in_pages(self, frame: Frame, page_table: tuple[int, ...]) -> Landing:
+        """Where a payload in the worker's own layout lands that is to lie in these pages.
+
+        It does, once `is_sound` has found so.
+        """
+
+    def has_checksum(self, frame: Frame) -> bool:
+        """Whether the checksum was made while the frame landed: `is_sound` then takes no time."""
+
+    def is_sound(self, frame: Frame) -> bool:
+        """Whether the bytes that have landed are those that were sent."""
+
+    def write(self, frame: Frame, source: KVLayout, page_table: tuple[int, ...]) -> bool:
+        """Bring a frame that landed in its slot, in the layout of its sender, into pages.
+
+        False, and nothing is written, when its bytes are bad.
+        """
+
+
 class FrameReader:
-    """Finds frames in a page pool."""
+    """Implements PageReader for a page pool."""
 
     def __init__(self, layout: KVLayout, pool: memoryview) -> None:
         self._layout = layout
@@ -28,17 +63,14 @@ class FrameReader:
     def read(
         self, frame: Frame, page_table: tuple[int, ...]
     ) -> tuple[Frame, tuple[memoryview, ...]]:
-        """The frame with its checksum, and its payload: the runs of the pool that it consists of.
-
-        Nothing is copied: the transport takes the runs from where they are.
-        """
+        """Nothing is copied: the transport takes the runs from where they are."""
         runs = byte_runs(self._layout, frame.part, page_table)
         payload = tuple(self._pool[offset : offset + length].data for offset, length in runs)
         return replace(frame, checksum=checksum(*payload)), payload
 
 
 class FrameWriter:
-    """Where frames land: in pages, or in staging slots and from there in pages."""
+    """Implements PageWriter for one cache: a frame of its layout lands in pages."""
 
     def __init__(self, cache: KVCache, *, num_slots: int, slot_bytes: int) -> None:
         """Raises DeviceMemoryError when the cache is not in host memory."""
@@ -50,29 +82,21 @@ class FrameWriter:
         self._landings: dict[int, CheckedLanding] = {}  # of the frame that came last, by slot
 
     def land_in_slot(self, frame: Frame, num_bytes: int) -> Landing:
-        """Where the payload of `frame` lands when `write` is to bring it into pages."""
         return self._land(frame, [self._slots[frame.slot, :num_bytes].data])
 
     def land_in_pages(self, frame: Frame, page_table: tuple[int, ...]) -> Landing:
-        """Where the payload of `frame`, in the layout of these pages, lands in them."""
         runs = byte_runs(self._layout, frame.part, page_table)
         return self._land(
             frame, [self._pool[offset : offset + length].data for offset, length in runs]
         )
 
     def has_checksum(self, frame: Frame) -> bool:
-        """Whether the checksum was made while the frame landed: `is_sound` then takes no time."""
         return self._landings[frame.slot].is_full
 
     def is_sound(self, frame: Frame) -> bool:
-        """Whether the bytes that have landed are those that were sent."""
         return self._landings[frame.slot].checksum() == frame.checksum
 
     def write(self, frame: Frame, source: KVLayout, page_table: tuple[int, ...]) -> bool:
-        """Bring a frame that landed in its slot, in the layout of its sender, into pages.
-
-        False, and nothing is written, when its bytes are bad.
-        """
         if not self.is_sound(frame):
             return False
         payload = self._slots[frame.slot, : frame.part.num_bytes(source)]

@@ -13,7 +13,7 @@ from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
 from pagewire.worker.connections import Connections
 from pagewire.worker.effects import Connect, Send, SendFrame
-from pagewire.worker.frames import FrameReader
+from pagewire.worker.frames import PageReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.tasks import Spawn
 
@@ -45,7 +45,7 @@ class Links:
         *,
         transports: Sequence[Transport],
         pairs: OneConnection | None = None,
-        reader: FrameReader | None,
+        reader: PageReader | None,
         io_thread: Executor,
         on_frame_sent: OnFrameSent,
         on_peer_lost: Callable[[bytes], None],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
-from pagewire.engine.loading.checkpoint import Storage
+from pagewire.engine.loading.checkpoint import Part, Storage
 from pagewire.kernels.int4_linear import Int4Blocks
 
 DTYPES = ("F32", "F16", "BF16")
@@ -26,6 +26,8 @@ class _StoredTensor(Protocol):
     def get_shape(self) -> list[int]: ...
 
     def get_dtype(self) -> str: ...
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor: ...
 
 
 class _File(Protocol):
@@ -55,33 +57,39 @@ class SafetensorsCheckpoint:
             file = _open(path)
             self._files.update(dict.fromkeys(file.keys(), file))
 
-    def read(self, name: str, into: Tensor) -> None:
+    def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
         file = self._files.get(name)
         if file is None:
             raise ModelError(f"model {self._directory.name} has no tensor {name}")
         stored = file.get_slice(name)
-        if stored.get_shape() != list(into.shape):
+        shape = list(part.whole_shape(into.shape) if part else into.shape)
+        if stored.get_shape() != shape:
             raise ModelError(
                 f"model {self._directory.name}: tensor {name} has shape {stored.get_shape()}, "
-                f"but config.json asks for {list(into.shape)}"
+                f"but config.json asks for {shape}"
             )
         if stored.get_dtype() not in DTYPES:
             raise ModelError(
                 f"model {self._directory.name}: tensor {name} is of type {stored.get_dtype()}; "
                 f"supported are {', '.join(DTYPES)}"
             )
-        into.copy_(file.get_tensor(name))
+        into.copy_(stored[_slices(part)] if part else file.get_tensor(name))
 
     def storage(self, name: str) -> Storage:
         if name not in self._files:
             raise ModelError(f"model {self._directory.name} has no tensor {name}")
         return Storage.FLOAT
 
-    def read_int4(self, name: str) -> Int4Blocks:
+    def read_int4(self, name: str, part: Part | None = None) -> Int4Blocks:
         raise ModelError(f"model {self._directory.name}: tensor {name} has no 4-bit blocks")
 
     def rope_factors(self) -> Tensor | None:
         return None
+
+
+def _slices(part: Part) -> tuple[slice, ...]:
+    """The index of a part: no more than that is read from the file."""
+    return (slice(None),) * part.dim + (slice(part.index.start, part.index.stop),)
 
 
 def _weight_files(directory: Path) -> list[Path]:

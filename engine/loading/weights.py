@@ -17,6 +17,9 @@ from pagewire.engine.loading.linears import LinearLoader
 from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
+from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
+from pagewire.engine.parallel.shard import ModelShard
+from pagewire.engine.parallel.sharded_checkpoint import ShardedCheckpoint
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.ops import Linear
 from pagewire.kernels.select import SelectedOps
@@ -40,29 +43,39 @@ def load_model(
     device: str,
     selected: SelectedOps,
     quantization: Quantization = Quantization.NONE,
+    group: RankGroup | None = None,
 ) -> LlamaModel:
     """Convert the tensors of an open checkpoint and make the decoder that its config describes.
 
-    Raises ModelError when a tensor is missing, misshapen or of a type that is not supported, and
-    for a quantization that this device, `selected` or checkpoint does not have.
+    Of a `group` each rank reads and makes its own part. Raises ModelError when a tensor is missing,
+    misshapen or of a type that is not supported, for a quantization that this device, `selected` or
+    checkpoint does not have, and for a model that cannot be split among so many ranks.
     """
+    group = group or SingleRank()
+    shard = ModelShard(config=checkpoint.config, rank=group.rank, size=group.size)
+    if group.size > 1:
+        if quantization is not Quantization.NONE:
+            shard.require_whole_groups()
+        checkpoint = ShardedCheckpoint(checkpoint, shard)
     linears = LinearLoader(
         checkpoint, dtype=dtype, device=device, quantization=quantization, selected=selected
     )
     logger.info("matrices: %s", linears.explanation)
-    weights = _Loader(linears, checkpoint.config).weights()
+    weights = _Loader(linears, checkpoint.config, shard.vocabulary).weights()
     linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
-    return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops)
+    return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops, group)
 
 
 class _Loader:
     """Names the tensors that the config asks for, fused as the decoder wants them."""
 
-    def __init__(self, linears: LinearLoader, config: ModelConfig) -> None:
+    def __init__(self, linears: LinearLoader, config: ModelConfig, vocabulary: range) -> None:
+        """`vocabulary`: the tokens whose logits this rank computes."""
         self._linears = linears
         self._tensor = linears.tensor
         self._config = config
+        self._vocabulary = vocabulary
 
     def weights(self) -> LlamaWeights:
         config = self._config
@@ -77,8 +90,9 @@ class _Loader:
     def _lm_head(self, embedding: Tensor) -> Linear:
         config = self._config
         if config.tie_word_embeddings:
-            return self._linears.tied_lm_head("model.embed_tokens", embedding)
-        return self._linears.lm_head("lm_head", config.vocab_size, config.hidden_size)
+            rows = embedding[self._vocabulary.start : self._vocabulary.stop]
+            return self._linears.tied_lm_head("model.embed_tokens", rows)
+        return self._linears.lm_head("lm_head", len(self._vocabulary), config.hidden_size)
 
     def _layer(self, index: int) -> LayerWeights:
         config = self._config

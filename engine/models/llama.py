@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.models.rope import cosine_and_sine
+from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, Linear, Ops
@@ -59,12 +60,22 @@ class _Step:
 
 
 class LlamaModel:
-    """A loaded model. Holds no state of any sequence: that is in the KV pool."""
+    """A loaded model, or one rank's part of it.
+
+    Holds no state of any sequence: that is in the KV pool.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: LlamaWeights, inverse_frequencies: Tensor, ops: Ops
+        self,
+        config: ModelConfig,
+        weights: LlamaWeights,
+        inverse_frequencies: Tensor,
+        ops: Ops,
+        group: RankGroup | None = None,
     ) -> None:
+        """`config` and `weights` have the heads and features of this rank of `group` alone."""
         self.config = config
+        self.group = group or SingleRank()
         self._weights = weights
         self._inverse_frequencies = inverse_frequencies
         self.ops = ops
@@ -78,7 +89,11 @@ class LlamaModel:
         """Memory of the embedding and the matrices."""
         embedding, lm_head = self._weights.embedding, self._weights.lm_head
         matrices = sum(matrix.num_bytes for matrix in self._weights.matrices)
-        shared = isinstance(lm_head, DenseLinear) and lm_head.weight is embedding
+        memory = embedding.untyped_storage().data_ptr()
+        shared = (
+            isinstance(lm_head, DenseLinear)
+            and lm_head.weight.untyped_storage().data_ptr() == memory
+        )
         return matrices if shared else matrices + embedding.nbytes
 
     def forward(
@@ -92,8 +107,9 @@ class LlamaModel:
         """Run the tokens of a step, storing their KV, and return logits of some of them.
 
         token_ids: int64 [num_tokens]; logits_of: int64 [num_logits], indices into the tokens.
-        Returns float32 [num_logits, vocab_size]. `on_layer` is called after each layer, with the
-        number of those that have run.
+        Returns float32 [num_logits, vocab_size]; on other ranks than 0, some columns of it.
+        `on_layer` is called after each layer, with the number of those that have run. Raises
+        RankLost when another rank does not run the same step.
         """
         ops, config, weights = self.ops, self.config, self._weights
         step = _Step(
@@ -117,9 +133,11 @@ class LlamaModel:
             out, residual = self._layer(x, residual, index, step)
         if on_layer is not None:
             on_layer(len(weights.layers))
+        if not len(logits_of):
+            return out.new_empty(0, config.vocab_size, dtype=torch.float32)
         out, residual = out[logits_of], residual[logits_of]
         x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
-        return weights.lm_head(x).float()
+        return self.group.gather_columns(weights.lm_head(x).float(), config.vocab_size)
 
     def _layer(
         self, x: Activation, residual: Tensor, index: int, step: _Step
@@ -129,7 +147,7 @@ class LlamaModel:
         out = self._attend(x, index, layer, step)
         x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.gate_up)
         gated = self.ops.silu_mul(layer.gate_up(x), quantize=layer.down.takes_quantized)
-        return layer.down(gated), residual
+        return self.group.all_reduce(layer.down(gated)), residual
 
     def _add_norm(
         self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear
@@ -151,4 +169,5 @@ class LlamaModel:
             k = ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         q = ops.rope_and_store(q, k, v, step.rope, step.pool, index, step.slots)
         attended = step.attention.run(q, step.pool, index).flatten(1)
-        return layer.output(ops.quantize(attended) if layer.output.takes_quantized else attended)
+        part = layer.output(ops.quantize(attended) if layer.output.takes_quantized else attended)
+        return self.group.all_reduce(part)
