@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pagewire.engine.batch import Batch, BatchRow, StepResult, TokenLogprobs
+from pagewire.engine.forward_steps import ForwardSteps
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
 from pagewire.engine.sampler import SampledTokens, Sampler
@@ -27,7 +28,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.max_model_len = max_model_len
         self.digest = digest
-        self._pages = kv_cache.pages
+        self._steps = ForwardSteps(model, kv_cache.pages)
         self._step_memory = StepMemory(torch.device(model.device))
         self._limits = InputLimits(
             vocab_size=model.config.vocab_size,
@@ -70,11 +71,11 @@ class ModelRunner:
         """Run a step, storing its KV.
 
         Returns float32 [num_logits, vocab_size]: of each row that samples the logits of the last
-        token and of those before its drafts; the LM head is not computed for the others. Raises
-        ValueError as `prepare` does, before anything is written.
+        token and of those before its drafts; the LM head is not computed for the others. They are
+        void at the next step. Raises ValueError as `prepare` does, before anything is written.
         """
         inputs = prepare(batch.rows, self._limits, self._step_memory)
-        return self.model.forward(inputs.token_ids, inputs.attention, self._pages, inputs.logits_of)
+        return self._steps.run(inputs)
 
 
 def _samples(row: BatchRow, sampling: SamplingParams) -> Iterator[tuple[int, SamplingParams]]:
