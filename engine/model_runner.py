@@ -13,6 +13,7 @@ from pagewire.engine.batch import (
     StepResult,
     TokenLogprobs,
 )
+from pagewire.engine.forward_steps import ForwardSteps
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
 from pagewire.engine.parallel.rank_group import RankLost
@@ -52,7 +53,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.digest = digest
         self._followers = followers
-        self._pages = kv_cache.pages
+        self._steps = ForwardSteps(model, kv_cache.pages)
         self._step_memory = StepMemory(torch.device(model.device))
         self._limits = InputLimits(
             vocab_size=model.config.vocab_size,
@@ -105,9 +106,9 @@ class ModelRunner:
         """Run a step, storing its KV.
 
         Returns float32 [num_logits, vocab_size]: of each row that samples the logits of the last
-        token and of those before its drafts; the LM head is not computed for the others. Raises
-        ValueError as `prepare` does, before anything is written, and RankLost once the ranks of the
-        group are out of step.
+        token and of those before its drafts; the LM head is not computed for the others. They are
+        void at the next step. Raises ValueError as `prepare` does, before anything is written, and
+        RankLost once the ranks of the group are out of step.
         """
         inputs = prepare(batch.rows, self._limits, self._step_memory)
         on_layer = _at_ends(batch.layer_group_ends, on_layers_done)
@@ -122,9 +123,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, inputs: StepInputs, on_layer: OnLayersDone | None = None) -> Tensor:
         """This rank's part of a step; returns what the model's `forward` returns."""
-        return self.model.forward(
-            inputs.token_ids, inputs.attention, self._pages, inputs.logits_of, on_layer
-        )
+        return self._steps.run(inputs, on_layer)
 
 
 def _at_ends(ends: Sequence[int], on_layers_done: OnLayersDone | None) -> OnLayersDone | None:

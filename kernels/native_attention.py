@@ -9,7 +9,7 @@ is a chunk.
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels.kv_pool import KVPool
-from pagewire.kernels.native_library import DTYPE_CODES
+from pagewire.kernels.native_library import DTYPE_CODES, NativeFunctions
 from pagewire.kernels.ops import AttentionBatch
 
 # Query rows (tokens times the query heads of one KV head) of a tile: K and V are read once for all.
@@ -71,12 +71,21 @@ class _Prepared:
     memory: tuple[Tensor, ...]
 
 
+class _Queries(NamedTuple):
+    """What the queries of all layers have in common."""
+
+    dtype: torch.dtype
+    num_heads: int
+    head_dim: int
+    pool: KVPool
+
+
 class NativeAttentionPlan:
     """Implements `pagewire.kernels.ops.AttentionPlan`."""
 
     def __init__(
         self,
-        functions: ctypes.CDLL,
+        functions: NativeFunctions,
         batch: AttentionBatch,
         *,
         scale: float,
@@ -88,6 +97,7 @@ class NativeAttentionPlan:
         self._scale = scale
         self._window = UNBOUNDED if window is None else min(window, UNBOUNDED)
         self._deterministic = deterministic
+        self._queries: _Queries | None = None
         self._prepared: _Prepared | None = None
 
     def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
@@ -100,10 +110,12 @@ class NativeAttentionPlan:
         if q.stride()[1:] != (head_dim, 1):
             q = q.contiguous()
         # The first layer says how many heads there are.
-        self._prepared = self._prepared or self._prepare(q, pool)
+        if self._prepared is None:
+            self._queries = _Queries(q.dtype, q.shape[1], head_dim, pool)
+            self._prepared = self._prepare(self._queries, self._batch)
         out = torch.empty(q.shape, dtype=q.dtype)
         self._functions.paged_attention(
-            ctypes.byref(self._prepared.step),
+            ctypes.addressof(self._prepared.step),
             q.data_ptr(),
             q.stride(0),
             pool.values.data_ptr(),
@@ -112,20 +124,29 @@ class NativeAttentionPlan:
         )
         return out
 
-    def _prepare(self, q: Tensor, pool: KVPool) -> _Prepared:
-        if q.dtype not in DTYPE_CODES:
-            raise ValueError(f"q is {q.dtype}; give one of {', '.join(map(str, DTYPE_CODES))}")
-        pool.require(q.dtype)
-        _, num_heads, head_dim = q.shape
+    def renew(self, batch: AttentionBatch) -> None:
+        """Implements `RenewablePlan.renew`."""
+        if self._prepared is None or self._queries is None:
+            raise RuntimeError("this plan has not run yet; run it once before it is renewed")
+        step, new = self._prepared.step, self._prepare(self._queries, batch)
+        # Recorded calls have the address of the step.
+        ctypes.memmove(ctypes.addressof(step), ctypes.addressof(new.step), ctypes.sizeof(step))
+        self._prepared = replace(new, step=step)
+
+    def _prepare(self, queries: _Queries, batch: AttentionBatch) -> _Prepared:
+        dtype, num_heads, head_dim, pool = queries
+        if dtype not in DTYPE_CODES:
+            raise ValueError(f"q is {dtype}; give one of {', '.join(map(str, DTYPE_CODES))}")
+        pool.require(dtype)
         _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
         group = num_heads // num_kv_heads
         items, merges = _cut(
-            self._batch, group, self._window, 0 if self._deterministic else MAX_SPLIT_TOKENS
+            batch, group, self._window, 0 if self._deterministic else MAX_SPLIT_TOKENS
         )
         item_array, merge_array = _array(items), _array(merges)
-        page_table = self._batch.page_table.contiguous()
+        page_table = batch.page_table.contiguous()
         step = AttentionStep(
-            dtype=DTYPE_CODES[q.dtype],
+            dtype=DTYPE_CODES[dtype],
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,

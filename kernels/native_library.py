@@ -6,6 +6,8 @@ same functions with a plain C interface, called through ctypes.
 
 import ctypes
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,10 @@ SIGNATURES = {
     # dtype, x, weights, bias, out, rows, num_groups, out_features
     "linear_int8": (_I, _P, _P, _P, _P, _I, _I, _I),
     "linear_int4": (_I, _P, _P, _P, _P, _I, _I, _I),
+    # name, run
+    "recordable": (ctypes.c_char_p, _P),
+    # calls, count
+    "replay": (_P, _I),
 }
 
 
@@ -70,12 +76,52 @@ class NativeLibraryError(Exception):
         self.remedy = remedy
 
 
+Function = Callable[..., None]
+Recorder = Callable[[str, tuple[object, ...]], None]  # gets the name and arguments of each call
+
+
+class NativeFunctions:
+    """The functions of SIGNATURES, by their names.
+
+    Raises AttributeError for a library without one of them.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions: dict[str, Function] = {}
+        for name, arguments in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes = arguments
+            function.restype = None
+            self._functions[name] = function
+        self.__dict__.update(self._functions)  # found without a call of __getattr__
+
+    def __getattr__(self, name: str) -> Function:
+        raise AttributeError(f"there is no C++ function {name}")
+
+    @contextmanager
+    def recorded(self, recorder: Recorder) -> Iterator[None]:
+        """Within this context `recorder` hears of every call before it is made."""
+
+        def heard(name: str, function: Function) -> Function:
+            def call(*arguments: object) -> None:
+                recorder(name, arguments)
+                function(*arguments)
+
+            return call
+
+        self.__dict__.update({name: heard(name, f) for name, f in self._functions.items()})
+        try:
+            yield
+        finally:
+            self.__dict__.update(self._functions)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
     """A loaded library."""
 
     instruction_set: InstructionSet
-    functions: ctypes.CDLL  # with the functions of SIGNATURES
+    functions: NativeFunctions
 
 
 def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> NativeLibrary:
@@ -87,11 +133,7 @@ def load_library(instruction_set: InstructionSet, folder: Path = FOLDER) -> Nati
     if not path.exists():
         raise NativeLibraryError(f"{path.name} was not built", REBUILD)
     try:
-        functions = ctypes.CDLL(str(path))
-        for name, arguments in SIGNATURES.items():
-            function = getattr(functions, name)
-            function.argtypes = arguments
-            function.restype = None
+        functions = NativeFunctions(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         raise NativeLibraryError(f"{path.name} cannot be used: {error}", REBUILD) from error
     return NativeLibrary(instruction_set=instruction_set, functions=functions)

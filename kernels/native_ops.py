@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels.kv_pool import KVPool
-from pagewire.kernels.native_attention import NativeAttentionPlan
 from pagewire.kernels.native_library import DTYPE_CODES, NativeLibrary
+from pagewire.kernels.native_recorder import NativeRecorder
 from pagewire.kernels.native_sampling import NativeSamplingPlan, native_logprobs
 from pagewire.kernels.ops import (
     Activation,
@@ -36,7 +36,11 @@ class NativeOps:
         into steps; tokens of decode take longer.
         """
         self._functions = library.functions
-        self._deterministic = deterministic
+        self._recorder = NativeRecorder(library.functions, deterministic=deterministic)
+
+    @property
+    def recorder(self) -> NativeRecorder:
+        return self._recorder
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
         rows, dim = x.shape
@@ -148,13 +152,7 @@ class NativeOps:
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> AttentionPlan:
-        return NativeAttentionPlan(
-            self._functions,
-            batch,
-            scale=scale,
-            window=window,
-            deterministic=self._deterministic,
-        )
+        return self._recorder.plan_attention(batch, scale=scale, window=window)
 
     def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
         return NativeSamplingPlan(self._functions, rows)

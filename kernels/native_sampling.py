@@ -1,10 +1,9 @@
 """Sampling and log probabilities in C++: few passes over the vocabulary, and nothing is sorted."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
+from pagewire.kernels.native_library import NativeFunctions
 from pagewire.kernels.ops import LogitsError, Logprobs, SamplingRows
 
 
@@ -14,7 +13,7 @@ class NativeSamplingPlan:
     Raises ValueError for tensors that are not as SamplingRows says.
     """
 
-    def __init__(self, functions: ctypes.CDLL, rows: SamplingRows) -> None:
+    def __init__(self, functions: NativeFunctions, rows: SamplingRows) -> None:
         self._functions = functions
         self._num_rows = len(rows.temperature)
         self._vocab_size = rows.vocab_size
@@ -47,7 +46,7 @@ class NativeSamplingPlan:
 
 
 def native_logprobs(
-    functions: ctypes.CDLL, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int
+    functions: NativeFunctions, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int
 ) -> Logprobs:
     """Implements `Ops.logprobs`. Raises ValueError for tensors that are not as it says."""
     count, size = len(rows), logits.shape[1]

@@ -5,7 +5,7 @@ a model calls nothing else. Shapes are ragged: the tokens of all rows of a step 
 another in dimension 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
@@ -20,13 +20,13 @@ GROUP = 32  # input features with a scale of their own, in activations and in qu
 class QuantizedActivation:
     """Activations in 8 bits with a scale per group of features, padded with 0 to whole groups.
 
-    x ≈ scale * (value + remainder / 128) with int8 values of -127 .. 127. A group has remainders
-    other than 0 only where its scale is well above its token's mean: few features of a decoder are
-    far larger than the others (Dettmers et al., 2022), and these would lose most in one byte.
+    x ≈ unit * value with int8 values of -127 .. 127. Where the scale of a group is well above its
+    token's mean, x ≈ unit * (128 * value + remainder): few features of a decoder are far larger
+    than the others (Dettmers et al., 2022), and these would lose most in one byte.
     Every implementation gives the same bytes.
     """
 
-    # uint8 [num_tokens, num_groups, 76]: 32 values, 32 remainders, float32 scale, float32 sum of
+    # uint8 [num_tokens, num_groups, 76]: 32 values, 32 remainders, float32 unit, float32 sum of
     # the features, int32 1 where there are remainders
     groups: Tensor
     num_features: int
@@ -78,6 +78,45 @@ class AttentionPlan(Protocol):
         """Attend over the context of each row, this step's tokens included.
 
         q: [num_tokens, num_heads, head_dim]. Returns [num_tokens, num_heads, head_dim].
+        """
+
+
+class RenewablePlan(AttentionPlan, Protocol):
+    """A plan that recorded steps read."""
+
+    def renew(self, batch: AttentionBatch) -> None:
+        """Take the rows of another step with as many tokens, for replays too.
+
+        Raises RuntimeError before the first run.
+        """
+
+
+class NotRecordableError(Exception):
+    """A step does something that a recording of it would not do again."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(f"{operation} cannot be recorded")
+
+
+class Recording(Protocol):
+    """A recorded step."""
+
+    def replay(self) -> Tensor:
+        """Run it again on what its inputs hold now. The result is void at the next replay."""
+
+
+class StepRecorder(Protocol):
+    """Makes recordings of steps."""
+
+    def plan_attention(
+        self, batch: AttentionBatch, *, scale: float, window: int | None
+    ) -> RenewablePlan:
+        """As `Ops.plan_attention`."""
+
+    def record(self, step: Callable[[], Tensor]) -> Recording:
+        """Run a step and keep what it does to the tensors that it reads, at their addresses.
+
+        Raises NotRecordableError.
         """
 
 
@@ -136,6 +175,10 @@ class Ops(Protocol):
     Reductions accumulate in float32 or better. With `quantize` an operation returns what
     `Ops.quantize` would make of its result, and that has two dimensions.
     """
+
+    @property
+    def recorder(self) -> StepRecorder | None:
+        """None: steps cannot be recorded."""
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
         """x: [num_tokens, dim]."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pagewire.kernels.ops import GROUP, Activation, QuantizedActivation
 
-GROUP_BYTES = 2 * GROUP + 12  # values, remainders; scale and sum in float32; int32 refined
+GROUP_BYTES = 2 * GROUP + 12  # values, remainders; unit and sum in float32; int32 refined
 
 _REFINEMENT = 128  # steps of a remainder in one of a value
 _REFINE_ABOVE = 2.0  # times the mean scale of a token
@@ -20,21 +20,25 @@ def num_groups(num_features: int) -> int:
 
 
 def quantize(x: Tensor) -> QuantizedActivation:
-    """x: [num_tokens, num_features]. Halves are rounded to even, NaN reaches the scale."""
+    """x: [num_tokens, num_features]. Halves are rounded to even, NaN reaches the unit."""
     groups = _in_groups(x.float())
     scales = groups.abs().amax(dim=-1) / 127  # [num_tokens, num_groups]
-    exact = groups / scales.masked_fill(scales == 0, 1)[..., None]
+    scales = scales.masked_fill(scales < torch.finfo(torch.float32).tiny, 0)
+    inverses = torch.where(scales == 0, 0, scales.reciprocal())
+    exact = groups * inverses[..., None]
     values = exact.round()
     limits = scales.double().sum(dim=1, keepdim=True) / scales.shape[1] * _REFINE_ABOVE
-    refined = (scales > limits)[..., None]
-    remainders = ((exact - values) * _REFINEMENT).round() * refined
-    sums = (values * _REFINEMENT + remainders).sum(dim=-1) * (scales / _REFINEMENT)
+    refined = scales > limits
+    remainders = ((exact - values) * _REFINEMENT).round() * refined[..., None]
+    factors = torch.where(refined, _REFINEMENT, 1)  # units of a value
+    units = scales / factors
+    sums = (values * factors[..., None] + remainders).sum(dim=-1) * units
     parts = (
         values.to(torch.int8),
         remainders.to(torch.int8),
-        scales[..., None],
+        units[..., None],
         sums[..., None],
-        refined.to(torch.int32),
+        refined[..., None].to(torch.int32),
     )
     return QuantizedActivation(
         groups=torch.cat([part.view(torch.uint8) for part in parts], dim=-1),
@@ -45,9 +49,11 @@ def quantize(x: Tensor) -> QuantizedActivation:
 def dequantize(x: QuantizedActivation) -> Tensor:
     """float32 [num_tokens, num_features]."""
     terms = x.groups[..., : 2 * GROUP].view(torch.int8).float()
-    scales = x.groups[..., 2 * GROUP : 2 * GROUP + 4].view(torch.float32)
-    values = (terms[..., :GROUP] + terms[..., GROUP:] / _REFINEMENT) * scales
-    return values.flatten(1)[:, : x.num_features]
+    units = x.groups[..., 2 * GROUP : 2 * GROUP + 4].view(torch.float32)
+    refined = x.groups[..., 2 * GROUP + 8 :].view(torch.int32)
+    values, remainders = terms[..., :GROUP], terms[..., GROUP:]
+    restored = torch.where(refined > 0, values * _REFINEMENT + remainders, values) * units
+    return restored.flatten(1)[:, : x.num_features]
 
 
 def as_quantized(x: Activation, num_features: int) -> QuantizedActivation:

@@ -31,6 +31,10 @@ MAX_PADDING = 1.25
 class TorchOps:
     """Implements `pagewire.kernels.ops.Ops`."""
 
+    @property
+    def recorder(self) -> None:
+        """Plain torch does not record."""
+
     def quantize(self, x: Tensor) -> QuantizedActivation:
         return quantized(x)
 

@@ -50,13 +50,14 @@ class LlamaWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Step:
+class ForwardStep:
     """What all layers of one forward step share."""
 
     attention: AttentionPlan
-    rope: tuple[Tensor, Tensor]
+    rope: tuple[Tensor, Tensor]  # cosine and sine of the tokens' positions
     pool: KVPool
-    slots: Tensor
+    slots: Tensor  # int64 [num_tokens]
+    on_layer: Callable[[int], None] | None = None  # called after each layer with how many have run
 
 
 class LlamaModel:
@@ -77,8 +78,14 @@ class LlamaModel:
         self.config = config
         self.group = group or SingleRank()
         self._weights = weights
-        self._inverse_frequencies = inverse_frequencies
+        self.inverse_frequencies = inverse_frequencies  # as `rope` makes them
+        self.attention_scale = config.head_dim**-0.5
         self.ops = ops
+
+    @property
+    def embedding(self) -> Tensor:
+        """[vocab_size, hidden_size]."""
+        return self._weights.embedding
 
     @property
     def device(self) -> str:
@@ -108,39 +115,50 @@ class LlamaModel:
 
         token_ids: int64 [num_tokens]; logits_of: int64 [num_logits], indices into the tokens.
         Returns float32 [num_logits, vocab_size]; on other ranks than 0, some columns of it.
-        `on_layer` is called after each layer, with the number of those that have run. Raises
-        RankLost when another rank does not run the same step.
+        `on_layer`: see ForwardStep. Raises RankLost when another rank does not run the same step.
         """
-        ops, config, weights = self.ops, self.config, self._weights
-        step = _Step(
-            attention=ops.plan_attention(
-                batch, scale=config.head_dim**-0.5, window=config.sliding_window
+        step = ForwardStep(
+            attention=self.ops.plan_attention(
+                batch, scale=self.attention_scale, window=self.config.sliding_window
             ),
-            rope=cosine_and_sine(batch.positions, self._inverse_frequencies),
+            rope=cosine_and_sine(batch.positions, self.inverse_frequencies),
             pool=pool,
             slots=batch.slots,
+            on_layer=on_layer,
         )
-        residual = weights.embedding[token_ids]  # [num_tokens, hidden_size]
+        return self.logits(self.embedding[token_ids], step, logits_of)
+
+    def logits(self, residual: Tensor, step: ForwardStep, logits_of: Tensor | None) -> Tensor:
+        """What `forward` returns, from the embeddings of the tokens on.
+
+        residual: [num_tokens, hidden_size], overwritten; logits_of: as in `forward`, None for all.
+        With one rank, nothing but `Ops` and `Linear` computes, apart from picking those.
+        """
+        weights = self._weights
         first = weights.layers[0]
-        x: Activation = ops.rms_norm(
-            residual, first.input_norm, config.rms_norm_eps, quantize=first.qkv.takes_quantized
+        x: Activation = self.ops.rms_norm(
+            residual,
+            first.input_norm,
+            self.config.rms_norm_eps,
+            quantize=first.qkv.takes_quantized,
         )
         out, residual = self._layer(x, residual, 0, step)
         for index, layer in enumerate(weights.layers[1:], start=1):
-            if on_layer is not None:
-                on_layer(index)
+            if step.on_layer is not None:
+                step.on_layer(index)
             x, residual = self._add_norm(out, residual, layer.input_norm, layer.qkv)
             out, residual = self._layer(x, residual, index, step)
-        if on_layer is not None:
-            on_layer(len(weights.layers))
-        if not len(logits_of):
-            return out.new_empty(0, config.vocab_size, dtype=torch.float32)
-        out, residual = out[logits_of], residual[logits_of]
+        if step.on_layer is not None:
+            step.on_layer(len(weights.layers))
+        if logits_of is not None:
+            if not len(logits_of):
+                return out.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+            out, residual = out[logits_of], residual[logits_of]
         x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
-        return self.group.gather_columns(weights.lm_head(x).float(), config.vocab_size)
+        return self.group.gather_columns(weights.lm_head(x).float(), self.config.vocab_size)
 
     def _layer(
-        self, x: Activation, residual: Tensor, index: int, step: _Step
+        self, x: Activation, residual: Tensor, index: int, step: ForwardStep
     ) -> tuple[Tensor, Tensor]:
         """(output of the MLP, residual before it is added), both [num_tokens, hidden_size]."""
         layer = self._weights.layers[index]
@@ -157,7 +175,7 @@ class LlamaModel:
             out, residual, norm, self.config.rms_norm_eps, quantize=reader.takes_quantized
         )
 
-    def _attend(self, x: Activation, index: int, layer: LayerWeights, step: _Step) -> Tensor:
+    def _attend(self, x: Activation, index: int, layer: LayerWeights, step: ForwardStep) -> Tensor:
         """Project to q, k and v, store k and v, attend, project back; [num_tokens, hidden]."""
         ops, config = self.ops, self.config
         qkv = layer.qkv(x)

@@ -1,4 +1,5 @@
 // What stands between two matrices: SiLU(gate) * up, and 8-bit quantisation.
+#include "functions.h"
 #include "rows.h"
 
 using namespace pagewire;

@@ -3,18 +3,21 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "common.h"
+#include "unroll.h"
 
 namespace pagewire {
 
 constexpr int64_t kGroup = 32;  // input features
 
-// x ≈ scale * (values + remainders / kRefinement). QuantizedActivation in ops.py has the same bytes.
+// x ≈ unit * (values * kRefinement + remainders) where refined, else unit * values.
+// QuantizedActivation in ops.py has the same bytes.
 struct ActivationGroup {
     int8_t values[kGroup];
     int8_t remainders[kGroup];
-    float scale;
+    float unit;
     float sum;  // of the 32 features, as they are represented here
     int32_t refined;  // 0: the remainders are all 0
 };
@@ -23,11 +26,13 @@ constexpr float kRefinement = 128.0f;
 // A group gets its second term when its scale is more than so many times the mean of its token's.
 constexpr double kRefineAbove = 2.0;
 
-inline float largest_magnitude(const float* x) {
+// The largest magnitude of x: [kGroup].
+template <typename T>
+inline float largest_magnitude(const T* x) {
     // Compared as integers, magnitudes keep their order and a NaN is above infinity, so that it
     // reaches the scale and no group with one passes for a sound one.
     Ints largest = {};
-    for (int64_t i = 0; i < kGroup; i += kLanes) {
+    UNROLL for (int64_t i = 0; i < kGroup; i += kLanes) {
         const Ints magnitude = (Ints)load(x + i) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
     }
@@ -37,50 +42,55 @@ inline float largest_magnitude(const float* x) {
     return magnitude;
 }
 
-// x: [kGroup]; `to` has its scale already.
-inline void quantize_group(const float* x, bool refine, ActivationGroup* to) {
-    const Floats divisor = broadcast(to->scale == 0.0f ? 1.0f : to->scale);
-    Floats total = {};  // integers below 2^24, so exact
-    for (int64_t i = 0; i < kGroup; i += kLanes) {
-        const Floats exact = load(x + i) / divisor;
-        const Floats values = round_to_even(exact);
-        const Floats remainders =
-            refine ? round_to_even((exact - values) * kRefinement) : Floats{};
+// x: [kGroup]; Refined: with its second term.
+template <bool Refined, typename T>
+inline void quantize_group(const T* x, float scale, ActivationGroup* to) {
+    const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+    Ints total = {};
+    UNROLL for (int64_t i = 0; i < kGroup; i += kLanes) {
+        const Floats exact = rounded(load(x + i) * inverse);
+        const Ints values = nearest_integers(exact);
         store(to->values + i, values);
-        store(to->remainders + i, remainders);
-        total += values * kRefinement + remainders;
+        if constexpr (Refined) {
+            const Floats rest = exact - __builtin_convertvector(values, Floats);
+            const Ints remainders = nearest_integers(rest * kRefinement);
+            store(to->remainders + i, remainders);
+            total += values * static_cast<int32_t>(kRefinement) + remainders;
+        } else {
+            total += values;
+        }
     }
-    to->refined = refine;
-    to->sum = sum_of_integers(total) * (to->scale / kRefinement);
+    if constexpr (!Refined) std::memset(to->remainders, 0, sizeof to->remainders);
+    to->unit = Refined ? scale / kRefinement : scale;
+    to->sum = sum_of_lanes(total) * to->unit;
+    to->refined = Refined;
 }
 
 // x: [dim]; to: [dim / kGroup, rounded up]. Features behind the last one count as 0.
 template <typename T>
 void quantize_row(const T* x, ActivationGroup* to, int64_t dim) {
-    const int64_t num_groups = (dim + kGroup - 1) / kGroup;
-    const auto for_each_group = [&](auto step) {
-        for (int64_t group = 0; group < num_groups; ++group) {
-            float features[kGroup] = {};
-            const auto widen = [&](int64_t i, auto load, auto) {
-                store(features + i, load(x + group * kGroup + i));
-            };
-            // A count that the compiler knows makes this several times as fast.
-            if (dim - group * kGroup >= kGroup)
-                for_each_vector(kGroup, widen);
-            else
-                for_each_vector(dim - group * kGroup, widen);
-            step(features, to + group);
-        }
+    const int64_t num_whole = dim / kGroup, rest = dim % kGroup;
+    const int64_t num_groups = num_whole + (rest > 0);
+    T padded[kGroup] = {};
+    std::memcpy(padded, x + num_whole * kGroup, rest * sizeof(T));
+    const auto group = [&](int64_t index) {
+        return index < num_whole ? x + index * kGroup : padded;
     };
     double total = 0.0;
-    for_each_group([&](const float* features, ActivationGroup* group) {
-        group->scale = largest_magnitude(features) / 127.0f;
-        total += group->scale;
-    });
+    for (int64_t index = 0; index < num_groups; ++index) {
+        const float scale = largest_magnitude(group(index)) / 127.0f;
+        // Its inverse would be infinite; a NaN passes.
+        to[index].unit = scale < std::numeric_limits<float>::min() ? 0.0f : scale;
+        total += to[index].unit;
+    }
     const double limit = total / num_groups * kRefineAbove;
-    for_each_group([&](const float* features, ActivationGroup* group) {
-        quantize_group(features, group->scale > limit, group);
-    });
+    for (int64_t index = 0; index < num_groups; ++index) {
+        const float scale = to[index].unit;
+        if (__builtin_expect(scale > limit, 0))
+            quantize_group<true>(group(index), scale, to + index);
+        else
+            quantize_group<false>(group(index), scale, to + index);
+    }
 }
 
 }  // namespace pagewire

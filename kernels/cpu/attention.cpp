@@ -6,6 +6,7 @@
 
 #include "attention_rows.h"
 #include "attention_tile.h"
+#include "functions.h"
 
 namespace pagewire {
 namespace {
@@ -148,10 +149,11 @@ PAGEWIRE_EXPORT void attention_sizes(Step* step) {
                  kLanes);
 }
 
-// q: [num_tokens, num_heads, head_dim] with tokens token_stride apart; data: a KVPool, not written;
+// prepared: a Step; q: [num_tokens, num_heads, head_dim] with tokens token_stride apart; data: a KVPool, not written;
 // out: as q, contiguous.
-PAGEWIRE_EXPORT void paged_attention(const Step* step, const void* q, int64_t token_stride,
+PAGEWIRE_EXPORT void paged_attention(const void* prepared, const void* q, int64_t token_stride,
                                      void* data, int64_t layer, void* out) {
+    const Step* step = static_cast<const Step*>(prepared);
     const KVPool pool = {static_cast<char*>(data), step->num_layers, step->num_kv_heads,
                          step->page_size,          step->head_dim,   step->segment_bytes};
     dispatch_pool(step->dtype, step->quantized, [&](auto* type, auto* kv_type) {

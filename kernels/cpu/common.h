@@ -53,10 +53,9 @@ inline float max(Floats values) {
     return largest;
 }
 
-// The largest lane, and the sum of lanes that are integers: exact in any order.
 #if defined(__AVX512F__)
 inline int32_t largest_lane(Ints values) { return _mm512_reduce_max_epi32((__m512i)values); }
-inline float sum_of_integers(Floats values) { return _mm512_reduce_add_ps((__m512)values); }
+inline int32_t sum_of_lanes(Ints values) { return _mm512_reduce_add_epi32((__m512i)values); }
 #else
 inline int32_t largest_lane(Ints values) {
     int32_t largest = values[0];
@@ -64,8 +63,33 @@ inline int32_t largest_lane(Ints values) {
         if (values[lane] > largest) largest = values[lane];
     return largest;
 }
-inline float sum_of_integers(Floats values) { return sum(values); }
+inline int32_t sum_of_lanes(Ints values) {
+    int32_t total = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) total += values[lane];
+    return total;
+}
 #endif
+
+// A product as it is in float32: the compiler may not round it together with a later addition.
+inline Floats rounded(Floats values) {
+#if defined(__x86_64__)
+    asm("" : "+v"(values));
+#else
+    asm("" : "+w"(values));
+#endif
+    return values;
+}
+
+// The nearest integers, halves to even.
+inline Ints nearest_integers(Floats values) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtps_epi32((__m512)values);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtps_epi32((__m256)values);
+#else
+    return (Ints)vcvtnq_s32_f32((float32x4_t)values);
+#endif
+}
 
 // Rounds to the nearest integer, halves to even, for |values| < 2^22: beyond 2^23 a float has no
 // fraction bits, so the addition itself rounds.
@@ -177,16 +201,17 @@ inline void store(Float16* to, Floats values) {
 }
 #endif
 
-// From values that are integers already.
-inline void store(int8_t* to, Floats values) {
+// Integers that fit in 8 bits, or floats next to such.
+inline void store(int8_t* to, Ints values) {
 #if defined(__AVX512F__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)values)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)values));
 #else
-    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(values, Ints), Bytes);
+    const Bytes bytes = __builtin_convertvector(values, Bytes);
     std::memcpy(to, &bytes, sizeof bytes);
 #endif
 }
+
+inline void store(int8_t* to, Floats values) { store(to, nearest_integers(values)); }
 
 // The first `count` < kLanes elements; the other lanes are 0.
 template <typename T>

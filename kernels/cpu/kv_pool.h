@@ -57,7 +57,7 @@ void quantize_vector(const T* x, int8_t* values, float* scale, int64_t head_dim)
     if (*scale == 0.0f) *scale = 1.0f;
     const Floats divisor = broadcast(*scale);
     for_each_vector(head_dim, [&](int64_t i, auto load, auto store) {
-        store(values + i, round_to_even(load(x + i) / divisor));
+        store(values + i, load(x + i) / divisor);
     });
 }
 

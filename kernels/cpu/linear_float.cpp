@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "common.h"
+#include "functions.h"
 #include "unroll.h"
 
 namespace pagewire {

@@ -1,5 +1,6 @@
 // W4A8: weights in GGUF's blocks of 4 bits, activations in 8 bits. A block is a group of 32 features
 // with a scale and a minimum, as Q4_1 has them; Q4_0 is the case minimum = -8 scale.
+#include "functions.h"
 #include "quantized_tile.h"
 
 namespace pagewire {

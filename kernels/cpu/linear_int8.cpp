@@ -1,4 +1,5 @@
 // W8A8: weights in 8 bits, activations in 8 bits.
+#include "functions.h"
 #include "quantized_tile.h"
 
 namespace pagewire {

@@ -1,6 +1,7 @@
 // RMSNorm (Zhang & Sennrich, 2019), alone and behind the addition of the residual.
 #include <cmath>
 
+#include "functions.h"
 #include "rows.h"
 
 namespace pagewire {

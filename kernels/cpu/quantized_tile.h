@@ -12,9 +12,15 @@
 namespace pagewire {
 
 constexpr int64_t kSteps = kGroup / kStep;
-constexpr int64_t kRows = 4;    // of a tile, at most: with two panels, all sums fit in registers
 constexpr int64_t kAhead = 4;   // groups between what is read and what is fetched into the cache
 constexpr int64_t kStrip = 4;   // panels that a thread takes at a time
+
+// Rows of a tile, at most: with two panels all sums, integer and float, fit in registers.
+#if defined(__AVX512F__)
+constexpr int64_t kRows = 6;
+#else
+constexpr int64_t kRows = 4;
+#endif
 
 // `Weights` is one group of a panel: has scale[kPanel], minimum[kPanel] and bytes(step), the quants
 // of kStep features.
@@ -32,60 +38,78 @@ inline void prefetch(const Weights* group) {
         __builtin_prefetch(reinterpret_cast<const char*>(group) + line);
 }
 
+// sums += the products of one term of R rows, `stride` apart, with one group of P panels.
+template <int64_t R, int64_t P, typename Weights>
+inline __attribute__((always_inline)) void add_term(PanelInts (&sums)[R][P],
+                                                    const Weights* const (&weights)[P],
+                                                    const int8_t* x, int64_t stride) {
+    UNROLL for (int64_t step = 0; step < kSteps; ++step) {
+        PanelBytes bytes[P];
+        UNROLL for (int64_t p = 0; p < P; ++p) bytes[p] = weights[p]->bytes(step);
+        UNROLL for (int64_t r = 0; r < R; ++r)
+            UNROLL for (int64_t p = 0; p < P; ++p)
+                sums[r][p] = dot(sums[r][p], bytes[p], x + r * stride + step * kStep);
+    }
+}
+
+// sums = sums * kRefinement + the products of one row's remainders. Rare, and kept out of the tile.
+template <int64_t P, typename Weights>
+__attribute__((noinline)) void refine(PanelInts (&sums)[P], const Weights* const (&weights)[P],
+                                      const int8_t* remainders) {
+    PanelInts refined[1][P];
+    for (int64_t p = 0; p < P; ++p) refined[0][p] = sums[p] * static_cast<int32_t>(kRefinement);
+    add_term(refined, weights, remainders, 0);
+    std::memcpy(sums, refined, sizeof refined);
+}
+
 // Adds the products of one group of R rows, `stride` apart, and P panels to their totals.
 template <int64_t R, int64_t P, typename Weights>
 inline __attribute__((always_inline)) void add_group(PanelFloats (&totals)[R][P],
                                                      const Weights* const (&weights)[P],
                                                      const ActivationGroup* x, int64_t stride) {
-    PanelInts sums[R][P] = {};
-    const auto add = [&](auto term) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-        for (int64_t step = 0; step < kSteps; ++step) {
-            PanelBytes bytes[P];
-            for (int64_t p = 0; p < P; ++p) bytes[p] = weights[p]->bytes(step);
-            for (int64_t r = 0; r < R; ++r)
-                for (int64_t p = 0; p < P; ++p)
-                    sums[r][p] = dot(sums[r][p], bytes[p], x[r * stride].*term + step * kStep);
+    PanelInts sums[R][P];
+    UNROLL for (int64_t r = 0; r < R; ++r)
+        UNROLL for (int64_t p = 0; p < P; ++p) sums[r][p] = PanelInts{};
+    add_term(sums, weights, x->values, stride * sizeof(ActivationGroup));
+    UNROLL for (int64_t r = 0; r < R; ++r) {
+        if (__builtin_expect(x[r * stride].refined, 0)) {
+            PanelInts row[P];
+            UNROLL for (int64_t p = 0; p < P; ++p) row[p] = sums[r][p];
+            refine(row, weights, x[r * stride].remainders);
+            UNROLL for (int64_t p = 0; p < P; ++p) sums[r][p] = row[p];
         }
-    };
-    add(&ActivationGroup::values);
-    float unit = 1.0f;
-    int32_t refined = 0;
-    for (int64_t r = 0; r < R; ++r) refined |= x[r * stride].refined;
-    if (refined) {
-        // Rows without remainders get the same sum in other units: they do not depend on the others.
-        for (int64_t r = 0; r < R; ++r)
-            for (int64_t p = 0; p < P; ++p) sums[r][p] *= static_cast<int32_t>(kRefinement);
-        add(&ActivationGroup::remainders);
-        unit = 1.0f / kRefinement;
     }
-    for (int64_t p = 0; p < P; ++p) {
-        const PanelFloats scale = load_panel(weights[p]->scale) * unit;
+    UNROLL for (int64_t p = 0; p < P; ++p) {
+        const PanelFloats scale = load_panel(weights[p]->scale);
         const PanelFloats minimum = load_panel(weights[p]->minimum);
-        for (int64_t r = 0; r < R; ++r) {
+        UNROLL for (int64_t r = 0; r < R; ++r) {
             totals[r][p] += minimum * x[r * stride].sum;
-            totals[r][p] += __builtin_convertvector(sums[r][p], PanelFloats) * scale *
-                            x[r * stride].scale;
+            totals[r][p] +=
+                __builtin_convertvector(sums[r][p], PanelFloats) * (scale * x[r * stride].unit);
         }
     }
 }
 
-// totals = the products of R rows with P panels; x: their groups.
+// totals = the products of R rows with P panels; x: their groups. `fetch`: whether the weights are
+// read for the first time.
 template <int64_t R, int64_t P, typename Weights>
 __attribute__((noinline)) void multiply_tile(PanelFloats (&totals)[R][P],
                                              const Matrix<Weights>& matrix,
-                                             const ActivationGroup* x, int64_t panel) {
+                                             const ActivationGroup* x, int64_t panel, bool fetch) {
     const int64_t num_groups = matrix.num_groups;
-    PanelFloats sums[R][P] = {};
+    PanelFloats sums[R][P];
+    UNROLL for (int64_t r = 0; r < R; ++r)
+        UNROLL for (int64_t p = 0; p < P; ++p) sums[r][p] = PanelFloats{};
     for (int64_t group = 0; group < num_groups; ++group) {
         const Weights* weights[P];
-        for (int64_t p = 0; p < P; ++p) {
+        UNROLL for (int64_t p = 0; p < P; ++p)
             weights[p] = matrix.weights + (panel + p) * num_groups + group;
-            prefetch(weights[p] + kAhead);
-        }
+        if (fetch)
+            UNROLL for (int64_t p = 0; p < P; ++p) prefetch(weights[p] + kAhead);
         add_group(sums, weights, x + group, num_groups);
     }
-    std::memcpy(totals, sums, sizeof sums);
+    UNROLL for (int64_t r = 0; r < R; ++r)
+        UNROLL for (int64_t p = 0; p < P; ++p) totals[r][p] = sums[r][p];
 }
 
 template <int64_t R, int64_t P, typename Weights, typename T>
@@ -110,17 +134,25 @@ void multiply(int64_t dtype, const Matrix<Weights>& matrix, const void* x, void*
         using T = std::remove_pointer_t<decltype(type)>;
         T* to = static_cast<T*>(out);
 #pragma omp parallel for if (products > kSerialProducts)
-        for (int64_t strip = 0; strip < num_panels; strip += kStrip)
-            for_each_tile<kRows>(0, rows, [&](int64_t row, auto num_rows) {
-                // One row alone has few sums: more panels hide how long each takes.
-                constexpr int64_t kPanels = num_rows() == 1 ? kStrip : 2;
-                const int64_t end = std::min(strip + kStrip, num_panels);
-                for_each_tile<kPanels>(strip, end, [&](int64_t panel, auto num_tile_panels) {
-                    PanelFloats totals[num_rows()][num_tile_panels()];
-                    multiply_tile(totals, matrix, groups + row * matrix.num_groups, panel);
-                    store_tile(totals, matrix, to + row * matrix.out_features, panel);
+        for (int64_t strip = 0; strip < num_panels; strip += kStrip) {
+            const int64_t end = std::min(strip + kStrip, num_panels);
+            const auto tile = [&](int64_t row, auto num_rows, int64_t panel, auto num_tile_panels) {
+                PanelFloats totals[num_rows()][num_tile_panels()];
+                multiply_tile(totals, matrix, groups + row * matrix.num_groups, panel, row == 0);
+                store_tile(totals, matrix, to + row * matrix.out_features, panel);
+            };
+            // One row alone has few sums: more panels hide how long each takes.
+            if (rows == 1)
+                for_each_tile<kStrip>(strip, end, [&](int64_t panel, auto num_tile_panels) {
+                    tile(0, std::integral_constant<int64_t, 1>{}, panel, num_tile_panels);
                 });
-            });
+            else
+                for_each_tile<2>(strip, end, [&](int64_t panel, auto num_tile_panels) {
+                    for_each_tile<kRows>(0, rows, [&](int64_t row, auto num_rows) {
+                        tile(row, num_rows, panel, num_tile_panels);
+                    });
+                });
+        }
     });
 }
 

@@ -1,6 +1,7 @@
 // Rotary position embedding (Su et al., 2021) of queries and keys, and keys and values into pages.
 #include <vector>
 
+#include "functions.h"
 #include "kv_pool.h"
 
 namespace pagewire {

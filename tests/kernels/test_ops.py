@@ -58,11 +58,11 @@ def test_quantize(ops: Ops) -> None:
     assert (quantized.groups.dtype, quantized.groups.shape) == (torch.uint8, (1, 3, 76))
     small, large, zeros = torch.split(quantized.groups[0], 1)
     assert small[0, :64].view(torch.int8).tolist() == [127, -127, 0, 2, -2, *[0] * 59]
-    assert small[0, 64:72].view(torch.float32).tolist() == [1.0, 0.0]  # scale and sum
+    assert small[0, 64:72].view(torch.float32).tolist() == [1.0, 0.0]  # unit and sum
     assert small[0, 72:].view(torch.int32).tolist() == [0]
     assert large[0, :32].view(torch.int8).tolist() == [127, 0, 0, *[0] * 29]
     assert large[0, 32:64].view(torch.int8).tolist() == [0, 64, -16, *[0] * 29]
-    assert large[0, 64:72].view(torch.float32).tolist() == [10.0, 1273.75]
+    assert large[0, 64:72].view(torch.float32).tolist() == [10 / 128, 1273.75]
     assert large[0, 72:].view(torch.int32).tolist() == [1]
     assert zeros.count_nonzero() == 0
     expected = x.round()  # halves to even
@@ -77,11 +77,26 @@ def test_quantize_is_within_half_a_step(ops: Ops, dtype: torch.dtype) -> None:
 
     quantized = ops.quantize(x)
 
-    scales = quantized.groups[..., 64:68].view(torch.float32)[..., 0]
-    steps = scales.repeat_interleave(GROUP, dim=1)[:, :80]
+    units = quantized.groups[..., 64:68].view(torch.float32)[..., 0]
+    steps = units.repeat_interleave(GROUP, dim=1)[:, :80]
     errors = (dequantize(quantized) - x.float()).abs() / steps
     assert errors.max() <= 0.5001
-    assert errors[:, 32:64].max() <= 0.5001 / 128
+    refined = quantized.groups[..., 72:].view(torch.int32)[..., 0]
+    assert refined.tolist() == [[0, 1, 0]] * 7
+
+
+def test_quantize_takes_what_is_next_to_nothing_for_0(ops: Ops) -> None:
+    x = torch.full((1, 64), 1e-38)
+    x[0, 32:] = 1e-30
+    quantized = ops.quantize(x)
+    assert quantized.groups[0, 0].count_nonzero() == 0
+    torch.testing.assert_close(dequantize(quantized)[0, 32:], x[0, 32:], rtol=1e-2, atol=0)
+
+
+def test_quantize_lets_no_nan_pass_for_a_number(ops: Ops) -> None:
+    x = torch.ones(1, 64)
+    x[0, 3] = torch.nan
+    assert dequantize(ops.quantize(x))[0, :32].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
