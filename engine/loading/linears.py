@@ -74,6 +74,13 @@ class LinearLoader:
         weight = self._fused({module: vocab_size}, "weight", hidden_size)
         return self._from_weight(weight, None, storage, torch.float32)
 
+    def router(self, module: str, num_experts: int, hidden_size: int) -> Linear:
+        """What scores experts: in floating point whatever the quantization, which could change the
+        choice. Gives float32 where its kernel can.
+        """
+        weight = self._fused({module: num_experts}, "weight", hidden_size)
+        return self._from_weight(weight, None, Storage.FLOAT, torch.float32)
+
     def tied_lm_head(self, module: str, embedding: Tensor) -> Linear:
         """The LM head that is the embedding, as `lm_head` makes it.
 

@@ -6,7 +6,7 @@ so a tensor takes memory while it is converted and no longer.
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,28 +14,12 @@ from torch import Tensor
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Storage
+from pagewire.engine.loading.expert_names import with_our_names
+from pagewire.engine.loading.stored_tensor import SafetensorsFile, StoredTensor
 from pagewire.kernels.int4_linear import Int4Blocks
 
 DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
-
-
-class _StoredTensor(Protocol):
-    """A tensor of an open file, not read yet."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-
-class _File(Protocol):
-    """What is used of `safetensors.safe_open`, which has no types."""
-
-    def keys(self) -> list[str]: ...
-
-    def get_slice(self, name: str) -> _StoredTensor: ...
-
-    def get_tensor(self, name: str) -> Tensor: ...
 
 
 class SafetensorsCheckpoint:
@@ -50,32 +34,35 @@ class SafetensorsCheckpoint:
             self.config = config.from_hugging_face(_read_json(directory / "config.json"))
         except ModelError as error:
             raise ModelError(f"model {directory.name}: {error}") from error
-        self._files: dict[str, _File] = {}  # by tensor name
+        stored: dict[str, StoredTensor] = {}
         for path in _weight_files(directory):
             file = _open(path)
-            self._files.update(dict.fromkeys(file.keys(), file))
+            names = file.keys()
+            stored |= {name: StoredTensor(file=file, name=name) for name in names}
+        self._tensors = with_our_names(stored)
 
     def read(self, name: str, into: Tensor) -> None:
-        file = self._files.get(name)
-        if file is None:
-            raise ModelError(f"model {self._directory.name} has no tensor {name}")
-        stored = file.get_slice(name)
-        if stored.get_shape() != list(into.shape):
+        tensor = self._tensor(name)
+        if tensor.shape != list(into.shape):
             raise ModelError(
-                f"model {self._directory.name}: tensor {name} has shape {stored.get_shape()}, "
+                f"model {self._directory.name}: tensor {name} has shape {tensor.shape}, "
                 f"but config.json asks for {list(into.shape)}"
             )
-        if stored.get_dtype() not in DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ModelError(
-                f"model {self._directory.name}: tensor {name} is of type {stored.get_dtype()}; "
+                f"model {self._directory.name}: tensor {name} is of type {tensor.dtype}; "
                 f"supported are {', '.join(DTYPES)}"
             )
-        into.copy_(file.get_tensor(name))
+        into.copy_(tensor.read())
 
     def storage(self, name: str) -> Storage:
-        if name not in self._files:
-            raise ModelError(f"model {self._directory.name} has no tensor {name}")
+        self._tensor(name)
         return Storage.FLOAT
+
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise ModelError(f"model {self._directory.name} has no tensor {name}")
+        return self._tensors[name]
 
     def read_int4(self, name: str) -> Int4Blocks:
         raise ModelError(f"model {self._directory.name}: tensor {name} has no 4-bit blocks")
@@ -116,9 +103,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open(path: Path) -> _File:
+def _open(path: Path) -> SafetensorsFile:
     try:
-        file: _File = safe_open(path, framework="pt")
+        file: SafetensorsFile = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"model {path.parent.name}: {path.name} is truncated or damaged ({error}); "

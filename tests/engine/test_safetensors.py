@@ -101,7 +101,7 @@ def test_an_unknown_architecture_is_refused(directory: Path) -> None:
     edit_config(directory, model_type="gpt_neox")
     refused(
         directory,
-        r"architecture 'gpt_neox' is not supported; supported are llama, mistral, qwen2, qwen3",
+        r"architecture 'gpt_neox' is not supported; supported are llama, mistral, mixtral, qwen2",
     )
 
 

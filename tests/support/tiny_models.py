@@ -11,11 +11,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 193
@@ -68,6 +72,20 @@ FAMILIES = {
     ),
     "qwen2": Family(model=Qwen2ForCausalLM, config=Qwen2Config, options={}),
     "qwen3": Family(model=Qwen3ForCausalLM, config=Qwen3Config, options={}),
+    "mixtral": Family(
+        model=MixtralForCausalLM, config=MixtralConfig, options={"num_local_experts": 5}
+    ),
+    "qwen3 moe": Family(
+        model=Qwen3MoeForCausalLM,
+        config=Qwen3MoeConfig,
+        options={
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
 }
 
 
