@@ -74,7 +74,7 @@ class ServeConfig(BaseSettings):
     )
     quantization: Quantization = Field(
         default=Quantization.NONE,
-        description="matrices: none, int8, or int4 as a GGUF file has them",
+        description="matrices: none, int8, or int4 as a file has them",
     )
     kv_cache_dtype: KVCacheDtype = Field(
         default=KVCacheDtype.AUTO,

@@ -173,7 +173,6 @@ def _refuse_hugging_face_variants(values: Mapping[str, Any]) -> None:
         ("hidden_act", "silu"),
         ("mlp_bias", False),
         ("partial_rotary_factor", 1.0),
-        ("quantization_config", None),
     ):
         if values.get(name, supported) not in (supported, None):
             raise ModelError(f"{name} is {values[name]!r}; only {supported!r} is supported")

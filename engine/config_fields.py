@@ -47,6 +47,13 @@ class Fields:
             raise ModelError(f"{self._prefix}{name} is {values!r}; it must be a list of integers")
         return tuple(values)
 
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """A JSON object, which may be missing."""
+        values = self._get(name, {})
+        if not isinstance(values, Mapping):
+            raise ModelError(f"{self._prefix}{name} is {values!r}; it must be a JSON object")
+        return values
+
     def _get(self, name: str, default: object) -> object:
         value = self._values.get(self._prefix + name)
         value = default if value is None else value

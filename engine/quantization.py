@@ -8,4 +8,4 @@ class Quantization(StrEnum):
 
     NONE = "none"  # in the model's dtype
     INT8 = "int8"  # 8 bits, a scale and a minimum per group of 32 inputs
-    INT4 = "int4"  # the 4-bit blocks of a GGUF file; its other quantised matrices in 8 bits
+    INT4 = "int4"  # the 4 bits of a file as they are; its other quantised matrices in 8 bits

@@ -13,7 +13,7 @@ class Storage(Enum):
     """How a file holds a tensor."""
 
     FLOAT = "floating point"
-    INT4 = "4-bit blocks of 32"  # Q4_0 or Q4_1
+    INT4 = "4-bit blocks of 32"  # Q4_0, Q4_1, or larger groups of whole blocks
     QUANTIZED = "quantised in another way"
 
 
@@ -21,6 +21,10 @@ class Checkpoint(Protocol):
     """An open model on disk, with its tensors by their Hugging Face names."""
 
     config: ModelConfig
+
+    @property
+    def quantized_as(self) -> str | None:
+        """For people: how the file holds matrices, where that is a choice of its maker."""
 
     def read(self, name: str, into: Tensor) -> None:
         """Convert one tensor to the dtype of `into` and write it there.
@@ -32,7 +36,7 @@ class Checkpoint(Protocol):
         """How the file holds a tensor. Raises ModelError when it is missing."""
 
     def read_int4(self, name: str) -> Int4Blocks:
-        """The blocks of a tensor whose storage is INT4, rows in the order of `read`.
+        """The blocks of a matrix whose storage is INT4, rows in the order of `read`.
 
         Raises ModelError when it is missing or stored otherwise.
         """

@@ -56,6 +56,10 @@ class GGUFCheckpoint:
         self._tensors = header.tensors
         self._bytes = torch.frombuffer(data, dtype=torch.uint8)
 
+    @property
+    def quantized_as(self) -> str | None:
+        return None
+
     def read(self, name: str, into: Tensor) -> None:
         name = _gguf_name(name)
         entry = self._entry(name)

@@ -96,8 +96,9 @@ class LinearLoader:
         """Raises ModelError when int4 was asked for and no matrix of the checkpoint has 4 bits."""
         if self._quantization is Quantization.INT4 and not self._num_int4:
             raise ModelError(
-                "quantization int4 runs the 4-bit blocks of a GGUF file of type Q4_0 or Q4_1, and "
-                "this model has none; choose such a file, or quantization int8"
+                "quantization int4 runs matrices that a file holds in 4 bits (GGUF's Q4_0 or Q4_1, "
+                "GPTQ, AWQ, compressed-tensors), and this model has none; choose such a file, or "
+                "quantization int8"
             )
 
     def _storage(self, modules: Iterable[str]) -> Storage:

@@ -1,10 +1,13 @@
 """A directory with config.json and safetensors files, as Hugging Face models come.
 
 Only JSON and raw tensors are read, never a pickle or code of the repository. The files are mapped,
-so a tensor takes memory while it is converted and no longer.
+so a tensor takes memory while it is converted and no longer. Quantised matrices are read as
+floating point, or as the numbers that they are.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.expert_names import with_our_names
 from pagewire.engine.loading.stored_tensor import SafetensorsFile, StoredTensor
+from pagewire.engine.loading.weight_format import FLOATS
+from pagewire.engine.loading.weight_formats import weight_format
 from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
-DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 
 
@@ -29,46 +34,66 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        try:
-            self.config = config.from_hugging_face(_read_json(directory / "config.json"))
-        except ModelError as error:
-            raise ModelError(f"model {directory.name}: {error}") from error
+        self._title = f"model {directory.name}"
+        with _naming(self._title):
+            values = _read_json(directory / "config.json")
+            self.config = config.from_hugging_face(values)
         stored: dict[str, StoredTensor] = {}
         for path in _weight_files(directory):
             file = _open(path)
             names = file.keys()
             stored |= {name: StoredTensor(file=file, name=name) for name in names}
         self._tensors = with_our_names(stored)
+        with _naming(self._title):
+            self._format = weight_format(values, self._tensors)
+
+    @property
+    def quantized_as(self) -> str | None:
+        return None if self._format is None else self._format.title
 
     def read(self, name: str, into: Tensor) -> None:
-        tensor = self._tensor(name)
-        if tensor.shape != list(into.shape):
-            raise ModelError(
-                f"model {self._directory.name}: tensor {name} has shape {tensor.shape}, "
-                f"but config.json asks for {list(into.shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise ModelError(
-                f"model {self._directory.name}: tensor {name} is of type {tensor.dtype}; "
-                f"supported are {', '.join(DTYPES)}"
-            )
-        into.copy_(tensor.read())
+        quantized = self.storage(name) is not Storage.FLOAT
+        with _naming(f"{self._title}: tensor {name}"):
+            values = self._matrix(name).dequantized() if quantized else self._floats(name)
+            if values.shape != into.shape:
+                shapes = list(values.shape), list(into.shape)
+                raise ModelError(f"its shape is {shapes[0]}, but config.json asks for {shapes[1]}")
+        into.copy_(values)
 
     def storage(self, name: str) -> Storage:
-        self._tensor(name)
-        return Storage.FLOAT
-
-    def _tensor(self, name: str) -> StoredTensor:
-        if name not in self._tensors:
-            raise ModelError(f"model {self._directory.name} has no tensor {name}")
-        return self._tensors[name]
+        module = name.removesuffix(".weight")
+        stored = Storage.FLOAT if self._format is None else self._format.storage(module)
+        if stored is Storage.FLOAT and name not in self._tensors:
+            raise ModelError(f"{self._title} has no tensor {name}")
+        return stored
 
     def read_int4(self, name: str) -> Int4Blocks:
-        raise ModelError(f"model {self._directory.name}: tensor {name} has no 4-bit blocks")
+        if self.storage(name) is not Storage.INT4:
+            raise ModelError(f"{self._title}: tensor {name} has no 4-bit blocks")
+        with _naming(f"{self._title}: tensor {name}"):
+            return self._matrix(name).int4_blocks()
+
+    def _floats(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        if tensor.dtype not in FLOATS:
+            raise ModelError(f"it is of type {tensor.dtype}; supported are {', '.join(FLOATS)}")
+        return tensor.read()
+
+    def _matrix(self, name: str) -> QuantizedMatrix:
+        assert self._format is not None  # otherwise nothing is quantised
+        return self._format.matrix(name.removesuffix(".weight"))
 
     def rope_factors(self) -> Tensor | None:
         return None
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say in an error what it is about. Raises ModelError for a ModelError or ValueError."""
+    try:
+        yield
+    except (ModelError, ValueError) as error:
+        raise ModelError(f"{what}: {error}") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -53,7 +53,8 @@ def load_model(
     linears = LinearLoader(
         checkpoint, dtype=dtype, device=device, quantization=quantization, selected=selected
     )
-    logger.info("matrices: %s", linears.explanation)
+    held = checkpoint.quantized_as
+    logger.info("matrices: %s%s", linears.explanation, f"; the files hold {held}" if held else "")
     weights = _Loader(linears, checkpoint.config, selected.ops).weights()
     linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())

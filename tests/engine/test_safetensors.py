@@ -84,7 +84,9 @@ def test_a_truncated_file_is_refused(directory: Path) -> None:
 
 def test_a_wrong_shape_is_refused_with_both_shapes(directory: Path) -> None:
     edit_tensor(directory, "model.norm.weight", torch.zeros(7))
-    refused(directory, r"tensor model.norm.weight has shape \[7\], but config.json asks for \[48\]")
+    refused(
+        directory, r"tensor model.norm.weight: its shape is \[7\], but config.json asks for \[48\]"
+    )
 
 
 def test_a_missing_tensor_is_named(directory: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_missing_tensor_is_named(directory: Path) -> None:
 
 def test_integer_weights_are_refused(directory: Path) -> None:
     edit_tensor(directory, "model.norm.weight", torch.zeros(48, dtype=torch.int8))
-    refused(directory, "tensor model.norm.weight is of type I8; supported are F32, F16, BF16")
+    refused(directory, "tensor model.norm.weight: it is of type I8; supported are F32, F16, BF16")
 
 
 def test_an_unknown_architecture_is_refused(directory: Path) -> None:
