@@ -74,7 +74,7 @@ class ServeConfig(BaseSettings):
     )
     quantization: Quantization = Field(
         default=Quantization.NONE,
-        description="matrices: none, int8, or int4 as a file has them",
+        description="matrices: none, int8, int4 as a file has them, fp8 or w4a16",
     )
     kv_cache_dtype: KVCacheDtype = Field(
         default=KVCacheDtype.AUTO,

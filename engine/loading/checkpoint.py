@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
 from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
 
 class Storage(Enum):
@@ -39,6 +40,12 @@ class Checkpoint(Protocol):
         """The blocks of a matrix whose storage is INT4, rows in the order of `read`.
 
         Raises ModelError when it is missing or stored otherwise.
+        """
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        """The numbers of a matrix, where the file holds such and no blocks of GGUF; else None.
+
+        Raises ModelError when it is missing or damaged.
         """
 
     def rope_factors(self) -> Tensor | None:

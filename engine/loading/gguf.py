@@ -17,6 +17,7 @@ from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.dequantize import dequantize, int4_blocks, storage_of
 from pagewire.engine.loading.gguf_header import GGUFHeader, TensorEntry, read_header
 from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -85,6 +86,10 @@ class GGUFCheckpoint:
             scales=self._in_our_order(name, blocks.scales),
             minima=self._in_our_order(name, blocks.minima),
         )
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        self._entry(_gguf_name(name))
+        return None
 
     def rope_factors(self) -> Tensor | None:
         entry = self._tensors.get("rope_freqs.weight")

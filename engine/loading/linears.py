@@ -11,6 +11,11 @@ from torch import Tensor
 
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint, Storage
+from pagewire.engine.loading.emulated_linears import (
+    EMULATED,
+    EmulatedLinears,
+    require_emulation,
+)
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.float_linear import choose_float_kernel, float_linear
 from pagewire.kernels.int4_linear import concatenated, int4_linear
@@ -43,13 +48,16 @@ class LinearLoader:
         self._library = selected.library
         self._float_kernel = choose_float_kernel(selected, dtype, device)
         self._num_int4 = 0
+        emulated = quantization in EMULATED
+        self._emulated = EmulatedLinears(checkpoint, quantization, dtype) if emulated else None
 
     @property
     def explanation(self) -> str:
         """How the matrices are stored and what multiplies them, for people."""
         if self._quantization is Quantization.NONE:
             return f"{str(self._dtype).removeprefix('torch.')} by {self._float_kernel}"
-        return f"{self._quantization} by {self._selected.explanation}"
+        emulated = ", emulated" if self._emulated is not None else ""
+        return f"{self._quantization} by {self._selected.explanation}{emulated}"
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """One tensor in the loader's dtype."""
@@ -60,6 +68,10 @@ class LinearLoader:
     def linear(self, rows: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
         """The modules of `rows`, each with so many outputs, as one matrix."""
         biases = self._fused(rows, "bias") if bias else None
+        if self._emulated is not None:
+            return self._emulated.linear(
+                rows, in_features, biases, lambda: self._fused(rows, "weight", in_features)
+            )
         storage = self._storage(rows)
         if storage is Storage.INT4:
             return self._int4(rows, biases, self._dtype)
@@ -103,7 +115,7 @@ class LinearLoader:
 
     def _storage(self, modules: Iterable[str]) -> Storage:
         """How the matrix of these modules is kept in memory."""
-        if self._quantization is Quantization.NONE:
+        if self._quantization is Quantization.NONE or self._emulated is not None:
             return Storage.FLOAT
         if self._quantization is Quantization.INT8:
             return Storage.QUANTIZED
@@ -142,6 +154,9 @@ class LinearLoader:
 def _check(quantization: Quantization, device: str, selected: SelectedOps) -> None:
     """Raises ModelError for a quantization that cannot run here."""
     if quantization is Quantization.NONE:
+        return
+    if quantization in EMULATED:
+        require_emulation(quantization, device, selected)
         return
     if device != "cpu":
         raise ModelError(f"quantization {quantization} needs device cpu; this is {device}")

@@ -73,6 +73,12 @@ class SafetensorsCheckpoint:
         with _naming(f"{self._title}: tensor {name}"):
             return self._matrix(name).int4_blocks()
 
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        if self.storage(name) is Storage.FLOAT:
+            return None
+        with _naming(f"{self._title}: tensor {name}"):
+            return self._matrix(name)
+
     def _floats(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         if tensor.dtype not in FLOATS:

@@ -276,6 +276,46 @@ def test_int8_quantises_what_the_file_stands_for(name: str, write: Write) -> Non
     assert relative_error(result, logits(plain)) < 0.05
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3 moe"])
+@pytest.mark.parametrize("name", ["gptq symmetric", "gptq desc_act", "awq", "w4a16 asymmetric"])
+def test_w4a16_runs_the_numbers_of_the_file(name: str, family: str, write: Write) -> None:
+    packed, plain = write(name, family)
+    result = logits(packed, quantization=Quantization.W4A16, kernels="torch")
+    assert relative_error(result, logits(plain, kernels="torch")) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["fp8 per channel", "fp8 per tensor"])
+def test_fp8_runs_the_numbers_of_the_file(name: str, write: Write) -> None:
+    """They are not rounded again: only activations make a difference."""
+    packed, plain = write(name)
+    runner = load_engine(
+        packed, dtype="float32", num_pages=1, quantization=Quantization.FP8, kernels="torch"
+    )
+    again = load_engine(plain, dtype="float32", num_pages=1, kernels="torch")
+    assert runner.model.weight_bytes < again.model.weight_bytes / 2
+    result = logits(packed, quantization=Quantization.FP8, kernels="torch")
+    assert relative_error(result, logits(plain, kernels="torch")) < 0.1
+
+
+@pytest.mark.parametrize("quantization", [Quantization.FP8, Quantization.W4A16])
+def test_numbers_of_another_kind_are_quantised_again(
+    quantization: Quantization, write: Write
+) -> None:
+    packed, plain = write("w8a8")
+    options: dict[str, Any] = {"quantization": quantization, "kernels": "torch"}
+    result = logits(packed, **options)
+    assert torch.equal(result, logits(plain, **options))
+    assert relative_error(result, logits(plain, kernels="torch")) < 0.2
+
+
+def test_a_matrix_of_another_size_is_refused_in_4_bits(write: Write) -> None:
+    packed, _ = write("awq")
+    path = packed / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 256}))
+    with pytest.raises(ModelError, match=r"gate_proj has shape \[192, 128\], but .* \[256, 128"):
+        logits(packed, quantization=Quantization.W4A16, kernels="torch")
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
