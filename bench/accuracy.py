@@ -50,6 +50,7 @@ VARIANTS = (
     Variant(name="fp8, emulated", quantization=Quantization.FP8, kernels="torch"),
     Variant(name="w4a16, emulated", quantization=Quantization.W4A16, kernels="torch"),
     Variant(name="int8 KV cache", kv_cache_dtype=KVCacheDtype.INT8),
+    Variant(name="fp8 KV cache, emulated", kv_cache_dtype=KVCacheDtype.FP8, kernels="torch"),
 )
 
 

@@ -78,7 +78,7 @@ class ServeConfig(BaseSettings):
     )
     kv_cache_dtype: KVCacheDtype = Field(
         default=KVCacheDtype.AUTO,
-        description="KV cache: auto, that is dtype, or int8 for about twice as many pages",
+        description="KV cache: auto, that is dtype, int8 for about twice as many pages, or fp8",
     )
     decode_kv_cache_dtype: KVCacheDtype | None = Field(
         default=None, description="of decode workers; none: that of prefill workers, kv_cache_dtype"
