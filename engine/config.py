@@ -12,7 +12,16 @@ from pagewire.engine.config_fields import Fields
 from pagewire.engine.errors import ModelError
 from pagewire.engine.mixture_config import MixtureConfig, mixture_from_hugging_face
 
-ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+)
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral models come as llama
 ROPE_TYPES = ("default", "linear", "llama3")
 MISTRAL_WINDOW = 4096  # where config.json does not say
@@ -98,7 +107,7 @@ def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
     # Where the families differ in what a missing value means, the file must have it.
-    default_kv_heads = num_heads if architecture == "llama" else None
+    default_kv_heads = num_heads if architecture in ("llama", "phi3") else None
     default_head_dim = hidden_size // max(num_heads, 1) if architecture != "qwen3" else None
     default_theta = MIXTRAL_ROPE_THETA if architecture == "mixtral" else 10_000.0
     return ModelConfig(
@@ -114,7 +123,7 @@ def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=fields.number("rope_theta", default_theta),
         rope_scaling=_hugging_face_rope(Fields(rope)),
-        qkv_bias=architecture == "qwen2",
+        qkv_bias=_hugging_face_qkv_bias(architecture, fields),
         qk_norm=architecture in ("qwen3", "qwen3_moe"),
         sliding_window=_hugging_face_window(architecture, values),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -197,6 +206,12 @@ def _hugging_face_rope(fields: Fields) -> LinearRope | Llama3Rope | None:
     raise _unsupported("rope type", kind, ROPE_TYPES)
 
 
+def _hugging_face_qkv_bias(architecture: str, fields: Fields) -> bool:
+    if architecture == "qwen2_moe":
+        return fields.flag("qkv_bias", True)
+    return architecture == "qwen2"
+
+
 def _hugging_face_window(architecture: str, values: Mapping[str, Any]) -> int | None:
     """The sliding window, which all layers must share."""
     if architecture == "llama":
@@ -206,12 +221,14 @@ def _hugging_face_window(architecture: str, values: Mapping[str, Any]) -> int | 
     fields = Fields(values)
     if architecture == "mistral":
         return fields.integer("sliding_window", MISTRAL_WINDOW)
-    if architecture == "mixtral":
+    if architecture in ("mixtral", "phi3"):
         return fields.integer("sliding_window") if "sliding_window" in values else None
     if not values.get("use_sliding_window"):
         return None
     if architecture == "qwen3_moe":
         return fields.integer("sliding_window")
+    if architecture == "qwen2_moe":
+        raise ModelError("use_sliding_window is True; of qwen2_moe only False is supported")
     num_layers, first = fields.integer("num_hidden_layers"), fields.integer("max_window_layers")
     if 0 < first < num_layers:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a mixture of experts is, as config.json says it for Mixtral and Qwen3-MoE.
+"""What a mixture of experts is, as config.json says it for Mixtral, Qwen2-MoE and Qwen3-MoE.
 
 Knows no torch.
 """
@@ -17,6 +17,8 @@ class MixtureConfig:
     experts_per_token: int
     intermediate_size: int  # of each expert
     renormalize: bool  # the weights of a token's experts sum to 1
+    # Features of the one expert that every token goes through besides; None: there is none.
+    shared_intermediate_size: int | None
     dense_layers: frozenset[int]  # those with one feed-forward network for all tokens
 
     def __post_init__(self) -> None:
@@ -25,10 +27,9 @@ class MixtureConfig:
                 f"num_experts_per_tok is {self.experts_per_token}; it must be 1 to the number of "
                 f"experts, which is {self.num_experts}"
             )
-        if self.intermediate_size < 1:
-            raise ModelError(
-                f"the experts' intermediate size is {self.intermediate_size}; it must be at least 1"
-            )
+        for size in (self.intermediate_size, self.shared_intermediate_size):
+            if size is not None and size < 1:
+                raise ModelError(f"an expert's intermediate size is {size}; it must be at least 1")
 
 
 def mixture_from_hugging_face(architecture: str, fields: Fields) -> MixtureConfig | None:
@@ -40,14 +41,19 @@ def mixture_from_hugging_face(architecture: str, fields: Fields) -> MixtureConfi
                 experts_per_token=fields.integer("num_experts_per_tok"),
                 intermediate_size=fields.integer("intermediate_size"),
                 renormalize=True,
+                shared_intermediate_size=None,
                 dense_layers=frozenset(),
             )
-        case "qwen3_moe":
+        case "qwen2_moe" | "qwen3_moe":
+            shared = architecture == "qwen2_moe"
             return MixtureConfig(
                 num_experts=_num_experts(fields),
                 experts_per_token=fields.integer("num_experts_per_tok"),
                 intermediate_size=fields.integer("moe_intermediate_size"),
                 renormalize=fields.flag("norm_topk_prob", False),
+                shared_intermediate_size=(
+                    fields.integer("shared_expert_intermediate_size") if shared else None
+                ),
                 dense_layers=_dense_layers(fields),
             )
     return None

@@ -87,8 +87,8 @@ class LinearLoader:
         return self._from_weight(weight, None, storage, torch.float32)
 
     def router(self, module: str, num_experts: int, hidden_size: int) -> Linear:
-        """What scores experts: in floating point whatever the quantization, which could change the
-        choice. Gives float32 where its kernel can.
+        """What scores experts: in floating point whatever the quantization, whose rounding could
+        change the choice. Gives float32 where its kernel can.
         """
         weight = self._fused({module: num_experts}, "weight", hidden_size)
         return self._from_weight(weight, None, Storage.FLOAT, torch.float32)

@@ -17,8 +17,8 @@ from torch import Tensor
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Storage
-from pagewire.engine.loading.expert_names import with_our_names
 from pagewire.engine.loading.stored_tensor import SafetensorsFile, StoredTensor
+from pagewire.engine.loading.tensor_names import with_our_names
 from pagewire.engine.loading.weight_format import FLOATS
 from pagewire.engine.loading.weight_formats import weight_format
 from pagewire.kernels.int4_linear import Int4Blocks
@@ -43,8 +43,8 @@ class SafetensorsCheckpoint:
             file = _open(path)
             names = file.keys()
             stored |= {name: StoredTensor(file=file, name=name) for name in names}
-        self._tensors = with_our_names(stored)
         with _naming(self._title):
+            self._tensors = with_our_names(stored, self.config)
             self._format = weight_format(values, self._tensors)
 
     @property

@@ -27,12 +27,12 @@ class SafetensorsFile(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertPart:
-    """Rows `start` to `end` of the matrix of one expert."""
+class TensorPart:
+    """Rows `start` to `end` of a matrix, or of the matrix of one expert."""
 
-    expert: int
     start: int
     end: int
+    expert: int | None = None  # of a tensor [num_experts, rows, columns]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,20 +41,25 @@ class StoredTensor:
 
     file: SafetensorsFile
     name: str  # in the file
-    part: ExpertPart | None = None  # of a tensor [num_experts, rows, columns]; None: all of it
+    where: TensorPart | None = None  # what this is of it; None: all
 
     @property
     def shape(self) -> list[int]:
-        shape = self.file.get_slice(self.name).get_shape()
-        return shape if self.part is None else [self.part.end - self.part.start, *shape[2:]]
+        """Of the whole tensor in the file."""
+        return self.file.get_slice(self.name).get_shape()
 
     @property
     def dtype(self) -> str:
         """As safetensors calls it: F32, BF16, I32, …"""
         return self.file.get_slice(self.name).get_dtype()
 
+    def part(self, where: TensorPart) -> "StoredTensor":
+        return StoredTensor(file=self.file, name=self.name, where=where)
+
     def read(self) -> Tensor:
-        if self.part is None:
+        if self.where is None:
             return self.file.get_tensor(self.name)
-        expert, rows = self.part.expert, slice(self.part.start, self.part.end)
-        return self.file.get_slice(self.name)[expert : expert + 1, rows][0]
+        stored, rows = self.file.get_slice(self.name), slice(self.where.start, self.where.end)
+        if self.where.expert is None:
+            return stored[rows,]
+        return stored[self.where.expert : self.where.expert + 1, rows][0]

@@ -6,12 +6,13 @@ from typing import Any
 from pagewire.engine.config_fields import Fields
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.awq import AWQFormat
+from pagewire.engine.loading.block_fp8 import BlockFP8Format
 from pagewire.engine.loading.compressed_tensors import CompressedTensorsFormat
 from pagewire.engine.loading.gptq import GPTQFormat
 from pagewire.engine.loading.stored_tensor import StoredTensor
 from pagewire.engine.loading.weight_format import WeightFormat
 
-METHODS = ("awq", "compressed-tensors", "gptq")
+METHODS = ("awq", "compressed-tensors", "fp8", "gptq")
 
 
 def weight_format(
@@ -32,6 +33,8 @@ def weight_format(
                 return AWQFormat.of(fields, tensors)
             case "compressed-tensors":
                 return CompressedTensorsFormat.of(fields, tensors)
+            case "fp8":
+                return BlockFP8Format.of(fields, tensors)
             case "gptq":
                 return GPTQFormat.of(fields, tensors)
     except ModelError as error:

@@ -16,7 +16,12 @@ from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.linears import LinearLoader
 from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.mixture_config import MixtureConfig
-from pagewire.engine.models.feed_forward import DenseFeedForward, FeedForward, MixtureOfExperts
+from pagewire.engine.models.feed_forward import (
+    DenseFeedForward,
+    FeedForward,
+    MixtureOfExperts,
+    SharedExpert,
+)
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
 from pagewire.engine.quantization import Quantization
@@ -106,13 +111,13 @@ class _Loader:
     def _feed_forward(self, module: str, index: int) -> FeedForward:
         mixture = self._config.mixture
         if mixture is None or index in mixture.dense_layers:
-            gate_up, down = self._gated(module, self._config.intermediate_size)
-            return DenseFeedForward(gate_up=gate_up, down=down, ops=self._ops)
+            return self._dense(module, self._config.intermediate_size)
         return MixtureOfExperts(
             router=self._linears.router(
                 f"{module}.gate", mixture.num_experts, self._config.hidden_size
             ),
             experts=self._experts(f"{module}.experts", mixture),
+            shared=self._shared_expert(module, mixture),
             experts_per_token=mixture.experts_per_token,
             renormalize=mixture.renormalize,
             ops=self._ops,
@@ -125,6 +130,18 @@ class _Loader:
         ]
         gate_up, down = zip(*experts, strict=True)
         return SortedExperts(gate_up=gate_up, down=down, ops=self._ops)
+
+    def _shared_expert(self, module: str, mixture: MixtureConfig) -> SharedExpert | None:
+        if mixture.shared_intermediate_size is None:
+            return None
+        return SharedExpert(
+            gate=self._linears.router(f"{module}.shared_expert_gate", 1, self._config.hidden_size),
+            network=self._dense(f"{module}.shared_expert", mixture.shared_intermediate_size),
+        )
+
+    def _dense(self, module: str, size: int) -> DenseFeedForward:
+        gate_up, down = self._gated(module, size)
+        return DenseFeedForward(gate_up=gate_up, down=down, ops=self._ops)
 
     def _gated(self, module: str, size: int) -> tuple[Linear, Linear]:
         """gate and up as one matrix, and down, of a feed-forward network of so many features."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pagewire.kernels.experts import Experts, route
@@ -46,6 +47,28 @@ class DenseFeedForward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedExpert:
+    """An expert that every token goes through, weighted by a gate of its own (Qwen2-MoE)."""
+
+    gate: Linear  # one output
+    network: DenseFeedForward
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gate.num_bytes + self.network.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns the same shape and dtype."""
+        network = self.network
+        out = network(network.ops.quantize(x) if network.takes_quantized else x)
+        score = self.gate(x).float()  # [num_tokens, 1]
+        # The sigmoid of the score. torch's own rounds the last few numbers of a tensor otherwise
+        # than the rest, and so would depend on the number of tokens.
+        weight = torch.cat((score, torch.zeros_like(score)), dim=1).softmax(dim=1)[:, :1]
+        return (out * weight).to(out.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixtureOfExperts:
     """Each token through the few experts that a router finds for it.
 
@@ -54,6 +77,7 @@ class MixtureOfExperts:
 
     router: Linear  # outputs a score for each expert
     experts: Experts
+    shared: SharedExpert | None
     experts_per_token: int
     renormalize: bool  # the weights of a token's experts sum to 1
     ops: Ops
@@ -64,9 +88,11 @@ class MixtureOfExperts:
 
     @property
     def num_bytes(self) -> int:
-        return self.router.num_bytes + self.experts.num_bytes
+        shared = 0 if self.shared is None else self.shared.num_bytes
+        return self.router.num_bytes + self.experts.num_bytes + shared
 
     def __call__(self, x: Activation) -> Tensor:
         x = floating(x)
         routing = route(self.router(x), self.experts_per_token, renormalize=self.renormalize)
-        return self.experts(self.ops.quantize(x) if self.experts.takes_quantized else x, routing)
+        out = self.experts(self.ops.quantize(x) if self.experts.takes_quantized else x, routing)
+        return out if self.shared is None else out + self.shared(x)

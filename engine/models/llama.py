@@ -1,4 +1,4 @@
-"""The decoder of Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE: a step over a ragged batch.
+"""The decoder of Llama, Mistral, Phi-3, Qwen and their mixtures: a step over a ragged batch.
 
 The families differ in three switches of the config (a bias on q, k and v; a norm on each head of q
 and k; a sliding window), in the feed-forward network of a layer, and otherwise in sizes only. All

@@ -51,7 +51,7 @@ QWEN3_MOE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=["mixtral", "qwen3 moe"])
+@pytest.fixture(params=["mixtral", "qwen2 moe", "qwen3 moe"])
 def mixture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -177,6 +177,7 @@ def test_a_mixtral_config() -> None:
         experts_per_token=2,
         intermediate_size=128,
         renormalize=True,
+        shared_intermediate_size=None,
         dense_layers=frozenset(),
     )
     assert config.rope_theta == 1_000_000.0
@@ -191,11 +192,21 @@ def test_a_qwen3_moe_config() -> None:
         experts_per_token=2,
         intermediate_size=32,
         renormalize=False,
+        shared_intermediate_size=None,
         dense_layers=frozenset({0, 2, 3}),
     )
     assert config.qk_norm
     window = {"use_sliding_window": True, "sliding_window": 64}
     assert from_hugging_face({**QWEN3_MOE, **window}).sliding_window == 64
+
+
+def test_a_qwen2_moe_config() -> None:
+    values = {**QWEN3_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 96}
+    config = from_hugging_face(values)
+    assert config.mixture is not None
+    assert config.mixture.shared_intermediate_size == 96
+    assert config.qkv_bias and not config.qk_norm
+    assert not from_hugging_face({**values, "qkv_bias": False}).qkv_bias
 
 
 def test_the_number_of_experts_in_the_form_of_transformers_4_and_5() -> None:
@@ -215,7 +226,21 @@ def test_the_number_of_experts_in_the_form_of_transformers_4_and_5() -> None:
         ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be at least 1"),
         ({"mlp_only_layers": 3}, "mlp_only_layers is 3; it must be a list of integers"),
         ({"norm_topk_prob": 1}, "norm_topk_prob is 1; it must be true or false"),
-        ({"model_type": "qwen2_moe"}, "architecture 'qwen2_moe' is not supported"),
+        ({"model_type": "deepseek_v3"}, "architecture 'deepseek_v3' is not supported"),
+        ({"model_type": "qwen2_moe"}, "has no shared_expert_intermediate_size"),
+        (
+            {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 0},
+            "intermediate size is 0; it must be at least 1",
+        ),
+        (
+            {
+                "model_type": "qwen2_moe",
+                "shared_expert_intermediate_size": 8,
+                "sliding_window": 64,
+                "use_sliding_window": True,
+            },
+            "use_sliding_window is True; of qwen2_moe only False",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused(values: dict[str, Any], sentence: str) -> None:

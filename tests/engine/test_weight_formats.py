@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
     }
 
 
+FP8_BLOCKS: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [GROUP_SIZE, GROUP_SIZE],
+}
 W4 = {"num_bits": 4, "strategy": "group", "group_size": GROUP_SIZE}
 W8 = {"num_bits": 8, "strategy": "channel"}
 
@@ -113,6 +120,20 @@ def eight_bits(
         return tensors, (exact * wide).view(out_features, in_features).float()
 
     return run
+
+
+def fp8_in_blocks(name: str, shape: torch.Size) -> tuple[dict[str, Tensor], Tensor]:
+    """Random weights with a float32 scale for each block, the last of fewer rows."""
+    blocks = [-(-size // GROUP_SIZE) for size in shape]
+    generator = torch.Generator().manual_seed(shape[0])
+    values = torch.randint(-127, 128, shape, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(blocks, generator=generator) * 1e-3 + 1e-4
+    weight = torch.empty(shape)
+    for row, column in product(range(blocks[0]), range(blocks[1])):
+        rows = slice(row * GROUP_SIZE, (row + 1) * GROUP_SIZE)
+        columns = slice(column * GROUP_SIZE, (column + 1) * GROUP_SIZE)
+        weight[rows, columns] = values[rows, columns].float() * scales[row, column]
+    return {f"{name}.weight": values, f"{name}.weight_scale_inv": scales}, weight
 
 
 CASES: dict[str, tuple[Pack, dict[str, Any], Storage]] = {
@@ -164,6 +185,7 @@ CASES: dict[str, tuple[Pack, dict[str, Any], Storage]] = {
         compressed("float-quantized", **{**W8, "type": "float"}),
         Storage.QUANTIZED,
     ),
+    "fp8 in blocks": (fp8_in_blocks, FP8_BLOCKS, Storage.QUANTIZED),
     "fp8 per tensor": (
         eight_bits(torch.float8_e4m3fn, per_tensor=True),
         compressed("float-quantized", type="float", num_bits=8, strategy="tensor"),
@@ -284,7 +306,7 @@ def test_w4a16_runs_the_numbers_of_the_file(name: str, family: str, write: Write
     assert relative_error(result, logits(plain, kernels="torch")) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["fp8 per channel", "fp8 per tensor"])
+@pytest.mark.parametrize("name", ["fp8 per channel", "fp8 in blocks", "fp8 per tensor"])
 def test_fp8_runs_the_numbers_of_the_file(name: str, write: Write) -> None:
     """They are not rounded again: only activations make a difference."""
     packed, plain = write(name)
@@ -319,7 +341,9 @@ def test_a_matrix_of_another_size_is_refused_in_4_bits(write: Write) -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"quant_method": "fp8"}, "quant_method is 'fp8'; supported are awq, compressed-tensors"),
+        ({"quant_method": "hqq"}, "quant_method is 'hqq'; supported are awq, compressed-tensors"),
+        ({"quant_method": "fp8"}, r"weight_block_size is \[\]; only blocks of rows and columns"),
+        ({**FP8_BLOCKS, "fmt": "e5m2"}, "fmt is 'e5m2'; only 'e4m3'"),
         ({"quant_method": "gptq", "bits": 8}, "bits is 8; of GPTQ only 4 bits"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; supported are"),
         ({**GPTQ, "group_size": 0}, "group_size is 0; it must be at least 1, or -1"),

@@ -95,7 +95,8 @@ def test_matrices_of_8_bits_take_their_tokens_quantised() -> None:
         experts(x, routing)
 
 
-def test_a_token_is_the_same_to_the_bit_in_every_batch() -> None:
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_token_is_the_same_to_the_bit_in_every_batch(renormalize: bool) -> None:
     try:
         library = find_library()
     except NativeLibraryError as error:
@@ -108,7 +109,7 @@ def test_a_token_is_the_same_to_the_bit_in_every_batch() -> None:
     x, scores = random(21, HIDDEN), random(21, NUM_EXPERTS, seed=3)
 
     def run(rows: slice) -> Tensor:
-        return experts(x[rows], route(scores[rows], 3, renormalize=True))
+        return experts(x[rows], route(scores[rows], 3, renormalize=renormalize))
 
     whole = run(slice(None))
     for rows in (slice(0, 1), slice(4, 6), slice(3, 20)):

@@ -126,7 +126,7 @@ def write_packed(
     plain = load_file(source / "model.safetensors")
     packed: dict[str, Tensor] = {}
     for name, weight in plain.items():
-        if ".layers." not in name or weight.ndim != 2 or name.endswith(".gate.weight"):
+        if ".layers." not in name or weight.ndim != 2 or name.endswith("gate.weight"):
             packed[name] = weight
             continue
         tensors, plain[name] = pack(name.removesuffix(".weight"), weight.shape)
