@@ -1,6 +1,7 @@
 """From a model's path to an engine that can run steps: what a worker does once, at its start."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from pagewire.engine.loading.identity import model_digest
 from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.precision import default_dtype
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.float_linear import choose_float_kernel
@@ -37,8 +39,12 @@ def load_engine(
     num_threads: int | None = None,
     kernels: str = "auto",
     deterministic: bool = False,
+    parallel: TensorParallel | None = None,
 ) -> ModelRunner:
     """Load a GGUF file or safetensors directory and allocate its KV cache.
+
+    With `parallel`, one rank's part of both: every rank of the group calls this with equal
+    arguments.
 
     `dtype` is that of what `quantization` and `kv_cache_dtype` leave alone: float32, float16 or
     bfloat16. `num_pages` None sizes the cache from free memory, of which a draft model takes
@@ -47,8 +53,10 @@ def load_engine(
     `deterministic`, in float32 and with the C++ kernels only, logits are the same to the bit for a
     prompt alone or in any batch, in one chunk or many, with or without prefix hits, with any number
     of threads, and for drafts as for single tokens. Raises ModelError, MemoryBudgetError,
-    KernelError, and LayoutError for a dtype or page size that cannot be.
+    KernelError, RankLost, and LayoutError for a dtype or page size that cannot be.
     """
+    parallel = parallel or TensorParallel()
+    group = parallel.group
     selected = select_kernels(kernels, device, deterministic=deterministic)
     if deterministic:
         _check_deterministic(dtype, quantization)
@@ -67,24 +75,35 @@ def load_engine(
         device=device,
         selected=selected,
         quantization=quantization,
+        group=group,
     )
+    rank_layout = replace(layout, num_kv_heads=model.config.num_kv_heads)
     if num_pages is None:
         num_pages = choose_num_pages(
-            layout,
+            rank_layout,
             max_model_len=length,
-            available_bytes=available_bytes(device),
+            # The ranks share the memory of the host; each has a GPU of its own.
+            available_bytes=available_bytes(device) // (group.size if device == "cpu" else 1),
             share=default_share(device),
             draft_page_bytes=draft_page_bytes,
         )
+    num_pages = group.least(num_pages)
     logger.info(
         "weights take %d MB, %d pages of %s KV cache %d MB",
         model.weight_bytes // 10**6,
         num_pages,
         layout.dtype,
-        num_pages * layout.page_bytes // 10**6,
+        num_pages * rank_layout.page_bytes // 10**6,
     )
+    allocate = parallel.pool_memory
+    memory = allocate(num_pages * rank_layout.page_bytes) if allocate else None
     return ModelRunner(
-        model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)
+        model,
+        KVCache(rank_layout, num_pages, device, memory),
+        layout=layout,
+        followers=parallel.followers,
+        max_model_len=length,
+        digest=model_digest(path),
     )
 
 

@@ -3,7 +3,7 @@
 One form for all file formats. What multiplies a matrix packs it in its own way from here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,21 @@ class QuantizedMatrix:
         if self.zeros is not None:
             values -= self.zeros.float()[:, self.group_of]
         return values.mul_(self.scales.float()[:, self.group_of])
+
+    def rows(self, outputs: range) -> "QuantizedMatrix":
+        """Some neighbouring outputs, in the same memory."""
+        index = slice(outputs.start, outputs.stop)
+        return replace(
+            self,
+            quants=self.quants[index],
+            scales=self.scales[index],
+            zeros=None if self.zeros is None else self.zeros[index],
+        )
+
+    def columns(self, inputs: range) -> "QuantizedMatrix":
+        """Some neighbouring input features, in the same memory."""
+        index = slice(inputs.start, inputs.stop)
+        return replace(self, quants=self.quants[:, index], group_of=self.group_of[index])
 
     def int4_blocks(self) -> Int4Blocks:
         """The same weights in blocks of 32 of one scale, whose minimum is -zero scales in float16.

@@ -1,5 +1,7 @@
 """The seam between a model's file format and its weights."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -18,6 +20,23 @@ class Storage(Enum):
     QUANTIZED = "quantised in another way"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Neighbouring rows or columns of a tensor: what one rank of several reads of it."""
+
+    dim: int  # 0: rows, 1: columns
+    index: range  # of them, in the whole tensor
+    size: int  # how many the whole tensor has
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the tensor whose part has `shape`. The two agree where `index` is in range."""
+        return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of a whole tensor, a view."""
+        return tensor.narrow(self.dim, self.index.start, len(self.index))
+
+
 class Checkpoint(Protocol):
     """An open model on disk, with its tensors by their Hugging Face names."""
 
@@ -27,22 +46,25 @@ class Checkpoint(Protocol):
     def quantized_as(self) -> str | None:
         """For people: how the file holds matrices, where that is a choice of its maker."""
 
-    def read(self, name: str, into: Tensor) -> None:
-        """Convert one tensor to the dtype of `into` and write it there.
+    def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
+        """Convert one tensor, or a part of it, to the dtype of `into` and write it there.
 
-        Raises ModelError when it is missing or its shape is not that of `into`.
+        A part of q or k is whole heads. Raises ModelError when the tensor is missing or its shape
+        is not that of `into`.
         """
 
     def storage(self, name: str) -> Storage:
         """How the file holds a tensor. Raises ModelError when it is missing."""
 
-    def read_int4(self, name: str) -> Int4Blocks:
-        """The blocks of a matrix whose storage is INT4, rows in the order of `read`.
+    def read_int4(self, name: str, part: Part | None = None) -> Int4Blocks:
+        """The blocks of a matrix whose storage is INT4, or of whole blocks of it.
+
+        Rows are in the order of `read`.
 
         Raises ModelError when it is missing or stored otherwise.
         """
 
-    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+    def read_quantized(self, name: str, part: Part | None = None) -> QuantizedMatrix | None:
         """The numbers of a matrix, where the file holds such and no blocks of GGUF; else None.
 
         Raises ModelError when it is missing or damaged.

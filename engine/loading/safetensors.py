@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
-from pagewire.engine.loading.checkpoint import Storage
+from pagewire.engine.loading.checkpoint import Part, Storage
 from pagewire.engine.loading.stored_tensor import SafetensorsFile, StoredTensor
 from pagewire.engine.loading.tensor_names import with_our_names
 from pagewire.engine.loading.weight_format import FLOATS
@@ -51,13 +51,16 @@ class SafetensorsCheckpoint:
     def quantized_as(self) -> str | None:
         return None if self._format is None else self._format.title
 
-    def read(self, name: str, into: Tensor) -> None:
+    def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
         quantized = self.storage(name) is not Storage.FLOAT
+        shape = part.whole_shape(into.shape) if part else tuple(into.shape)
         with _naming(f"{self._title}: tensor {name}"):
-            values = self._matrix(name).dequantized() if quantized else self._floats(name)
-            if values.shape != into.shape:
-                shapes = list(values.shape), list(into.shape)
-                raise ModelError(f"its shape is {shapes[0]}, but config.json asks for {shapes[1]}")
+            if quantized:
+                matrix = self._matrix(name)
+                _require_shape(tuple(matrix.quants.shape), shape)
+                values = _part_of(matrix, part).dequantized()
+            else:
+                values = self._floats(name, shape, part)
         into.copy_(values)
 
     def storage(self, name: str) -> Storage:
@@ -67,23 +70,25 @@ class SafetensorsCheckpoint:
             raise ModelError(f"{self._title} has no tensor {name}")
         return stored
 
-    def read_int4(self, name: str) -> Int4Blocks:
+    def read_int4(self, name: str, part: Part | None = None) -> Int4Blocks:
         if self.storage(name) is not Storage.INT4:
             raise ModelError(f"{self._title}: tensor {name} has no 4-bit blocks")
         with _naming(f"{self._title}: tensor {name}"):
-            return self._matrix(name).int4_blocks()
+            return _part_of(self._matrix(name), part).int4_blocks()
 
-    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+    def read_quantized(self, name: str, part: Part | None = None) -> QuantizedMatrix | None:
         if self.storage(name) is Storage.FLOAT:
             return None
         with _naming(f"{self._title}: tensor {name}"):
-            return self._matrix(name)
+            return _part_of(self._matrix(name), part)
 
-    def _floats(self, name: str) -> Tensor:
+    def _floats(self, name: str, shape: tuple[int, ...], part: Part | None) -> Tensor:
+        """A tensor of this shape, or a part of it, in the dtype of the file."""
         tensor = self._tensors[name]
+        _require_shape(tensor.shape, shape)
         if tensor.dtype not in FLOATS:
             raise ModelError(f"it is of type {tensor.dtype}; supported are {', '.join(FLOATS)}")
-        return tensor.read()
+        return tensor.read(part)
 
     def _matrix(self, name: str) -> QuantizedMatrix:
         assert self._format is not None  # otherwise nothing is quantised
@@ -100,6 +105,17 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except (ModelError, ValueError) as error:
         raise ModelError(f"{what}: {error}") from error
+
+
+def _require_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise ModelError(f"its shape is {list(found)}, but config.json asks for {list(wanted)}")
+
+
+def _part_of(matrix: QuantizedMatrix, part: Part | None) -> QuantizedMatrix:
+    if part is None:
+        return matrix
+    return matrix.rows(part.index) if part.dim == 0 else matrix.columns(part.index)
 
 
 def _weight_files(directory: Path) -> list[Path]:

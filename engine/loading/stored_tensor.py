@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pagewire.engine.loading.checkpoint import Part
+
 
 class TensorSlice(Protocol):
     """What is used of `safe_open(...).get_slice(name)`, which has no types."""
@@ -44,22 +46,33 @@ class StoredTensor:
     where: TensorPart | None = None  # what this is of it; None: all
 
     @property
-    def shape(self) -> list[int]:
-        """Of the whole tensor in the file."""
-        return self.file.get_slice(self.name).get_shape()
+    def shape(self) -> tuple[int, ...]:
+        shape = self.file.get_slice(self.name).get_shape()
+        if self.where is None:
+            return tuple(shape)
+        columns = shape[1:] if self.where.expert is None else shape[2:]
+        return self.where.end - self.where.start, *columns
 
     @property
     def dtype(self) -> str:
         """As safetensors calls it: F32, BF16, I32, …"""
         return self.file.get_slice(self.name).get_dtype()
 
-    def part(self, where: TensorPart) -> "StoredTensor":
+    def matrix(self, where: TensorPart) -> "StoredTensor":
+        """One of several matrices in this tensor."""
         return StoredTensor(file=self.file, name=self.name, where=where)
 
-    def read(self) -> Tensor:
-        if self.where is None:
+    def read(self, part: Part | None = None) -> Tensor:
+        """All of it or a part; no more than that is read from the file."""
+        if self.where is None and part is None:
             return self.file.get_tensor(self.name)
-        stored, rows = self.file.get_slice(self.name), slice(self.where.start, self.where.end)
-        if self.where.expert is None:
-            return stored[rows,]
-        return stored[self.where.expert : self.where.expert + 1, rows][0]
+        index = [slice(0, size) for size in self.shape]
+        if part is not None:
+            index[part.dim] = slice(part.index.start, part.index.stop)
+        stored, where = self.file.get_slice(self.name), self.where
+        if where is None:
+            return stored[tuple(index)]
+        rows = slice(where.start + index[0].start, where.start + index[0].stop)
+        if where.expert is None:
+            return stored[(rows, *index[1:])]
+        return stored[(slice(where.expert, where.expert + 1), rows, *index[1:])][0]

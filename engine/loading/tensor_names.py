@@ -52,7 +52,7 @@ def _renamed(
                 f"{sum(rows[kind].values())}"
             )
         for part, where in _below_one_another(rows[kind]):
-            yield f"{module}.{part}.weight", tensor.part(where)
+            yield f"{module}.{part}.weight", tensor.matrix(where)
     else:
         yield _from_mixtral(name), tensor
 
@@ -67,7 +67,7 @@ def _of_all_experts(
         for part, where in _below_one_another(
             dict.fromkeys(names, num_rows // len(names)), expert=expert
         ):
-            yield f"{module}.{expert}.{part}.weight", tensor.part(where)
+            yield f"{module}.{expert}.{part}.weight", tensor.matrix(where)
 
 
 def _below_one_another(

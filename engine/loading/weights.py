@@ -24,6 +24,9 @@ from pagewire.engine.models.feed_forward import (
 )
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
+from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
+from pagewire.engine.parallel.shard import ModelShard
+from pagewire.engine.parallel.sharded_checkpoint import ShardedCheckpoint
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.experts import Experts
 from pagewire.kernels.ops import Linear, Ops
@@ -49,30 +52,42 @@ def load_model(
     device: str,
     selected: SelectedOps,
     quantization: Quantization = Quantization.NONE,
+    group: RankGroup | None = None,
 ) -> LlamaModel:
     """Convert the tensors of an open checkpoint and make the decoder that its config describes.
 
-    Raises ModelError when a tensor is missing, misshapen or of a type that is not supported, and
-    for a quantization that this device, `selected` or checkpoint does not have.
+    Of a `group` each rank reads and makes its own part. Raises ModelError when a tensor is missing,
+    misshapen or of a type that is not supported, for a quantization that this device, `selected` or
+    checkpoint does not have, and for a model that cannot be split among so many ranks.
     """
+    group = group or SingleRank()
+    shard = ModelShard(config=checkpoint.config, rank=group.rank, size=group.size)
+    if group.size > 1:
+        if quantization is not Quantization.NONE:
+            shard.require_whole_groups()
+        checkpoint = ShardedCheckpoint(checkpoint, shard)
     linears = LinearLoader(
         checkpoint, dtype=dtype, device=device, quantization=quantization, selected=selected
     )
     held = checkpoint.quantized_as
     logger.info("matrices: %s%s", linears.explanation, f"; the files hold {held}" if held else "")
-    weights = _Loader(linears, checkpoint.config, selected.ops).weights()
+    weights = _Loader(linears, checkpoint.config, shard.vocabulary, selected.ops).weights()
     linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
-    return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops)
+    return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops, group)
 
 
 class _Loader:
     """Names the tensors that the config asks for, fused as the decoder wants them."""
 
-    def __init__(self, linears: LinearLoader, config: ModelConfig, ops: Ops) -> None:
+    def __init__(
+        self, linears: LinearLoader, config: ModelConfig, vocabulary: range, ops: Ops
+    ) -> None:
+        """`vocabulary`: the tokens whose logits this rank computes."""
         self._linears = linears
         self._tensor = linears.tensor
         self._config = config
+        self._vocabulary = vocabulary
         self._ops = ops
 
     def weights(self) -> LlamaWeights:
@@ -88,8 +103,9 @@ class _Loader:
     def _lm_head(self, embedding: Tensor) -> Linear:
         config = self._config
         if config.tie_word_embeddings:
-            return self._linears.tied_lm_head("model.embed_tokens", embedding)
-        return self._linears.lm_head("lm_head", config.vocab_size, config.hidden_size)
+            rows = embedding[self._vocabulary.start : self._vocabulary.stop]
+            return self._linears.tied_lm_head("model.embed_tokens", rows)
+        return self._linears.lm_head("lm_head", len(self._vocabulary), config.hidden_size)
 
     def _layer(self, index: int) -> LayerWeights:
         config = self._config

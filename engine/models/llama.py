@@ -13,6 +13,7 @@ from torch import Tensor
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.models.feed_forward import FeedForward
 from pagewire.engine.models.rope import cosine_and_sine
+from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, Linear, Ops
@@ -58,12 +59,22 @@ class _Step:
 
 
 class LlamaModel:
-    """A loaded model. Holds no state of any sequence: that is in the KV pool."""
+    """A loaded model, or one rank's part of it.
+
+    Holds no state of any sequence: that is in the KV pool.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: LlamaWeights, inverse_frequencies: Tensor, ops: Ops
+        self,
+        config: ModelConfig,
+        weights: LlamaWeights,
+        inverse_frequencies: Tensor,
+        ops: Ops,
+        group: RankGroup | None = None,
     ) -> None:
+        """`config` and `weights` have the heads and features of this rank of `group` alone."""
         self.config = config
+        self.group = group or SingleRank()
         self._weights = weights
         self._inverse_frequencies = inverse_frequencies
         self.ops = ops
@@ -76,7 +87,11 @@ class LlamaModel:
     def weight_bytes(self) -> int:
         """Memory of the embedding and the matrices."""
         embedding, lm_head = self._weights.embedding, self._weights.lm_head
-        shared = isinstance(lm_head, DenseLinear) and lm_head.weight is embedding
+        memory = embedding.untyped_storage().data_ptr()
+        shared = (
+            isinstance(lm_head, DenseLinear)
+            and lm_head.weight.untyped_storage().data_ptr() == memory
+        )
         return self._weights.matrix_bytes + (0 if shared else embedding.nbytes)
 
     def forward(
@@ -85,7 +100,8 @@ class LlamaModel:
         """Run the tokens of a step, storing their KV, and return logits of some of them.
 
         token_ids: int64 [num_tokens]; logits_of: int64 [num_logits], indices into the tokens.
-        Returns float32 [num_logits, vocab_size].
+        Returns float32 [num_logits, vocab_size]; on other ranks than 0, some columns of it.
+        Raises RankLost when another rank does not run the same step.
         """
         ops, config, weights = self.ops, self.config, self._weights
         step = _Step(
@@ -107,7 +123,9 @@ class LlamaModel:
             out, residual = self._layer(x, residual, index, step)
         out, residual = out[logits_of], residual[logits_of]
         x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
-        return weights.lm_head(x).float()
+        if not len(logits_of):
+            return out.new_empty(0, config.vocab_size, dtype=torch.float32)
+        return self.group.gather_columns(weights.lm_head(x).float(), config.vocab_size)
 
     def _layer(
         self, x: Activation, residual: Tensor, index: int, step: _Step
@@ -116,7 +134,7 @@ class LlamaModel:
         layer = self._weights.layers[index]
         out = self._attend(x, index, layer, step)
         x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.feed_forward)
-        return layer.feed_forward(x), residual
+        return self.group.all_reduce(layer.feed_forward(x)), residual
 
     def _add_norm(
         self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear | FeedForward
@@ -138,4 +156,5 @@ class LlamaModel:
             k = ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         q = ops.rope_and_store(q, k, v, step.rope, step.pool, index, step.slots)
         attended = step.attention.run(q, step.pool, index).flatten(1)
-        return layer.output(ops.quantize(attended) if layer.output.takes_quantized else attended)
+        part = layer.output(ops.quantize(attended) if layer.output.takes_quantized else attended)
+        return self.group.all_reduce(part)

@@ -106,6 +106,13 @@ def test_a_quantised_activation_is_refused() -> None:
         linear(quantize(random(2, 64)))
 
 
+def test_rows_and_columns_of_a_matrix_are_those_of_its_weights() -> None:
+    matrix = w4a16.quantize_weight(random(10, 300))
+    whole = matrix.dequantized()
+    assert torch.equal(matrix.rows(range(3, 7)).dequantized(), whole[3:7])
+    assert torch.equal(matrix.columns(range(100, 260)).dequantized(), whole[:, 100:260])
+
+
 def test_blocks_of_4_bits_need_4_bits_in_whole_blocks() -> None:
     eight = QuantizedMatrix(
         quants=torch.zeros(2, 64, dtype=torch.int8),
