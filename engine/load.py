@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pagewire.engine.config import ModelConfig
+from pagewire.engine.emulation import require_emulation
 from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
@@ -61,7 +62,7 @@ def load_engine(
     if deterministic:
         _check_deterministic(dtype, quantization)
     if kv_cache_dtype is KVCacheDtype.FP8:
-        _require_emulation(kv_cache_dtype, device, selected)
+        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected)
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -141,16 +142,6 @@ def _check_deterministic(dtype: str, quantization: Quantization) -> None:
     if quantization is not Quantization.NONE:
         raise KernelError(
             f"deterministic computes in float32; quantization is {quantization}: choose none"
-        )
-
-
-def _require_emulation(kv_cache_dtype: KVCacheDtype, device: str, selected: SelectedOps) -> None:
-    """Raise KernelError unless plain torch runs on a CPU: nobody is slow by accident."""
-    if device != "cpu" or selected.library is not None:
-        remedy = ", or kernels torch, which emulates it slowly" if device == "cpu" else ""
-        raise KernelError(
-            f"kv_cache_dtype {kv_cache_dtype} has no kernels for device {device}; choose auto or "
-            f"int8{remedy}"
         )
 
 

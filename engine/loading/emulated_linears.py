@@ -12,7 +12,6 @@ from pagewire.kernels import fp8, w4a16
 from pagewire.kernels.emulated_linear import EmulatedLinear
 from pagewire.kernels.ops import Linear
 from pagewire.kernels.quantized_matrix import QuantizedMatrix
-from pagewire.kernels.select import SelectedOps
 
 EMULATED = (Quantization.FP8, Quantization.W4A16)
 
@@ -60,16 +59,3 @@ class EmulatedLinears:
                 f"configuration asks for {list(shape)}"
             )
         return matrix
-
-
-def require_emulation(quantization: Quantization, device: str, selected: SelectedOps) -> None:
-    """Raise ModelError unless plain torch runs on a CPU: nobody is slow by accident."""
-    if device != "cpu":
-        raise ModelError(
-            f"quantization {quantization} has no kernels for device {device}; choose none"
-        )
-    if selected.library is not None:
-        raise ModelError(
-            f"quantization {quantization} has no kernels for device {device}; choose int8, or "
-            "kernels torch, which emulates it slowly"
-        )

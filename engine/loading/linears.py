@@ -9,13 +9,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from pagewire.engine.emulation import require_emulation
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint, Storage
-from pagewire.engine.loading.emulated_linears import (
-    EMULATED,
-    EmulatedLinears,
-    require_emulation,
-)
+from pagewire.engine.loading.emulated_linears import EMULATED, EmulatedLinears
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.float_linear import choose_float_kernel, float_linear
 from pagewire.kernels.int4_linear import concatenated, int4_linear
@@ -27,7 +24,8 @@ from pagewire.kernels.select import SelectedOps
 class LinearLoader:
     """Reads tensors and matrices of one checkpoint for one device, dtype and quantization.
 
-    Raises ModelError for a quantization that the device or the selected operations do not have.
+    Raises ModelError or KernelError for a quantization that the device or the selected operations
+    do not have.
     """
 
     def __init__(
@@ -152,11 +150,11 @@ class LinearLoader:
 
 
 def _check(quantization: Quantization, device: str, selected: SelectedOps) -> None:
-    """Raises ModelError for a quantization that cannot run here."""
+    """Raises ModelError or KernelError for a quantization that cannot run here."""
     if quantization is Quantization.NONE:
         return
     if quantization in EMULATED:
-        require_emulation(quantization, device, selected)
+        require_emulation(f"quantization {quantization}", device, selected)
         return
     if device != "cpu":
         raise ModelError(f"quantization {quantization} needs device cpu; this is {device}")

@@ -58,7 +58,8 @@ def load_model(
 
     Of a `group` each rank reads and makes its own part. Raises ModelError when a tensor is missing,
     misshapen or of a type that is not supported, for a quantization that this device, `selected` or
-    checkpoint does not have, and for a model that cannot be split among so many ranks.
+    checkpoint does not have, and for a model that cannot be split among so many ranks; KernelError
+    for a quantization that no kernel here multiplies.
     """
     group = group or SingleRank()
     shard = ModelShard(config=checkpoint.config, rank=group.rank, size=group.size)

@@ -113,7 +113,7 @@ def test_an_fp8_cache_without_kernels_for_it_is_refused(
 ) -> None:
     make_model("llama")
     options: dict[str, Any] = {"num_pages": 1, "kv_cache_dtype": KVCacheDtype.FP8}
-    with pytest.raises(KernelError, match=r"no kernels for device meta; choose auto or int8$"):
+    with pytest.raises(KernelError, match="no kernels for device meta; choose another"):
         load_engine(tmp_path, device="meta", **options)
     try:
         find_library()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pagewire.engine.batch import Batch, BatchRow
-from pagewire.engine.errors import ModelError
+from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.dequantize import dequantize, int4_blocks
@@ -178,9 +178,9 @@ def test_what_is_emulated_runs_in_plain_torch_and_says_so(
 @pytest.mark.usefixtures("native", "model")
 @pytest.mark.parametrize("quantization", [Quantization.FP8, Quantization.W4A16])
 def test_what_has_no_kernels_is_refused(quantization: Quantization, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no kernels for device cpu; choose int8, or kernels"):
+    with pytest.raises(KernelError, match=r"no kernels for device cpu; choose int8, or kernels"):
         logits(tmp_path, quantization)
-    with pytest.raises(ModelError, match="no kernels for device meta; choose none"):
+    with pytest.raises(KernelError, match="no kernels for device meta; choose another"):
         load_engine(tmp_path, device="meta", num_pages=1, quantization=quantization)
 
 
