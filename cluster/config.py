@@ -105,11 +105,11 @@ class ServeConfig(BaseSettings):
     )
     quantization: Quantization = Field(
         default=Quantization.NONE,
-        description="matrices: none, int8, or int4 as a GGUF file has them",
+        description="matrices: none, int8, int4 as a file has them, fp8 or w4a16",
     )
     kv_cache_dtype: KVCacheDtype = Field(
         default=KVCacheDtype.AUTO,
-        description="KV cache: auto, that is dtype, or int8 for about twice as many pages",
+        description="KV cache: auto, that is dtype, int8 for about twice as many pages, or fp8",
     )
     decode_kv_cache_dtype: KVCacheDtype | None = Field(
         default=None, description="of decode workers; none: that of prefill workers, kv_cache_dtype"

@@ -74,7 +74,9 @@ class KVScatter:
         if self._pages.scales is None:
             self._pages.values[at] = vectors
             return
-        self._pages.values[at], self._pages.scales[at] = quantize_vectors(vectors.float())
+        self._pages.values[at], self._pages.scales[at] = quantize_vectors(
+            vectors.float(), self._pages.values.dtype
+        )
 
 
 def _window(

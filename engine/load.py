@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pagewire.engine.config import ModelConfig
+from pagewire.engine.emulation import require_emulation
 from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
@@ -60,6 +61,8 @@ def load_engine(
     selected = select_kernels(kernels, device, deterministic=deterministic)
     if deterministic:
         _check_deterministic(dtype, quantization)
+    if kv_cache_dtype is KVCacheDtype.FP8:
+        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected)
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)

@@ -137,7 +137,7 @@ class NativeAttentionPlan:
         dtype, num_heads, head_dim, pool = queries
         if dtype not in DTYPE_CODES:
             raise ValueError(f"q is {dtype}; give one of {', '.join(map(str, DTYPE_CODES))}")
-        pool.require(dtype)
+        pool.require(dtype, quantized=(torch.int8,))
         _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
         group = num_heads // num_kv_heads
         items, merges = _cut(

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
 from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
 
 class Storage(Enum):
     """How a file holds a tensor."""
 
     FLOAT = "floating point"
-    INT4 = "4-bit blocks of 32"  # Q4_0 or Q4_1
+    INT4 = "4-bit blocks of 32"  # Q4_0, Q4_1, or larger groups of whole blocks
     QUANTIZED = "quantised in another way"
 
 
@@ -41,6 +42,10 @@ class Checkpoint(Protocol):
 
     config: ModelConfig
 
+    @property
+    def quantized_as(self) -> str | None:
+        """For people: how the file holds matrices, where that is a choice of its maker."""
+
     def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
         """Convert one tensor, or a part of it, to the dtype of `into` and write it there.
 
@@ -52,11 +57,17 @@ class Checkpoint(Protocol):
         """How the file holds a tensor. Raises ModelError when it is missing."""
 
     def read_int4(self, name: str, part: Part | None = None) -> Int4Blocks:
-        """The blocks of a tensor whose storage is INT4, or of whole blocks of it.
+        """The blocks of a matrix whose storage is INT4, or of whole blocks of it.
 
         Rows are in the order of `read`.
 
         Raises ModelError when it is missing or stored otherwise.
+        """
+
+    def read_quantized(self, name: str, part: Part | None = None) -> QuantizedMatrix | None:
+        """The numbers of a matrix, where the file holds such and no blocks of GGUF; else None.
+
+        Raises ModelError when it is missing or damaged.
         """
 
     def rope_factors(self) -> Tensor | None:

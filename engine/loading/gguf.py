@@ -19,6 +19,7 @@ from pagewire.engine.loading.dequantize import dequantize, int4_blocks, storage_
 from pagewire.engine.loading.gguf_header import GGUFHeader, TensorEntry, read_header
 from pagewire.kernels.int4_linear import Int4Blocks
 from pagewire.kernels.ops import GROUP
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -58,6 +59,10 @@ class GGUFCheckpoint:
         self._tensors = header.tensors
         self._bytes = torch.frombuffer(data, dtype=torch.uint8)
 
+    @property
+    def quantized_as(self) -> str | None:
+        return None
+
     def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
         name = _gguf_name(name)
         entry = self._entry(name)
@@ -90,6 +95,10 @@ class GGUFCheckpoint:
             scales=self._in_our_order(name, blocks.scales)[:, groups],
             minima=self._in_our_order(name, blocks.minima)[:, groups],
         )
+
+    def read_quantized(self, name: str, part: Part | None = None) -> QuantizedMatrix | None:
+        self._entry(_gguf_name(name))
+        return None
 
     def rope_factors(self) -> Tensor | None:
         entry = self._tensors.get("rope_freqs.weight")

@@ -1,8 +1,8 @@
-"""The decoder of Llama, Mistral, Qwen2 and Qwen3: one forward step over a ragged batch.
+"""The decoder of Llama, Mistral, Phi-3, Qwen and their mixtures: a step over a ragged batch.
 
 The families differ in three switches of the config (a bias on q, k and v; a norm on each head of q
-and k; a sliding window) and otherwise in sizes only. All arithmetic is behind
-`Ops` and `Linear`.
+and k; a sliding window), in the feed-forward network of a layer, and otherwise in sizes only. All
+arithmetic is behind `Ops`, `Linear` and `FeedForward`.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
+from pagewire.engine.models.feed_forward import FeedForward
 from pagewire.engine.models.rope import cosine_and_sine
 from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
 from pagewire.kernels.kv_pool import KVPool
@@ -29,12 +30,11 @@ class LayerWeights:
     k_norm: Tensor | None  # [head_dim]
     output: Linear
     post_attention_norm: Tensor  # [hidden_size]
-    gate_up: Linear  # outputs gate, then up
-    down: Linear
+    feed_forward: FeedForward
 
     @property
-    def matrices(self) -> tuple[Linear, ...]:
-        return self.qkv, self.output, self.gate_up, self.down
+    def num_bytes(self) -> int:
+        return self.qkv.num_bytes + self.output.num_bytes + self.feed_forward.num_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,8 +45,8 @@ class LlamaWeights:
     lm_head: Linear  # outputs logits
 
     @property
-    def matrices(self) -> tuple[Linear, ...]:
-        return *(matrix for layer in self.layers for matrix in layer.matrices), self.lm_head
+    def matrix_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self.layers) + self.lm_head.num_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,13 +95,12 @@ class LlamaModel:
     def weight_bytes(self) -> int:
         """Memory of the embedding and the matrices."""
         embedding, lm_head = self._weights.embedding, self._weights.lm_head
-        matrices = sum(matrix.num_bytes for matrix in self._weights.matrices)
         memory = embedding.untyped_storage().data_ptr()
         shared = (
             isinstance(lm_head, DenseLinear)
             and lm_head.weight.untyped_storage().data_ptr() == memory
         )
-        return matrices if shared else matrices + embedding.nbytes
+        return self._weights.matrix_bytes + (0 if shared else embedding.nbytes)
 
     def forward(
         self,
@@ -160,15 +159,14 @@ class LlamaModel:
     def _layer(
         self, x: Activation, residual: Tensor, index: int, step: ForwardStep
     ) -> tuple[Tensor, Tensor]:
-        """(output of the MLP, residual before it is added), both [num_tokens, hidden_size]."""
+        """(output of the feed-forward, residual before it is added), [num_tokens, hidden_size]."""
         layer = self._weights.layers[index]
         out = self._attend(x, index, layer, step)
-        x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.gate_up)
-        gated = self.ops.silu_mul(layer.gate_up(x), quantize=layer.down.takes_quantized)
-        return self.group.all_reduce(layer.down(gated)), residual
+        x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.feed_forward)
+        return self.group.all_reduce(layer.feed_forward(x)), residual
 
     def _add_norm(
-        self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear
+        self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear | FeedForward
     ) -> tuple[Activation, Tensor]:
         """Add a block's output to the residual and normalise the sum, as `reader` takes it."""
         return self.ops.add_rms_norm(

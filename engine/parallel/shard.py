@@ -1,9 +1,9 @@
 """Which part of a model one rank has. Pure.
 
 q, k, v, gate and up are split by their outputs and the LM head by tokens; the output projection and
-down are split by their inputs, so that a rank reads what it computed itself. Everything else, the
-embedding among it, is whole on every rank. Where there are more ranks than KV heads, neighbouring
-ranks have the same one.
+down are split by their inputs, so that a rank reads what it computed itself: every rank has a part
+of every expert. Everything else, the embedding among it, is whole on every rank. Where there are
+more ranks than KV heads, neighbouring ranks have the same one.
 """
 
 import re
@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Part
+from pagewire.engine.mixture_config import MixtureConfig
 from pagewire.engine.parallel.rank_group import split_evenly
 from pagewire.kernels.ops import GROUP
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.kv_transfer.reshard import HeadSplit
 
-_LAYER_TENSOR = re.compile(r"model\.layers\.\d+\.([a-z_.]+)\.(weight|bias)")
+_LAYER_TENSOR = re.compile(r"model\.layers\.\d+\.([a-z0-9_.]+)\.(weight|bias)")
+_FEED_FORWARD = re.compile(r"mlp\.(?:(experts)\.\d+\.|(shared_expert)\.)?(gate|up|down)_proj")
 _WHOLE = (
     "model.embed_tokens.weight",
     "model.norm.weight",
@@ -25,6 +27,8 @@ _WHOLE = (
     "post_attention_layernorm",
     "self_attn.q_norm",
     "self_attn.k_norm",
+    "mlp.gate",
+    "mlp.shared_expert_gate",
 )
 
 
@@ -38,11 +42,11 @@ class ModelShard:
 
     def __post_init__(self) -> None:
         config = self.config
-        for name in ("num_heads", "intermediate_size"):
-            if getattr(config, name) % self.size:
+        for name, count in {"num_heads": config.num_heads, **self._widths}.items():
+            if count % self.size:
                 raise ModelError(
                     f"tensor_parallel_size is {self.size}; it must divide {name}, which is "
-                    f"{getattr(config, name)}. Choose another one"
+                    f"{count}. Choose another one"
                 )
         try:
             HeadSplit(num_kv_heads=config.num_kv_heads, degree=self.size)
@@ -61,7 +65,8 @@ class ModelShard:
             self.config,
             num_heads=len(self.heads),
             num_kv_heads=len(self.kv_heads),
-            intermediate_size=len(self.features),
+            intermediate_size=self.config.intermediate_size // self.size,
+            mixture=self._rank_mixture,
         )
 
     @property
@@ -74,11 +79,6 @@ class ModelShard:
         return split.heads(self.rank)
 
     @property
-    def features(self) -> range:
-        """Of the MLP, between gate and up before and down behind."""
-        return split_evenly(self.config.intermediate_size, self.size, self.rank)
-
-    @property
     def vocabulary(self) -> range:
         """Token ids whose logits this rank computes."""
         return split_evenly(self.config.vocab_size, self.size, self.rank)
@@ -87,7 +87,7 @@ class ModelShard:
         """Raise ModelError when quantised matrices would be cut within a group of inputs."""
         inputs = {
             "num_heads * head_dim": self.config.num_heads * self.config.head_dim,
-            "intermediate_size": self.config.intermediate_size,
+            **self._widths,
         }
         for name, count in inputs.items():
             if count % (self.size * GROUP):
@@ -104,20 +104,19 @@ class ModelShard:
         """
         config = self.config
         of_layer = _LAYER_TENSOR.fullmatch(name)
-        match of_layer.group(1) if of_layer else name:
+        module = of_layer.group(1) if of_layer else name
+        if network := _FEED_FORWARD.fullmatch(module):
+            return self._part_of_network(*network.groups())
+        match module:
             case "self_attn.q_proj":
                 return self._part_of_heads(0, self.heads, config.num_heads)
             case "self_attn.k_proj" | "self_attn.v_proj":
                 return self._part_of_heads(0, self.kv_heads, config.num_kv_heads)
             case "self_attn.o_proj":
                 return self._part_of_heads(1, self.heads, config.num_heads)
-            case "mlp.gate_proj" | "mlp.up_proj":
-                return Part(dim=0, index=self.features, size=config.intermediate_size)
-            case "mlp.down_proj":
-                return Part(dim=1, index=self.features, size=config.intermediate_size)
             case "lm_head.weight":
                 return self.lm_head_part
-            case module if module in _WHOLE:
+            case _ if module in _WHOLE:
                 return None
         raise ModelError(
             f"tensor {name} cannot be split among ranks; set tensor_parallel_size to 1"
@@ -127,6 +126,39 @@ class ModelShard:
     def lm_head_part(self) -> Part:
         """Of the matrix that gives logits, an embedding perhaps."""
         return Part(dim=0, index=self.vocabulary, size=self.config.vocab_size)
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        """Of each kind of feed-forward network, the features between gate and up, and down."""
+        widths = {"intermediate_size": self.config.intermediate_size}
+        mixture = self.config.mixture
+        if mixture is not None:
+            widths["moe_intermediate_size"] = mixture.intermediate_size
+            if mixture.shared_intermediate_size is not None:
+                widths["shared_expert_intermediate_size"] = mixture.shared_intermediate_size
+        return widths
+
+    @property
+    def _rank_mixture(self) -> MixtureConfig | None:
+        mixture = self.config.mixture
+        if mixture is None:
+            return None
+        shared = mixture.shared_intermediate_size
+        return replace(
+            mixture,
+            intermediate_size=mixture.intermediate_size // self.size,
+            shared_intermediate_size=None if shared is None else shared // self.size,
+        )
+
+    def _part_of_network(self, expert: str | None, shared: str | None, matrix: str) -> Part:
+        """Of a matrix of a feed-forward network: an expert's, the shared expert's or a dense one's.
+
+        `matrix`: gate, up or down.
+        """
+        name = "shared_expert_intermediate_size" if shared else "intermediate_size"
+        width = self._widths["moe_intermediate_size" if expert else name]
+        index = split_evenly(width, self.size, self.rank)
+        return Part(dim=1 if matrix == "down" else 0, index=index, size=width)
 
     def _part_of_heads(self, dim: int, heads: range, num_heads: int) -> Part:
         head_dim = self.config.head_dim

@@ -5,6 +5,7 @@ from torch import Tensor
 from pagewire.engine.loading.checkpoint import Checkpoint, Part, Storage
 from pagewire.engine.parallel.shard import ModelShard
 from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
 
 class ShardedCheckpoint:
@@ -14,6 +15,10 @@ class ShardedCheckpoint:
         self.config = shard.rank_config
         self._checkpoint = checkpoint
         self._shard = shard
+
+    @property
+    def quantized_as(self) -> str | None:
+        return self._checkpoint.quantized_as
 
     def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
         """`part` is this rank's own, and so never given."""
@@ -29,6 +34,11 @@ class ShardedCheckpoint:
         is_lm_head = name == "model.embed_tokens.weight"
         mine = self._shard.lm_head_part if is_lm_head else self._shard.part(name)
         return self._checkpoint.read_int4(name, mine)
+
+    def read_quantized(self, name: str, part: Part | None = None) -> QuantizedMatrix | None:
+        """As `read`."""
+        assert part is None, "a part of a part"
+        return self._checkpoint.read_quantized(name, self._shard.part(name))
 
     def rope_factors(self) -> Tensor | None:
         return self._checkpoint.rope_factors()

@@ -95,8 +95,8 @@ def serve(
         typer.Option("--insecure-kv/--no-insecure-kv", help="KV pages in the clear on any network"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
-    quantization: Annotated[str | None, typer.Option(help="none, int8 or int4")] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype) or int8")] = None,
+    quantization: Annotated[str | None, typer.Option(help="none, int8, int4, fp8 or w4a16")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype), int8 or fp8")] = None,
     decode_kv_cache_dtype: Annotated[
         str | None, typer.Option(help="of decode workers, if it is to be another")
     ] = None,

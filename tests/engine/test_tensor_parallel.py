@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf_files import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_checkpoints import awq, random_numbers, write_packed
 from tiny_models import VOCAB_SIZE
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 from transformers import PreTrainedModel
@@ -88,6 +89,19 @@ def logits(path: Path, group: RankGroup | None = None, **options: Any) -> torch.
     return torch.cat([parts[0], parts[2]])
 
 
+def write_awq(make_model: Callable[..., PreTrainedModel], directory: Path, family: str) -> Path:
+    """A model in AWQ's 4 bits: of two ranks, the second's inputs of down begin within a group."""
+    make_model(family, hidden_size=128, intermediate_size=192, num_attention_heads=4, head_dim=32)
+    config = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}
+
+    def pack(name: str, shape: torch.Size) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        numbers = random_numbers(shape, group_size=64)
+        return awq(name, numbers), numbers.weight()
+
+    write_packed(directory, directory / "packed", pack, config)
+    return directory / "packed"
+
+
 def require_native_kernels() -> None:
     """Skips a test where the C++ kernels were not built."""
     try:
@@ -130,6 +144,56 @@ def test_quantised_parts_have_the_groups_of_the_whole(
     [found, _] = on_ranks(2, lambda group: logits(path, group, quantization=quantization))
     # A group of activations has a second term depending on what else its rank sees of the token.
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.W4A16])
+def test_ranks_read_their_parts_of_numbers_in_4_bits(
+    quantization: Quantization,
+    family: str,
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+) -> None:
+    path = write_awq(make_model, tmp_path, family)
+    options: dict[str, Any] = {"quantization": quantization, "kernels": "torch"}
+    expected = logits(path, **options)
+    [found, _] = on_ranks(2, lambda group: logits(path, group, **options))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_run_their_blocks_of_4_bits(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    require_native_kernels()
+    path = write_awq(make_model, tmp_path, "llama")
+    expected = logits(path, quantization=Quantization.INT4)
+    [found, _] = on_ranks(2, lambda group: logits(path, group, quantization=Quantization.INT4))
+    # As above: a second term of activations depends on what else a rank sees.
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("qwen3 moe", {"moe_intermediate_size": 41}, "must divide moe_intermediate_size, which is"),
+        (
+            "qwen2 moe",
+            {"shared_expert_intermediate_size": 57},
+            "must divide shared_expert_intermediate_size, which is 57",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_split_are_refused(
+    family: str,
+    options: dict[str, int],
+    message: str,
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+) -> None:
+    make_model(family, **options)
+    config = open_checkpoint(tmp_path).config
+    with pytest.raises(ModelError, match=message):
+        ModelShard(config=config, size=2)
 
 
 def test_bfloat16(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
