@@ -43,7 +43,7 @@ def _rotate(
     tl.store(target_ptr + target + HALF, turned.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _rope_store_kernel(
     q_ptr: tl.tensor,  # [num_tokens, NUM_HEADS, HEAD_DIM], tokens strided, as k and v
     k_ptr: tl.tensor,  # [num_tokens, NUM_KV_HEADS, HEAD_DIM]
