@@ -25,7 +25,7 @@ def _mix(state: tl.tensor) -> tl.tensor:
     return state ^ (state >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _uniform_kernel(
     seeds_ptr: tl.tensor,  # int64 [num_rows], the bits of an unsigned seed
     positions_ptr: tl.tensor,  # int64 [num_rows]

@@ -5,8 +5,6 @@ are summed by tensor cores, exactly in int32 (in float32), and scaled once at th
 does one tile of the output.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -14,22 +12,10 @@ from torch import Tensor
 
 from pagewire.kernels.gpu.activation_quant import LARGEST
 from pagewire.kernels.gpu.arguments import FLOATS, require, require_array
+from pagewire.kernels.gpu.matmul_tile import GROUP_TILES, Tile, choose_tile
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 
-GROUP_TILES = 8  # rows of tiles that run side by side, so that they find the matrix in L2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tile:
-    """What one program computes at a time."""
-
-    tokens: int
-    outputs: int
-    inputs: int
-    launch: LaunchConfig
-
-
-# For a decode step, which is bound by memory, and for prefill.
+# For a decode step, which memory bounds, and for prefill.
 _TILES = (
     Tile(tokens=16, outputs=64, inputs=128, launch=LaunchConfig(num_warps=4, num_stages=4)),
     Tile(tokens=64, outputs=128, inputs=128, launch=LaunchConfig(num_warps=4, num_stages=3)),
@@ -37,12 +23,7 @@ _TILES = (
 )
 
 
-def choose_tile(num_tokens: int) -> Tile:
-    """The smallest that holds all tokens, or the largest."""
-    return next((tile for tile in _TILES if num_tokens <= tile.tokens), _TILES[-1])
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _w8a8_matmul_kernel(
     x_ptr: tl.tensor,  # int8 or float8 e4m3 [num_tokens, num_inputs]
     x_scales_ptr: tl.tensor,  # float32 [num_tokens]
@@ -106,7 +87,7 @@ def w8a8_matmul(
     require_array("weight_scales", weight_scales, (num_outputs,), torch.float32, device=x.device)
     require(dtype in FLOATS, f"dtype is {dtype}; give one of {', '.join(map(str, FLOATS))}")
     out = torch.empty((num_tokens, num_outputs), dtype=dtype, device=x.device)
-    tile = choose_tile(num_tokens)
+    tile = choose_tile(_TILES, num_tokens)
     grid = (triton.cdiv(num_tokens, tile.tokens), triton.cdiv(num_outputs, tile.outputs))
     _w8a8_matmul_kernel[grid](
         x,
@@ -132,7 +113,7 @@ _SUMS = {torch.int8: tl.int32, torch.float8_e4m3fn: tl.float32}
 
 VARIANTS = tuple(
     Variant(
-        name=f"w8a8_matmul {name} {tile.tokens}x{tile.outputs}x{tile.inputs}",
+        name=f"w8a8_matmul {name} {tile.name}",
         kernel=_w8a8_matmul_kernel,
         arguments={
             "x_ptr": f"*{name}:16",
