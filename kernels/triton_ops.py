@@ -1,7 +1,7 @@
 """Every operation in Triton where it has a kernel, on CUDA or in Triton's interpreter.
 
-In plain torch remain, by design: sampling and log probabilities, activations in 8 bits, whose
-format is that of the CPU's matrices, and the matrices themselves, which torch gives to cuBLAS.
+In plain torch remain, by design: activations in 8 bits, whose format is that of the CPU's matrices,
+and matrices in floating point, which torch gives to cuBLAS.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pagewire.kernels import torch_sampling
+from pagewire.kernels.gpu import sampling
 from pagewire.kernels.gpu.decode_attention import choose_num_splits, decode_attention
 from pagewire.kernels.gpu.prefill_attention import prefill_attention
 from pagewire.kernels.gpu.rms_norm import add_rms_norm, rms_norm
@@ -23,10 +23,10 @@ from pagewire.kernels.ops import (
     AttentionBatch,
     Logprobs,
     QuantizedActivation,
+    SamplingPlan,
     SamplingRows,
 )
 from pagewire.kernels.quantized import quantize as quantized
-from pagewire.kernels.torch_sampling import TorchSamplingPlan
 
 FIRST_WITH_TMA = 9  # compute capability of Hopper
 NUM_SMS_OF_H100 = 132
@@ -112,11 +112,11 @@ class TritonOps:
     ) -> "TritonAttentionPlan":
         return TritonAttentionPlan(batch=batch, scale=scale, window=window, gpu=self._gpu)
 
-    def plan_sampling(self, rows: SamplingRows) -> TorchSamplingPlan:
-        return TorchSamplingPlan(rows)
+    def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
+        return sampling.TritonSamplingPlan(rows)
 
     def logprobs(self, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
-        return torch_sampling.logprobs(logits[rows], tokens, num_top)
+        return sampling.logprobs(logits, rows, tokens, num_top)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -57,3 +57,18 @@ def require_dense(**tensors: Tensor) -> None:
 def require_contiguous(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         require(tensor.is_contiguous(), f"{name} is not contiguous; give a contiguous copy")
+
+
+def require_array(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    *dtypes: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
+    """A contiguous tensor of such a shape, of one of `dtypes` if any are named, on `device`."""
+    require_shape(name, tensor, shape)
+    wanted = " or ".join(map(str, dtypes))
+    require(not dtypes or tensor.dtype in dtypes, f"{name} is {tensor.dtype}; give {wanted}")
+    require(device in (None, tensor.device), f"{name} is on {tensor.device}; move it to {device}")
+    require_contiguous(**{name: tensor})

@@ -33,6 +33,7 @@ class Variant:
     launch: LaunchConfig
     # SASS instructions of which sm_90 must have some: see `Compiled.instructions`.
     requires: tuple[str, ...] = field(default=())
+    min_capability: int = 80  # of a GPU, times 10; 89 for float8 e4m3
 
 
 def all_variants() -> Iterator[Variant]:

@@ -13,6 +13,7 @@ collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 def interpreter() -> Iterator[None]:
     from interpreter_floats import exact_narrow_floats
     from interpreter_memory import checked_memory
+    from interpreter_speed import cheap_calls
 
-    with exact_narrow_floats(), checked_memory():
+    with exact_narrow_floats(), checked_memory(), cheap_calls():
         yield

@@ -15,7 +15,7 @@ from pagewire.engine.load import load_engine, select_kernels
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels import torch_ops
-from pagewire.kernels.ops import GROUP, QuantizedActivation
+from pagewire.kernels.ops import GROUP, QuantizedActivation, SamplingRows
 from pagewire.kernels.select import Kernels, select_ops
 from pagewire.kernels.triton_ops import GPU, TritonOps, find_gpu
 
@@ -61,6 +61,27 @@ def test_decode_in_16_bits_is_split_among_programs() -> None:
     assert_close(case.attention(OPS, 20), case.expected(20))
     tma = TritonOps(GPU(title="Hopper", num_sms=2, has_tma=True))
     assert_close(case.attention(tma, None), case.expected(None))
+
+
+def test_tokens_are_those_of_plain_torch() -> None:
+    logits = torch.randn(3, 193, generator=torch.Generator().manual_seed(1)) * 3
+    rows = SamplingRows(
+        temperature=torch.tensor([0.0, 1.0, 0.7]),
+        top_k=torch.tensor([193, 193, 5]),
+        top_p=torch.tensor([1.0, 0.9, 1.0], dtype=torch.float64),
+        min_p=torch.zeros(3),
+        vocab_size=193,
+    )
+    uniform = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+    reference = torch_ops.TorchOps()
+    tokens = OPS.plan_sampling(rows).run(logits, uniform)
+    assert torch.equal(tokens, reference.plan_sampling(rows).run(logits, uniform))
+    result, expected = (
+        ops.logprobs(logits, torch.tensor([2, 0]), tokens[[2, 0]], 4) for ops in (OPS, reference)
+    )
+    assert torch.equal(result.top_ids, expected.top_ids)
+    torch.testing.assert_close(result.top, expected.top, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.sampled, expected.sampled, rtol=1e-5, atol=1e-5)
 
 
 def test_operations_quantize_their_results() -> None:
