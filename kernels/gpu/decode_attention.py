@@ -38,8 +38,9 @@ def choose_num_splits(num_rows: int, num_kv_heads: int, max_pages: int, num_sms:
     Depends on the shapes of a batch only, never on its lengths, so that a CUDA graph can replay it.
     """
     wanted = BLOCKS_PER_SM * num_sms / (num_rows * num_kv_heads)
-    nearest = 2 ** max(0, round(math.log2(wanted)))
-    return min(nearest, MAX_SPLITS, triton.next_power_of_2(max_pages))
+    nearest: int = 1 << max(0, round(math.log2(wanted)))
+    most: int = triton.next_power_of_2(max_pages)
+    return min(nearest, most, MAX_SPLITS)
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _pages_of_split(
     return first, end, tl.cdiv(end - first, NUM_SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "max_pages"])
 def _decode_kernel(
     q_ptr: tl.tensor,  # [num_rows, num_heads, HEAD_DIM]
     kv: tl.tensor,  # what `kv_argument` makes

@@ -47,7 +47,7 @@ def _find_row(
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_rows", "max_pages"])
 def _prefill_kernel(
     q_ptr: tl.tensor,  # [num_tokens, num_heads, HEAD_DIM]
     kv: tl.tensor,  # what `kv_argument` makes

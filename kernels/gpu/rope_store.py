@@ -91,7 +91,7 @@ def _quantize_and_store(
     _store_quantized(v, values_at + PAGE * HEAD_DIM, scales_at + PAGE, inside, LARGEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _rope_store_kernel(
     q_ptr: tl.tensor,  # [num_tokens, NUM_HEADS, HEAD_DIM], tokens strided, as k and v
     k_ptr: tl.tensor,  # [num_tokens, NUM_KV_HEADS, HEAD_DIM]

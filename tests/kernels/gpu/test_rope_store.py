@@ -28,7 +28,7 @@ def test_rope_and_store(head_dim: int, dtype: torch.dtype) -> None:
     case = PagedCase(Shape(rows=ROWS, head_dim=head_dim, num_kv_heads=3, group=2), dtype)
     before = case.pool.values.clone()
     # Parts of one tensor, as a model has them.
-    q, k, v = torch.randn(9, 12, head_dim).to(dtype).split([6, 3, 3], dim=1)
+    q, k, v = torch.split(torch.randn(9, 12, head_dim).to(dtype), [6, 3, 3], dim=1)
     frequencies, angle = angles(case)
     slots = case.batch.slots.clone()
     slots[4] = -1
