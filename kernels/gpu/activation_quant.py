@@ -29,12 +29,12 @@ def narrow(x: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def token_scale(x: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
-    """max |x| / LARGEST of a token, 1 where all are 0, NaN where any is; x: float32 [features]."""
-    largest = tl.max(tl.abs(x), axis=0)
-    scale = tl.where(largest > 0, tl.div_rn(largest, LARGEST), 1.0)
-    num_nan = tl.sum((x != x).to(tl.int32), axis=0)  # tl.max passes NaN over
-    return tl.where(num_nan > 0, float("nan"), scale)
+def scales_of(x: tl.tensor, AXIS: tl.constexpr, LARGEST: tl.constexpr) -> tl.tensor:
+    """max |x| / LARGEST along an axis, 1 where all are 0, NaN where any is; x: float32."""
+    largest = tl.max(tl.abs(x), axis=AXIS)
+    scales = tl.where(largest > 0, tl.div_rn(largest, LARGEST), 1.0)
+    has_nan = tl.max((x != x).to(tl.int32), axis=AXIS)  # tl.max passes NaN over
+    return tl.where(has_nan > 0, float("nan"), scales)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _quantize_tokens_kernel(
     feature = tl.arange(0, BLOCK)
     mask = feature < num_features
     row = tl.load(x_ptr + token * num_features + feature, mask=mask, other=0.0).to(tl.float32)
-    scale = token_scale(row, LARGEST)
+    scale = scales_of(row, 0, LARGEST)
     tl.store(scales_ptr + token, scale)
     quantized = narrow(row, scale, values_ptr.dtype.element_ty)
     tl.store(values_ptr + token * num_features + feature, quantized, mask=mask)

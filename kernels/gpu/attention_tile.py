@@ -1,8 +1,9 @@
 """What both attention kernels do with one page: fetch K and V of a head, and attend to them.
 
 A page is a tile: `[K|V][slot][head_dim]` of one (page, layer, KV head) is one run of memory, and on
-Hopper one box of the TMA unit. The softmax is the online one (Milakov and Gimelshein, 2018; Dao et
-al., FlashAttention, 2022), with powers of two in place of those of e.
+Hopper one box of the TMA unit. Behind one in 8 bits lie its scales: that of a K weighs its scores,
+that of a V its weights, so values are never restored. The softmax is the online one (Milakov and
+Gimelshein, 2018; Dao et al., FlashAttention, 2022), with powers of two in place of those of e.
 """
 
 import triton
@@ -11,7 +12,6 @@ from torch import Tensor, int32
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pagewire.kernels.gpu.arguments import (
-    KernelArgumentError,
     require,
     require_contiguous,
     require_dtype,
@@ -23,11 +23,13 @@ from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.ops import AttentionBatch
 
 LOG2_E = 1.4426950408889634
+SCALE_BYTES: tl.constexpr = tl.constexpr(4)  # of a K or V of one token and head in 8 bits
 
 
 @triton.jit
 def load_kv(
     kv: tl.tensor,  # what `kv_argument` makes
+    scales_ptr: tl.tensor,  # float32, of a pool in 8 bits; else None
     page: tl.tensor,
     layer: tl.tensor,
     kv_head: tl.tensor,
@@ -36,19 +38,40 @@ def load_kv(
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TMA: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """K and V of a head in one page, both [PAGE, HEAD_DIM]."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """K and V of a head in one page, both [PAGE, HEAD_DIM], and their scales, [1, PAGE] or 1."""
     if TMA:
         segment = (page * NUM_LAYERS + layer) * NUM_KV_HEADS + kv_head
         k = kv.load([segment, 0, 0]).reshape(PAGE, HEAD_DIM)
         v = kv.load([segment, PAGE, 0]).reshape(PAGE, HEAD_DIM)
     else:
         segment = (page.to(tl.int64) * NUM_LAYERS + layer) * NUM_KV_HEADS + kv_head
+        vector: tl.constexpr = HEAD_DIM if scales_ptr is None else HEAD_DIM + SCALE_BYTES
         inside = tl.arange(0, PAGE)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-        k_ptr = kv + segment * (2 * PAGE * HEAD_DIM)
+        k_ptr = kv + segment * (2 * PAGE * vector)
         k = tl.load(k_ptr + inside)
         v = tl.load(k_ptr + PAGE * HEAD_DIM + inside)
-    return k, v
+    k_scales, v_scales = 1.0, 1.0
+    if scales_ptr is not None:
+        stride: tl.constexpr = 2 * PAGE * (HEAD_DIM + SCALE_BYTES) // SCALE_BYTES
+        scale_at = scales_ptr + segment.to(tl.int64) * stride + tl.arange(0, PAGE)[None, :]
+        k_scales, v_scales = tl.load(scale_at), tl.load(scale_at + PAGE)
+    return k, v, k_scales, v_scales
+
+
+@triton.jit
+def hide_unwritten(
+    v: tl.tensor, v_scales: tl.tensor, written: tl.tensor, QUANTIZED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """V and its scales, with 0 in place of the NaN that slots may hold which nobody has written.
+
+    v: [PAGE, HEAD_DIM]; v_scales: [1, PAGE] with QUANTIZED; written: bool [PAGE].
+    """
+    if QUANTIZED:
+        v_scales = tl.where(written[None, :], v_scales, 0.0)
+    else:
+        v = tl.where(written[:, None], v, 0.0)
+    return v, v_scales
 
 
 @triton.jit
@@ -56,6 +79,8 @@ def attend(
     q: tl.tensor,  # [ROWS, HEAD_DIM]
     k: tl.tensor,  # [PAGE, HEAD_DIM]
     v: tl.tensor,  # [PAGE, HEAD_DIM], finite also where nobody looks: 0 * NaN is NaN
+    k_scales: tl.tensor,  # float32 [1, PAGE], or 1
+    v_scales: tl.tensor,  # the same
     visible: tl.tensor,  # bool [ROWS, PAGE] or what broadcasts to it; read with MASKED only
     scale_log2: tl.tensor,  # scale * LOG2_E
     maximum: tl.tensor,  # float32 [ROWS], of the scores so far, in powers of 2
@@ -67,7 +92,8 @@ def attend(
 
     float32 is multiplied as three products of its parts in TF32, which lose next to nothing.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale_log2  # [ROWS, PAGE]
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")  # [ROWS, PAGE]
+    scores = scores * (scale_log2 * k_scales)
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1))
@@ -76,7 +102,8 @@ def attend(
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(maximum - base)
     total = total * decay + tl.sum(weights, 1)
-    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision="tf32x3")
+    weights = (weights * v_scales).to(q.dtype)
+    out = tl.dot(weights, v.to(q.dtype), out * decay[:, None], input_precision="tf32x3")
     return new_maximum, total, out
 
 
@@ -94,11 +121,12 @@ def kv_argument(pool: KVPool, *, tma: bool) -> Tensor | TensorDescriptor:
 
 def require_attention(q: Tensor, pool: KVPool, layer: int, batch: AttentionBatch) -> None:
     """Raise KernelArgumentError for what no attention kernel takes."""
-    if pool.scales is not None:
-        raise KernelArgumentError("the pool is int8; choose kv_cache_dtype auto")
-    require_floats(q=q, pool=pool.values)
+    if pool.scales is None:
+        require_floats(q=q, pool=pool.values)
+    else:
+        require_floats(q=q)
     require_shape("q", q, (None, None, None))
-    require_contiguous(q=q, pool=pool.values, page_table=batch.page_table)
+    require_contiguous(q=q, page_table=batch.page_table)
     num_tokens, num_heads, head_dim = q.shape
     _, num_layers, num_kv_heads, _, page_size, pool_head_dim = pool.values.shape
     require(

@@ -15,6 +15,7 @@ from pagewire.kernels.gpu.arguments import require
 from pagewire.kernels.gpu.attention_tile import (
     LOG2_E,
     attend,
+    hide_unwritten,
     kv_argument,
     load_kv,
     require_attention,
@@ -56,6 +57,7 @@ def _pages_of_split(
 def _decode_kernel(
     q_ptr: tl.tensor,  # [num_rows, num_heads, HEAD_DIM]
     kv: tl.tensor,  # what `kv_argument` makes
+    scales_ptr: tl.tensor,  # float32, of a pool in 8 bits; else None
     page_table_ptr: tl.tensor,  # int32 [num_rows, max_pages]
     context_lens_ptr: tl.tensor,  # int32 [num_rows], at least 1
     out_ptr: tl.tensor,  # [num_rows, num_heads, HEAD_DIM]; written where NUM_SPLITS is 1
@@ -99,21 +101,45 @@ def _decode_kernel(
     full = tl.minimum(context_len // PAGE, end)
     for index in tl.range(first, full):
         page = tl.load(pages_ptr + index)
-        k, v = load_kv(kv, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA)
+        k, v, k_scales, v_scales = load_kv(
+            kv, scales_ptr, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA
+        )
         visible = (index * PAGE + slot >= context_len - WINDOW)[None, :]
         maximum, total, out = attend(
-            q, k, v, visible, scale_log2, maximum, total, out, MASKED=WINDOW > 0
+            q,
+            k,
+            v,
+            k_scales,
+            v_scales,
+            visible,
+            scale_log2,
+            maximum,
+            total,
+            out,
+            MASKED=WINDOW > 0,
         )
     if full < end:  # the last page of the context: what lies behind it may be NaN
         page = tl.load(pages_ptr + full)
-        k, v = load_kv(kv, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA)
+        k, v, k_scales, v_scales = load_kv(
+            kv, scales_ptr, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA
+        )
         position = full * PAGE + slot
         visible = position < context_len
-        v = tl.where(visible[:, None], v, 0.0)
+        v, v_scales = hide_unwritten(v, v_scales, visible, scales_ptr is not None)
         if WINDOW:
             visible &= position >= context_len - WINDOW
         maximum, total, out = attend(
-            q, k, v, visible[None, :], scale_log2, maximum, total, out, MASKED=True
+            q,
+            k,
+            v,
+            k_scales,
+            v_scales,
+            visible[None, :],
+            scale_log2,
+            maximum,
+            total,
+            out,
+            MASKED=True,
         )
 
     out = out / total[:, None]
@@ -186,6 +212,7 @@ def decode_attention(
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
         q,
         kv_argument(pool, tma=tma),
+        pool.scales,
         batch.page_table,
         batch.context_lens,
         out,
@@ -231,14 +258,17 @@ def _decode_variant(
     window: int = 0,
     num_splits: int = 8,
     tma: bool = True,
+    quantized: bool = False,
 ) -> Variant:
     page = 64
+    kv = "i8" if quantized else "bf16"
     return Variant(
         name=f"decode attention bf16 {name}",
         kernel=_decode_kernel,
         arguments={
             "q_ptr": "*bf16:16",
-            "kv": f"tensordesc<bf16[1, {page}, {head_dim}]>" if tma else "*bf16:16",
+            "kv": f"tensordesc<{kv}[1, {page}, {head_dim}]>" if tma else f"*{kv}:16",
+            **({"scales_ptr": "*fp32:16"} if quantized else {}),
             "page_table_ptr": "*i32:16",
             "context_lens_ptr": "*i32:16",
             "out_ptr": "*bf16:16",
@@ -249,6 +279,7 @@ def _decode_variant(
             "max_pages": "i32",
         },
         constants={
+            **({} if quantized else {"scales_ptr": None}),
             "NUM_LAYERS": 32,
             "NUM_KV_HEADS": num_kv_heads,
             "GROUP": group,
@@ -269,6 +300,8 @@ VARIANTS = (
     _decode_variant("128 TMA unsplit", num_splits=1),
     _decode_variant("128 TMA window", window=4096),
     _decode_variant("128", tma=False),
+    _decode_variant("128 TMA, pool in int8", quantized=True),
+    _decode_variant("128, pool in int8", quantized=True, tma=False),
     _decode_variant("64 TMA, groups of 3", head_dim=64, num_kv_heads=3, group=3),
     Variant(
         name="decode attention bf16 combine",

@@ -13,6 +13,7 @@ from torch import Tensor, empty_like
 from pagewire.kernels.gpu.attention_tile import (
     LOG2_E,
     attend,
+    hide_unwritten,
     kv_argument,
     load_kv,
     require_attention,
@@ -50,6 +51,7 @@ def _find_row(
 def _prefill_kernel(
     q_ptr: tl.tensor,  # [num_tokens, num_heads, HEAD_DIM]
     kv: tl.tensor,  # what `kv_argument` makes
+    scales_ptr: tl.tensor,  # float32, of a pool in 8 bits; else None
     page_table_ptr: tl.tensor,  # int32 [num_rows, max_pages]
     cu_seqlens_ptr: tl.tensor,  # int32 [num_rows + 1]
     context_lens_ptr: tl.tensor,  # int32 [num_rows]
@@ -98,20 +100,46 @@ def _prefill_kernel(
     full = tl.maximum((first_position + 1) // PAGE, first)  # pages before it are past for all
     for index in tl.range(first, full):
         page = tl.load(pages_ptr + index)
-        k, v = load_kv(kv, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA)
+        k, v, k_scales, v_scales = load_kv(
+            kv, scales_ptr, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA
+        )
         visible = (index * PAGE + slot)[None, :] > (position - WINDOW)[:, None]
         maximum, total, out = attend(
-            q, k, v, visible, scale_log2, maximum, total, out, MASKED=WINDOW > 0
+            q,
+            k,
+            v,
+            k_scales,
+            v_scales,
+            visible,
+            scale_log2,
+            maximum,
+            total,
+            out,
+            MASKED=WINDOW > 0,
         )
     for index in tl.range(full, tl.cdiv(end_position, PAGE)):
         page = tl.load(pages_ptr + index)
-        k, v = load_kv(kv, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA)
+        k, v, k_scales, v_scales = load_kv(
+            kv, scales_ptr, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA
+        )
         seen = index * PAGE + slot
-        v = tl.where((seen < context_len)[:, None], v, 0.0)  # behind the context may be NaN
+        v, v_scales = hide_unwritten(v, v_scales, seen < context_len, scales_ptr is not None)
         visible = seen[None, :] <= position[:, None]
         if WINDOW:
             visible &= seen[None, :] > (position - WINDOW)[:, None]
-        maximum, total, out = attend(q, k, v, visible, scale_log2, maximum, total, out, MASKED=True)
+        maximum, total, out = attend(
+            q,
+            k,
+            v,
+            k_scales,
+            v_scales,
+            visible,
+            scale_log2,
+            maximum,
+            total,
+            out,
+            MASKED=True,
+        )
 
     out = out / total[:, None]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=is_query)
@@ -144,6 +172,7 @@ def prefill_attention(
     _prefill_kernel[(num_tiles, num_kv_heads)](
         q,
         kv_argument(pool, tma=tma),
+        pool.scales,
         batch.page_table,
         batch.cu_seqlens,
         batch.context_lens,
@@ -176,14 +205,17 @@ def _prefill_variant(
     group: int = 4,
     window: int = 0,
     tma: bool = True,
+    quantized: bool = False,
 ) -> Variant:
     wide = dtype == "fp32"
+    kv = "i8" if quantized else dtype
     return Variant(
         name=f"prefill attention {dtype} {name}",
         kernel=_prefill_kernel,
         arguments={
             "q_ptr": f"*{dtype}:16",
-            "kv": f"tensordesc<{dtype}[1, {page}, {head_dim}]>" if tma else f"*{dtype}:16",
+            "kv": f"tensordesc<{kv}[1, {page}, {head_dim}]>" if tma else f"*{kv}:16",
+            **({"scales_ptr": "*fp32:16"} if quantized else {}),
             "page_table_ptr": "*i32:16",
             "cu_seqlens_ptr": "*i32:16",
             "context_lens_ptr": "*i32:16",
@@ -194,6 +226,7 @@ def _prefill_variant(
             "max_pages": "i32",
         },
         constants={
+            **({} if quantized else {"scales_ptr": None}),
             "NUM_LAYERS": 32,
             "NUM_KV_HEADS": num_kv_heads,
             "GROUP": group,
@@ -213,6 +246,7 @@ VARIANTS = (
     _prefill_variant("128 TMA, pages of 128", page=128),
     _prefill_variant("128 TMA window", window=4096),
     _prefill_variant("128", tma=False),
+    _prefill_variant("128 TMA, pool in int8", quantized=True),
     _prefill_variant("64 TMA, groups of 3", head_dim=64, num_kv_heads=3, group=3),
     _prefill_variant("128 TMA", dtype="fp32"),
 )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.gpu.activation_quant import LARGEST, narrow
+from pagewire.kernels.gpu.activation_quant import LARGEST, narrow, scales_of
 from pagewire.kernels.gpu.arguments import FLOATS, require, require_array, require_same_device
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 from pagewire.kernels.kv_pool import KVPool
@@ -37,8 +37,7 @@ def _requantize_pages_kernel(
     inside = slot[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     half = kind * PAGE * HEAD_DIM  # V lies behind K
     x = tl.load(source_ptr + source * 2 * PAGE * HEAD_DIM + half + inside).to(tl.float32)
-    largest = tl.max(tl.abs(x), axis=1)  # [PAGE]
-    scales = tl.where(largest == 0, 1.0, tl.div_rn(largest, LARGEST))
+    scales = scales_of(x, 1, LARGEST)  # [PAGE]
     values = narrow(x, scales[:, None], values_ptr.dtype.element_ty)
     tl.store(values_ptr + target * SEGMENT_BYTES + half + inside, values)
     tl.store(scales_ptr + target * (SEGMENT_BYTES // 4) + kind * PAGE + slot, scales)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.gpu.activation_quant import LARGEST, launch, narrow, token_scale
+from pagewire.kernels.gpu.activation_quant import LARGEST, launch, narrow, scales_of
 from pagewire.kernels.gpu.arguments import FLOATS, require, require_array
 from pagewire.kernels.gpu.variant import Variant
 
@@ -41,7 +41,7 @@ def _rms_norm_quant_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * weight
     y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-    scale = token_scale(y, LARGEST)
+    scale = scales_of(y, 0, LARGEST)
     tl.store(scales_ptr + token, scale)
     tl.store(values_ptr + at, narrow(y, scale, values_ptr.dtype.element_ty), mask=inside)
 

@@ -1,15 +1,16 @@
 """Rotary position embedding of q and k, and k and v written to their slots, in one pass.
 
 The halves of a head are the two parts of complex numbers, turned by an angle that grows with the
-position (Su et al., RoFormer, 2021; halves as in GPT-NeoX). One program a token; in float32.
+position (Su et al., RoFormer, 2021; halves as in GPT-NeoX). One program a token; in float32, from
+which a pool in 8 bits is filled as `kv_pool.quantize_vectors` does.
 """
 
 import triton
 import triton.language as tl
-from torch import Tensor, empty, float32, int64
+from torch import Tensor, empty, float32, int8, int64
 
+from pagewire.kernels.gpu.activation_quant import LARGEST, narrow, scales_of
 from pagewire.kernels.gpu.arguments import (
-    KernelArgumentError,
     require,
     require_contiguous,
     require_dtype,
@@ -17,6 +18,7 @@ from pagewire.kernels.gpu.arguments import (
     require_same_device,
     require_shape,
 )
+from pagewire.kernels.gpu.attention_tile import SCALE_BYTES
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 from pagewire.kernels.kv_pool import KVPool
 
@@ -43,6 +45,52 @@ def _rotate(
     tl.store(target_ptr + target + HALF, turned.to(dtype), mask=inside)
 
 
+@triton.jit
+def _store_quantized(
+    x: tl.tensor,  # float32 [KV_BLOCK, HEAD_DIM], K or V of a token
+    values_at: tl.tensor,  # pointers, int8 [KV_BLOCK, HEAD_DIM]
+    scales_at: tl.tensor,  # pointers, float32 [KV_BLOCK]
+    inside: tl.tensor,  # bool [KV_BLOCK]
+    LARGEST: tl.constexpr,
+) -> None:
+    scales = scales_of(x, 1, LARGEST)
+    tl.store(values_at, narrow(x, scales[:, None], tl.int8), mask=inside[:, None])
+    tl.store(scales_at, scales, mask=inside)
+
+
+@triton.jit
+def _quantize_and_store(
+    k_ptr: tl.tensor,  # of a token, [NUM_KV_HEADS, HEAD_DIM]
+    v_ptr: tl.tensor,
+    cosine_ptr: tl.tensor,  # of a token, float32 [HEAD_DIM / 2]
+    sine_ptr: tl.tensor,
+    pool_ptr: tl.tensor,  # int8, the first segment of a page and layer
+    scales_ptr: tl.tensor,  # float32, the same
+    slot: tl.tensor,  # of the page
+    NUM_KV_HEADS: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    LARGEST: tl.constexpr,
+) -> None:
+    """Rotate K, and store it and V in 8 bits."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    SEGMENT: tl.constexpr = 2 * PAGE * (HEAD_DIM + SCALE_BYTES)
+    kv_head, dim = tl.arange(0, KV_BLOCK), tl.arange(0, HEAD_DIM)[None, :]
+    inside = kv_head < NUM_KV_HEADS
+    at = kv_head[:, None] * HEAD_DIM
+    x = tl.load(k_ptr + at + dim, mask=inside[:, None], other=0.0).to(tl.float32)
+    partner = (dim + HALF) % HEAD_DIM  # in the other half
+    y = tl.load(k_ptr + at + partner, mask=inside[:, None], other=0.0).to(tl.float32)
+    cosine, sine = tl.load(cosine_ptr + dim % HALF), tl.load(sine_ptr + dim % HALF)
+    k = tl.where(dim < HALF, x * cosine - y * sine, x * cosine + y * sine)
+    v = tl.load(v_ptr + at + dim, mask=inside[:, None], other=0.0).to(tl.float32)
+    values_at = pool_ptr + kv_head[:, None] * SEGMENT + slot * HEAD_DIM + dim
+    scales_at = scales_ptr + kv_head * (SEGMENT // SCALE_BYTES) + slot
+    _store_quantized(k, values_at, scales_at, inside, LARGEST)
+    _store_quantized(v, values_at + PAGE * HEAD_DIM, scales_at + PAGE, inside, LARGEST)
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _rope_store_kernel(
     q_ptr: tl.tensor,  # [num_tokens, NUM_HEADS, HEAD_DIM], tokens strided, as k and v
@@ -53,6 +101,7 @@ def _rope_store_kernel(
     slots_ptr: tl.tensor,  # int64 [num_tokens], -1: stored nowhere
     out_ptr: tl.tensor,  # [num_tokens, NUM_HEADS, HEAD_DIM]
     pool_ptr: tl.tensor,  # [num_pages, NUM_LAYERS, NUM_KV_HEADS, 2, PAGE, HEAD_DIM]
+    scales_ptr: tl.tensor,  # float32 [num_pages, .., 2, PAGE], of a pool in 8 bits; else None
     layer: tl.tensor,
     q_stride: tl.tensor,
     k_stride: tl.tensor,
@@ -64,6 +113,7 @@ def _rope_store_kernel(
     KV_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
+    LARGEST: tl.constexpr,
 ) -> None:
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
@@ -82,13 +132,30 @@ def _rope_store_kernel(
     kv_head = tl.arange(0, KV_BLOCK)[:, None]
     inside = kv_head < NUM_KV_HEADS
     page = slot // PAGE
-    segment = (page * NUM_LAYERS + layer) * NUM_KV_HEADS + kv_head
-    stored = segment * (2 * PAGE * HEAD_DIM) + slot % PAGE * HEAD_DIM
-    at = kv_head * HEAD_DIM + pair
-    _rotate(k_ptr + token * k_stride, pool_ptr, at, stored + pair, inside, cosine, sine, HALF)
-    dim = tl.arange(0, HEAD_DIM)[None, :]
-    v = tl.load(v_ptr + token * v_stride + kv_head * HEAD_DIM + dim, mask=inside, other=0.0)
-    tl.store(pool_ptr + stored + PAGE * HEAD_DIM + dim, v, mask=inside)
+    segment = (page * NUM_LAYERS + layer) * NUM_KV_HEADS
+    if scales_ptr is not None:
+        segment_bytes: tl.constexpr = 2 * PAGE * (HEAD_DIM + SCALE_BYTES)
+        _quantize_and_store(
+            k_ptr + token * k_stride,
+            v_ptr + token * v_stride,
+            cosine_ptr + token * HALF,
+            sine_ptr + token * HALF,
+            pool_ptr + segment * segment_bytes,
+            scales_ptr + segment * (segment_bytes // SCALE_BYTES),
+            slot % PAGE,
+            NUM_KV_HEADS,
+            KV_BLOCK,
+            HEAD_DIM,
+            PAGE,
+            LARGEST,
+        )
+    else:
+        stored = (segment + kv_head) * (2 * PAGE * HEAD_DIM) + slot % PAGE * HEAD_DIM
+        at = kv_head * HEAD_DIM + pair
+        _rotate(k_ptr + token * k_stride, pool_ptr, at, stored + pair, inside, cosine, sine, HALF)
+        dim = tl.arange(0, HEAD_DIM)[None, :]
+        v = tl.load(v_ptr + token * v_stride + kv_head * HEAD_DIM + dim, mask=inside, other=0.0)
+        tl.store(pool_ptr + stored + PAGE * HEAD_DIM + dim, v, mask=inside)
 
 
 def rope_and_store(
@@ -104,12 +171,12 @@ def rope_and_store(
 
     The heads of a token lie behind one another. Raises KernelArgumentError.
     """
-    if pool.scales is not None:
-        raise KernelArgumentError("the pool is int8; choose kv_cache_dtype auto")
-    pool.require(k.dtype)
     num_tokens, num_heads, head_dim = q.shape
     _, num_layers, num_kv_heads, _, page_size, pool_head_dim = pool.values.shape
-    require_floats(q=q, k=k, v=v, pool=pool.values)
+    if pool.scales is None:
+        require_floats(q=q, k=k, v=v, pool=pool.values)
+    else:
+        require_floats(q=q, k=k, v=v)
     require(
         head_dim == pool_head_dim and head_dim >= 2 and head_dim.bit_count() == 1,
         f"head_dim is {head_dim} and the pool's {pool_head_dim}; give the same power of two, or "
@@ -128,7 +195,7 @@ def rope_and_store(
         require_contiguous(**{name: part})
     require_shape("slots", slots, (num_tokens,))
     require_dtype("slots", slots, int64)
-    require_contiguous(slots=slots, pool=pool.values)
+    require_contiguous(slots=slots)
     require_same_device(q=q, cosine=rope[0], sine=rope[1], slots=slots)
     require(0 <= layer < num_layers, f"layer is {layer}; the pool has {num_layers}")
     out = empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
@@ -140,6 +207,7 @@ def rope_and_store(
         slots,
         out,
         pool.values,
+        pool.scales,
         layer,
         q.stride(0),
         k.stride(0),
@@ -151,6 +219,7 @@ def rope_and_store(
         KV_BLOCK=triton.next_power_of_2(num_kv_heads),
         HEAD_DIM=head_dim,
         PAGE=page_size,
+        LARGEST=LARGEST[int8],
         num_warps=LAUNCH.num_warps,
     )
     return out
@@ -168,13 +237,15 @@ VARIANTS = tuple(
             "sine_ptr": "*fp32:16",
             "slots_ptr": "*i64:16",
             "out_ptr": "*bf16:16",
-            "pool_ptr": "*bf16:16",
+            "pool_ptr": "*i8:16" if quantized else "*bf16:16",
+            **({"scales_ptr": "*fp32:16"} if quantized else {}),
             "layer": "i32",
             "q_stride": "i32:16",
             "k_stride": "i32:16",
             "v_stride": "i32:16",
         },
         constants={
+            **({} if quantized else {"scales_ptr": None}),
             "NUM_LAYERS": 32,
             "NUM_HEADS": num_heads,
             "NUM_KV_HEADS": num_kv_heads,
@@ -182,8 +253,13 @@ VARIANTS = tuple(
             "KV_BLOCK": triton.next_power_of_2(num_kv_heads),
             "HEAD_DIM": head_dim,
             "PAGE": 64,
+            "LARGEST": LARGEST[int8],
         },
         launch=LAUNCH,
     )
-    for name, num_heads, num_kv_heads, head_dim in (("128", 32, 8, 128), ("64", 9, 3, 64))
+    for name, num_heads, num_kv_heads, head_dim, quantized in (
+        ("128", 32, 8, 128, False),
+        ("64", 9, 3, 64, False),
+        ("128, pool in int8", 32, 8, 128, True),
+    )
 )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.gpu.activation_quant import LARGEST, launch, narrow, token_scale
+from pagewire.kernels.gpu.activation_quant import LARGEST, launch, narrow, scales_of
 from pagewire.kernels.gpu.arguments import FLOATS, require, require_array
 from pagewire.kernels.gpu.variant import Variant
 
@@ -31,7 +31,7 @@ def _silu_mul_quant_kernel(
     up = tl.load(gate_at + dim, mask=inside, other=0.0).to(tl.float32)
     y = gate * tl.sigmoid(gate) * up
     y = y.to(gate_up_ptr.dtype.element_ty).to(tl.float32)
-    scale = token_scale(y, LARGEST)
+    scale = scales_of(y, 0, LARGEST)
     tl.store(scales_ptr + token, scale)
     quantized = narrow(y, scale, values_ptr.dtype.element_ty)
     tl.store(values_ptr + token * dim + column, quantized, mask=inside)

@@ -30,6 +30,14 @@ def test_a_window(window: int) -> None:
     assert_close(attend(case, window=window), case.expected(window))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_pool_in_8_bits(dtype: torch.dtype) -> None:
+    case = PagedCase(Shape(rows=((40, 70), (1, 40), (5, 5))), dtype, quantized=True)
+    out = attend(case, tma=dtype is torch.bfloat16)
+    assert_close(out, case.expected(None))
+    assert_close(out, case.expected(None, exact=True), 1.2e-2)
+
+
 @pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 1), (3, 4), (1, 24)])
 def test_any_grouping_of_heads(num_kv_heads: int, group: int) -> None:
     shape = Shape(rows=((12, 20),), num_kv_heads=num_kv_heads, group=group)

@@ -10,6 +10,7 @@ from torch import Tensor
 from pagewire.kernels import reference
 from pagewire.kernels.gpu.arguments import KernelArgumentError
 from pagewire.kernels.gpu.rope_store import rope_and_store
+from pagewire.kernels.kv_pool import quantize_vectors
 
 ROWS = ((3, 3), (5, 20), (1, 17))
 
@@ -43,6 +44,35 @@ def test_rope_and_store(head_dim: int, dtype: torch.dtype) -> None:
     assert torch.equal(stored[:, :, 1], v[written])
     case.pool.values[pages, 2, :, :, offsets] = torch.nan
     assert torch.equal(case.pool.values.view(torch.uint8), before.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_pool_in_8_bits(dtype: torch.dtype) -> None:
+    """V to the bit as tokens are quantised elsewhere, K as the rotation in float32 is."""
+    case = PagedCase(Shape(rows=ROWS, num_kv_heads=3, group=2), dtype, quantized=True)
+    pool = case.pool
+    assert pool.scales is not None
+    before = pool.scales.clone()
+    q, k, v = torch.randn(9, 12, 16).to(dtype).split([6, 3, 3], dim=1)
+    v[2] = 0
+    frequencies, angle = angles(case)
+    slots = case.batch.slots.clone()
+    slots[4] = -1
+
+    rotated = rope_and_store(q, k, v, (angle.cos(), angle.sin()), pool, 2, slots)
+
+    positions = case.batch.positions
+    assert_close(rotated, reference.rope(q, positions, frequencies))
+    written = slots >= 0
+    pages, offsets = slots[written] // 16, slots[written] % 16
+    values = pool.values[pages, 2, :, :, offsets]  # [num_tokens, num_kv_heads, 2, head_dim]
+    scales = pool.scales[pages, 2, :, :, offsets]
+    stored = values[:, :, 1], scales[:, :, 1]
+    assert all(map(torch.equal, stored, quantize_vectors(v[written].float())))
+    exact = reference.rope(k, positions, frequencies)[written]
+    assert_close(values[:, :, 0] * scales[:, :, 0][..., None], exact, 1.2e-2)
+    pool.scales[pages, 2, :, :, offsets] = torch.nan
+    assert torch.equal(pool.scales.isnan(), before.isnan())
 
 
 def test_what_does_not_fit_is_refused() -> None:
