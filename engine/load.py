@@ -18,8 +18,8 @@ from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.precision import default_dtype
 from pagewire.engine.quantization import Quantization
+from pagewire.kernels.errors import KernelsUnavailableError
 from pagewire.kernels.float_linear import choose_float_kernel
-from pagewire.kernels.native_library import NativeLibraryError
 from pagewire.kernels.select import Kernels, SelectedOps, select_ops
 from pagewire.kv_transfer.layout import KVLayout
 
@@ -63,6 +63,8 @@ def load_engine(
         _check_deterministic(dtype, quantization)
     if kv_cache_dtype is KVCacheDtype.FP8:
         require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected)
+    if kernels == Kernels.TRITON and device == "cpu" and dtype == "bfloat16":
+        raise KernelError("Triton's interpreter is wrong in bfloat16; choose dtype float32")
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -123,7 +125,7 @@ def select_kernels(kernels: str, device: str, *, deterministic: bool = False) ->
     """`select_ops` for a value of Kernels. Raises KernelError for what cannot run here."""
     try:
         return select_ops(Kernels(kernels), device, deterministic=deterministic)
-    except NativeLibraryError as error:
+    except KernelsUnavailableError as error:
         wanted = "deterministic needs the C++ kernels, and " if deterministic else ""
         raise KernelError(f"{wanted}kernels is {kernels}: {error}") from error
 

@@ -16,4 +16,4 @@ def default_dtype(
     """
     if device != "cpu" or has_bfloat16(flags):
         return "bfloat16"
-    return "bfloat16" if kernels != "torch" and built_sets() else "float32"
+    return "bfloat16" if kernels in ("auto", "native") and built_sets() else "float32"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pagewire.kernels.cpu_flags import cpu_flags
+from pagewire.kernels.errors import KernelsUnavailableError
 from pagewire.kernels.instruction_sets import (
     FOLDER,
     INSTRUCTION_SETS,
@@ -67,13 +68,8 @@ SIGNATURES = {
 }
 
 
-class NativeLibraryError(Exception):
+class NativeLibraryError(KernelsUnavailableError):
     """No library of C++ kernels can be used."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(f"{reason}; {remedy}")
-        self.reason = reason
-        self.remedy = remedy
 
 
 Function = Callable[..., None]

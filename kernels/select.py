@@ -1,8 +1,12 @@
 """Which implementation of the operations a worker runs, and why: chosen once, at its start."""
 
+import importlib.util
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
+
+from pagewire.kernels.errors import KernelsUnavailableError
 from pagewire.kernels.native_library import (
     NO_LIBRARY,
     NativeLibrary,
@@ -17,9 +21,10 @@ from pagewire.kernels.torch_ops import TorchOps
 class Kernels(StrEnum):
     """What a user can ask for."""
 
-    AUTO = "auto"  # C++ on a CPU where it was built, else plain torch
+    AUTO = "auto"  # C++ on a CPU where it was built, Triton on a GPU, else plain torch
     NATIVE = "native"
     TORCH = "torch"
+    TRITON = "triton"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +41,35 @@ class SelectedOps:
 def select_ops(kernels: Kernels, device: str, *, deterministic: bool = False) -> SelectedOps:
     """Choose the operations for a device as torch names it.
 
-    Raises NativeLibraryError, with the remedy, where there are no C++ kernels and NATIVE, or
-    `deterministic`, needs them: torch sums in another order for every size of a batch.
+    Raises KernelsUnavailableError, with the remedy, where operations cannot run that were asked
+    for; `deterministic` needs those in C++: torch sums in another order for every size of a batch,
+    in its own operations and in the matrices of a GPU.
     """
-    if kernels is Kernels.TORCH:
-        if deterministic:
-            raise NativeLibraryError("plain torch is not deterministic", "choose kernels auto")
-        return _torch("as configured")
+    on_cpu = torch.device(device).type == "cpu"
     try:
-        if device != "cpu":
-            raise NativeLibraryError(f"the C++ kernels run on a CPU, not on {device}", NO_LIBRARY)
-        library = find_library()
-    except NativeLibraryError as error:
-        if kernels is Kernels.NATIVE or deterministic:
+        match kernels:
+            case Kernels.TORCH if deterministic:
+                raise KernelsUnavailableError(
+                    "plain torch is not deterministic", "choose kernels auto"
+                )
+            case Kernels.TORCH:
+                return _torch("as configured")
+            case Kernels.NATIVE:
+                return _native(device, deterministic)
+            case Kernels.TRITON:
+                return _triton(device, deterministic)
+            case Kernels.AUTO:
+                return (_native if on_cpu else _triton)(device, deterministic)
+    except KernelsUnavailableError as error:
+        if kernels is not Kernels.AUTO or deterministic:
             raise
         return _torch(error.reason, error.remedy)
+
+
+def _native(device: str, deterministic: bool) -> SelectedOps:
+    if torch.device(device).type != "cpu":
+        raise NativeLibraryError(f"the C++ kernels run on a CPU, not on {device}", NO_LIBRARY)
+    library = find_library()
     title = library.instruction_set.title
     return SelectedOps(
         ops=NativeOps(library, deterministic=deterministic),
@@ -58,6 +77,25 @@ def select_ops(kernels: Kernels, device: str, *, deterministic: bool = False) ->
         deterministic=deterministic,
         explanation=f"C++ for {title}",
     )
+
+
+def _triton(device: str, deterministic: bool) -> SelectedOps:
+    if deterministic:
+        raise KernelsUnavailableError(
+            "a GPU multiplies matrices in another order in every batch", "serve on a CPU"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise KernelsUnavailableError("triton is not installed", "pip install triton, on Linux")
+    # Only where it is wanted: it is not there on every platform, and takes a while to load.
+    from pagewire.kernels.triton_ops import TritonOps, find_gpu, is_interpreted
+
+    if torch.device(device).type == "cpu" and not is_interpreted():
+        raise KernelsUnavailableError(
+            f"the Triton kernels run on a GPU, not on {device}",
+            "choose kernels auto, or TRITON_INTERPRET=1 to try them slowly",
+        )
+    gpu = find_gpu(device)
+    return SelectedOps(ops=TritonOps(gpu), library=None, explanation=f"Triton on {gpu.title}")
 
 
 def _torch(reason: str, remedy: str = "") -> SelectedOps:

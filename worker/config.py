@@ -40,7 +40,7 @@ class WorkerConfig:
     num_threads: int = 1  # compute threads of a step, all ranks; with a core board, at most
     core_board: str | None = None  # the file of `worker.core_board`; None: num_threads always
     core_board_slot: int = 0
-    kernels: str = "auto"  # auto, native or torch
+    kernels: str = "auto"  # auto, native, torch or triton
     deterministic: bool = False  # logits are the same to the bit in every batch
     max_batch_tokens: int = 512  # prompt tokens that one prefill step runs
     lease_s: float = 10.0  # how long a prefill worker keeps a prompt whose hand-off has failed

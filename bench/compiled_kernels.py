@@ -1,0 +1,98 @@
+"""What the Triton kernels take of a Hopper GPU: registers, shared memory, matrix instructions.
+
+Needs no GPU: every variant is compiled for sm_90 and its machine code read. Fails where one spills,
+needs more shared memory than there is, or lacks its matrix instructions, and where one differs from
+the results that are kept in `kernels/gpu/compiled_sm90.json`, by the same version of Triton.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# Before triton is loaded, which could only interpret kernels then.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+
+from pagewire.kernels.gpu.compiled import Compiled, compile_variant
+from pagewire.kernels.gpu.variant import Variant, all_variants
+
+KEPT = Path(__file__).parents[1] / "kernels" / "gpu" / "compiled_sm90.json"
+HOPPER = 90
+OTHERS = (80, 89, 100)  # Ampere, Ada, Blackwell: that they compile is all that is asked
+
+Table = dict[str, dict[str, Any]]
+
+
+def compile_all() -> tuple[Table, list[str]]:
+    """The table for sm_90, printed line by line, and what must not be."""
+    table: Table = {}
+    problems: list[str] = []
+    print(f"{'kernel':44}{'registers':>10}{'spilled':>9}{'shared':>9}  instructions")
+    for variant in all_variants():
+        compiled = compile_variant(variant, HOPPER)
+        problems.extend(compiled.problems(variant))
+        table[variant.name] = asdict(compiled)
+        print(_line(variant, compiled), flush=True)
+    return table, problems
+
+
+def compile_elsewhere() -> None:
+    for variant in all_variants():
+        capabilities = [each for each in OTHERS if each >= variant.min_capability]
+        for capability in capabilities:
+            compile_variant(variant, capability)
+        print(f"{variant.name} compiles for sm_{', sm_'.join(map(str, capabilities))}", flush=True)
+
+
+def differences(table: Table, kept: Mapping[str, Any]) -> list[str]:
+    """Between what was compiled now and what is kept; none if another Triton made that."""
+    if kept["triton"] != triton.__version__:
+        return []
+    variants: Table = kept["variants"]
+    return [
+        f"{name}: kept {variants.get(name)}, compiled {table.get(name)}; if that is meant, run "
+        "this with --update"
+        for name in sorted(variants.keys() | table.keys())
+        if variants.get(name) != table.get(name)
+    ]
+
+
+def keep(table: Table) -> None:
+    """One line a variant, so that a change of one is a change of its line."""
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(table[name])}" for name in table)
+    version = json.dumps(triton.__version__)
+    KEPT.write_text(f'{{\n  "triton": {version},\n  "variants": {{\n{lines}\n  }}\n}}\n')
+
+
+def _line(variant: Variant, compiled: Compiled) -> str:
+    instructions = ", ".join(f"{name} {count}" for name, count in compiled.instructions.items())
+    return (
+        f"{variant.name:44}{compiled.registers:>10}{compiled.spilled_bytes:>9}"
+        f"{compiled.shared_bytes:>9}  {instructions}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="sm_90 only, which is the default")
+    parser.add_argument("--all", action="store_true", help="also compile for other GPUs")
+    parser.add_argument("--update", action="store_true", help="keep the results")
+    arguments = parser.parse_args()
+    table, problems = compile_all()
+    if arguments.update:
+        keep(table)
+    problems += differences(table, json.loads(KEPT.read_text()))
+    if arguments.all and not arguments.quick:
+        compile_elsewhere()
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

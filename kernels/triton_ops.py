@@ -1,0 +1,161 @@
+"""Every operation in Triton where it has a kernel, on CUDA or in Triton's interpreter.
+
+In plain torch remain, by design: activations in 8 bits, whose format is that of the CPU's matrices,
+and matrices in floating point, which torch gives to cuBLAS.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+import triton
+from torch import Tensor
+
+from pagewire.kernels.gpu import sampling
+from pagewire.kernels.gpu.decode_attention import choose_num_splits, decode_attention
+from pagewire.kernels.gpu.prefill_attention import prefill_attention
+from pagewire.kernels.gpu.rms_norm import add_rms_norm, rms_norm
+from pagewire.kernels.gpu.rope_store import rope_and_store
+from pagewire.kernels.gpu.silu_mul import silu_mul
+from pagewire.kernels.kv_pool import KVPool
+from pagewire.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    Logprobs,
+    QuantizedActivation,
+    SamplingPlan,
+    SamplingRows,
+)
+from pagewire.kernels.quantized import quantize as quantized
+
+FIRST_WITH_TMA = 9  # compute capability of Hopper
+NUM_SMS_OF_H100 = 132
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPU:
+    """What of a GPU decides how kernels are launched."""
+
+    title: str
+    num_sms: int
+    has_tma: bool  # a unit that fetches tiles, from Hopper on
+
+
+def is_interpreted() -> bool:
+    """Whether this process interprets kernels, on a CPU, instead of compiling them."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def find_gpu(device: str) -> GPU:
+    """The GPU that torch names so; where kernels are interpreted, what they take for one."""
+    if is_interpreted():
+        return GPU(title="its interpreter", num_sms=NUM_SMS_OF_H100, has_tma=False)
+    properties = torch.cuda.get_device_properties(device)
+    return GPU(
+        title=properties.name,
+        num_sms=properties.multi_processor_count,
+        has_tma=properties.major >= FIRST_WITH_TMA,
+    )
+
+
+class TritonOps:
+    """Implements `pagewire.kernels.ops.Ops` for float32, bfloat16 and float16.
+
+    Each raises KernelArgumentError, a ValueError, for tensors that its kernel does not take, as
+    heads of another size than a power of two.
+    """
+
+    def __init__(self, gpu: GPU) -> None:
+        self._gpu = gpu
+
+    @property
+    def recorder(self) -> None:
+        """Launches are made anew in every step."""
+
+    def quantize(self, x: Tensor) -> QuantizedActivation:
+        return quantized(x)
+
+    @overload
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool) -> Activation: ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> Activation:
+        normed = rms_norm(x, weight, eps)
+        return self.quantize(normed) if quantize else normed
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
+    ) -> tuple[Activation, Tensor]:
+        normed, total = add_rms_norm(x, residual, weight, eps)
+        return self.quantize(normed) if quantize else normed, total
+
+    def silu_mul(self, gate_up: Tensor, *, quantize: bool = False) -> Activation:
+        product = silu_mul(gate_up)
+        return self.quantize(product) if quantize else product
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        pool: KVPool,
+        layer: int,
+        slots: Tensor,
+    ) -> Tensor:
+        return rope_and_store(q, k, v, rope, pool, layer, slots)
+
+    def plan_attention(
+        self, batch: AttentionBatch, *, scale: float, window: int | None
+    ) -> "TritonAttentionPlan":
+        return TritonAttentionPlan(batch=batch, scale=scale, window=window, gpu=self._gpu)
+
+    def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
+        return sampling.TritonSamplingPlan(rows)
+
+    def logprobs(self, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        return sampling.logprobs(logits, rows, tokens, num_top)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TritonAttentionPlan:
+    """Implements `pagewire.kernels.ops.AttentionPlan`.
+
+    Decided by shapes alone: the host does not wait for lengths, and a CUDA graph can replay it.
+    """
+
+    batch: AttentionBatch
+    scale: float
+    window: int | None
+    gpu: GPU
+
+    def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
+        num_rows, max_pages = self.batch.page_table.shape
+        # In float32 the tiles of decode do not fit into registers.
+        if len(q) > num_rows or q.dtype is torch.float32:
+            return prefill_attention(
+                q,
+                pool,
+                layer,
+                self.batch,
+                scale=self.scale,
+                window=self.window,
+                tma=self.gpu.has_tma,
+            )
+        num_kv_heads = pool.values.shape[2]
+        return decode_attention(
+            q,
+            pool,
+            layer,
+            self.batch,
+            scale=self.scale,
+            window=self.window,
+            num_splits=choose_num_splits(num_rows, num_kv_heads, max_pages, self.gpu.num_sms),
+            tma=self.gpu.has_tma,
+        )

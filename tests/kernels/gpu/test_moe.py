@@ -1,0 +1,122 @@
+"""Mixtures of experts against float64: routing, sorting into tiles, and the products."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_case import TOLERANCE, assert_close
+from torch import Tensor
+
+from pagewire.kernels import reference
+from pagewire.kernels.gpu.arguments import KernelArgumentError
+from pagewire.kernels.gpu.moe import moe_mlp
+from pagewire.kernels.gpu.moe_align import UNUSED, moe_align
+from pagewire.kernels.gpu.moe_matmul import moe_matmul, tile_size
+from pagewire.kernels.gpu.moe_route import moe_route
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (12, 3), (5, 5)])
+def test_route(num_experts: int, top_k: int, renormalize: bool) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, num_experts) * 2
+    experts, weights = moe_route(logits, top_k, renormalize=renormalize)
+    expected = logits.double().softmax(dim=1).topk(top_k)
+    shares = expected.values
+    if renormalize:
+        shares = shares / shares.sum(dim=1, keepdim=True)
+    assert torch.equal(experts, expected.indices.int())
+    assert_close(weights, shares)
+
+
+def test_equally_likely_experts_are_taken_in_their_order() -> None:
+    experts, weights = moe_route(torch.zeros(1, 6), 4, renormalize=True)
+    assert experts.tolist() == [[0, 1, 2, 3]]
+    assert weights.tolist() == [[0.25] * 4]
+
+
+@settings(max_examples=15)
+@given(
+    experts=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), max_size=20),
+    tile=st.sampled_from([4, 16]),
+)
+def test_every_pair_is_in_a_tile_of_its_expert(experts: list[list[int]], tile: int) -> None:
+    chosen = torch.tensor(experts, dtype=torch.int32).view(-1, 3)
+    tiles = moe_align(chosen, 5, tile)
+    found: list[int] = []
+    for pairs, expert in zip(tiles.pairs.tolist(), tiles.experts.tolist(), strict=True):
+        own = [pair for pair in pairs if pair < tiles.num_pairs]
+        assert bool(own) == (expert != UNUSED)
+        assert own == sorted(own)
+        assert all(chosen.flatten()[pair] == expert for pair in own)
+        found += own
+    assert sorted(found) == list(range(chosen.numel()))
+
+
+def experts_of(
+    num_experts: int, hidden: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    gate_up = torch.randn(num_experts, 2 * hidden, dim) / dim**0.5
+    return gate_up.to(dtype), (torch.randn(num_experts, dim, hidden) / hidden**0.5).to(dtype)
+
+
+def expected_mlp(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int) -> Tensor:
+    """Token by token, with weights that add up to 1."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    shares, experts = logits.double().softmax(dim=1).topk(top_k)
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    for token, row in enumerate(x.double()):
+        for share, expert in zip(shares[token], experts[token], strict=True):
+            gate, up = (gate_up[expert].double() @ row).chunk(2)
+            out[token] += share * (down[expert].double() @ reference.silu_mul(gate, up))
+    return out
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_mixture_of_experts(dtype: torch.dtype) -> None:
+    """One expert gets no token, and another all of them."""
+    torch.manual_seed(0)
+    num_tokens, num_experts, hidden, dim = 9, 4, 72, 160
+    x = torch.randn(num_tokens, dim).to(dtype)
+    logits = torch.randn(num_tokens, num_experts)
+    logits[:, 1] = 10
+    logits[:, 3] = -10
+    gate_up, down = experts_of(num_experts, hidden, dim, dtype)
+    out = moe_mlp(x, logits, gate_up, down, 2, renormalize=True)
+    # Four results are rounded to the dtype one after another.
+    assert_close(out, expected_mlp(x, logits, gate_up, down, 2), 2 * TOLERANCE[dtype])
+
+
+def test_large_tiles() -> None:
+    torch.manual_seed(0)
+    num_tokens, num_experts, num_outputs, num_inputs = 130, 2, 140, 80
+    assert tile_size(num_tokens, num_experts) == 64
+    x, weight = torch.randn(num_tokens, num_inputs), torch.randn(2, num_outputs, num_inputs)
+    experts = torch.randint(0, num_experts, (num_tokens, 1), dtype=torch.int32)
+    factors = torch.rand(num_tokens)
+    out = moe_matmul(x, weight, moe_align(experts, num_experts, 64), factors)
+    expected = torch.einsum("ti,toi->to", x.double(), weight[experts[:, 0]].double())
+    assert_close(out, expected * factors[:, None])
+
+
+def test_a_token_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    x, logits = torch.randn(7, 160), torch.randn(7, 4)
+    gate_up, down = experts_of(4, 72, 160, torch.float32)
+    order = torch.randperm(7)
+    out = moe_mlp(x, logits, gate_up, down, 2, renormalize=False)
+    shuffled = moe_mlp(x[order], logits[order], gate_up, down, 2, renormalize=False)
+    assert torch.equal(shuffled, out[order])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(KernelArgumentError, match="top_k is 5; give 1 to 4"):
+        moe_route(torch.zeros(2, 4), 5, renormalize=False)
+    experts = torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(KernelArgumentError, match="tile is 24"):
+        moe_align(experts, 4, 24)
+    tiles = moe_align(experts, 4, 16)
+    with pytest.raises(KernelArgumentError, match="x has 3 rows for 4 pairs"):
+        moe_matmul(torch.zeros(3, 8), torch.zeros(4, 8, 8), tiles)
+    with pytest.raises(KernelArgumentError, match=r"factors is \[3\]; give \[4\]"):
+        moe_matmul(torch.zeros(2, 8), torch.zeros(4, 8, 8), tiles, torch.zeros(3))
