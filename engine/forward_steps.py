@@ -1,6 +1,8 @@
-"""Runs the forward steps of a model: decode steps from recordings where the operations make them.
+"""Runs the forward steps of a model, those of few tokens from recordings.
 
-A decode step has one token a row, and the same hundreds of operations as any other of so many rows.
+A decode step makes the same hundreds of operations as any other of so many tokens. How its tokens
+are divided among rows is known to attention alone, whose plan is renewed for every step; so steps
+that check drafts are recorded too.
 """
 
 import logging
@@ -15,7 +17,7 @@ from pagewire.engine.models.rope import cosine_and_sine
 from pagewire.engine.step_memory import StepInputs
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.ops import (
-    AttentionBatch,
+    AttentionPlan,
     NotRecordableError,
     Recording,
     RenewablePlan,
@@ -23,6 +25,9 @@ from pagewire.kernels.ops import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+_MAX_TOKENS = 64  # of a recorded step: in longer ones Python takes a small part of the time
 
 
 class ForwardSteps:
@@ -33,89 +38,94 @@ class ForwardSteps:
         self._pool = pool
         # The sums of several ranks are no operations of ours, so recordings would leave them out.
         self._recorder = model.ops.recorder if model.group.size == 1 else None
-        self._recorded: dict[int, _RecordedDecode] = {}  # by number of rows
+        self._attention: RenewablePlan | None = None  # of all recorded steps
+        self._recorded: dict[int, _RecordedStep] = {}  # by number of tokens
 
     def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """The logits of a step, as `LlamaModel.forward`; void at the next step."""
-        num_rows = len(inputs.attention.context_lens)
-        is_decode = num_rows == len(inputs.token_ids) == len(inputs.logits_of)
-        if self._recorder is None or not is_decode or on_layer is not None:
-            return self._model.forward(
-                inputs.token_ids, inputs.attention, self._pool, inputs.logits_of, on_layer
+        num_tokens = len(inputs.token_ids)
+        has_all_logits = len(inputs.logits_of) == num_tokens
+        if (
+            self._recorder is None
+            or not has_all_logits
+            or num_tokens > _MAX_TOKENS
+            or on_layer is not None
+        ):
+            return self._eager(inputs, on_layer)
+        attention = self._attention
+        if attention is None:
+            attention = self._attention = self._recorder.plan_attention(
+                inputs.attention,
+                scale=self._model.attention_scale,
+                window=self._model.config.sliding_window,
             )
-        recorded = self._recorded.get(num_rows)
+            return self._first(inputs, attention)
+        attention.renew(inputs.attention)
+        recorded = self._recorded.get(num_tokens)
         if recorded is not None:
-            return recorded.replay(inputs)
-        return self._record(inputs, self._recorder)
+            recorded.inputs.fill(self._model, inputs)
+            return recorded.recording.replay()
+        return self._record(inputs, attention, self._recorder)
 
-    def _record(self, inputs: StepInputs, recorder: StepRecorder) -> Tensor:
-        """Run a decode step, and record it for those that follow."""
+    def _eager(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        return self._model.forward(
+            inputs.token_ids, inputs.attention, self._pool, inputs.logits_of, on_layer
+        )
+
+    def _first(self, inputs: StepInputs, attention: AttentionPlan) -> Tensor:
+        """A first run of the plan, which prepares it: no recording would do that again."""
+        fixed = _FixedInputs.like(inputs, self._model)
+        return self._model.logits(fixed.residual, self._step(fixed, attention), None)
+
+    def _record(
+        self, inputs: StepInputs, attention: AttentionPlan, recorder: StepRecorder
+    ) -> Tensor:
+        """Run a step, and record it for those that follow."""
+        fixed = _FixedInputs.like(inputs, self._model)
+        step = self._step(fixed, attention)
         try:
-            recorded = _record(self._model, self._pool, inputs, recorder)
+            recording = recorder.record(lambda: self._model.logits(fixed.residual, step, None))
         except NotRecordableError as error:
             logger.info("decode steps run without recordings: %s", error)
             self._recorder = None
-            return self.run(inputs)
-        self._recorded[len(inputs.token_ids)] = recorded
-        return recorded.replay(inputs)
+            return self._eager(inputs)
+        self._recorded[len(inputs.token_ids)] = _RecordedStep(inputs=fixed, recording=recording)
+        return recording.output
+
+    def _step(self, fixed: "_FixedInputs", attention: AttentionPlan) -> ForwardStep:
+        return ForwardStep(attention=attention, rope=fixed.rope, pool=self._pool, slots=fixed.slots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Inputs:
-    """What the recorded operations read, in memory that stays where it is."""
+class _FixedInputs:
+    """What recorded operations read besides weights and KV, in memory that stays where it is."""
 
-    residual: Tensor  # [num_rows, hidden_size]
-    rope: tuple[Tensor, Tensor]  # float32 [num_rows, head_dim / 2] each
-    slots: Tensor  # int64 [num_rows]
+    residual: Tensor  # [num_tokens, hidden_size]
+    rope: tuple[Tensor, Tensor]  # float32 [num_tokens, head_dim / 2] each
+    slots: Tensor  # int64 [num_tokens]
+
+    @classmethod
+    def like(cls, inputs: StepInputs, model: LlamaModel) -> "_FixedInputs":
+        """Memory of their own that holds the inputs of a step."""
+        batch = inputs.attention
+        return cls(
+            residual=model.embedding[inputs.token_ids],
+            rope=cosine_and_sine(batch.positions, model.inverse_frequencies),
+            slots=batch.slots.clone(),
+        )
+
+    def fill(self, model: LlamaModel, inputs: StepInputs) -> None:
+        """Take the inputs of another step with as many tokens."""
+        torch.index_select(model.embedding, 0, inputs.token_ids, out=self.residual)
+        rope = cosine_and_sine(inputs.attention.positions, model.inverse_frequencies)
+        for to, values in zip(self.rope, rope, strict=True):
+            to.copy_(values)
+        self.slots.copy_(inputs.attention.slots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _RecordedDecode:
-    """Decode steps of one number of rows."""
+class _RecordedStep:
+    """The steps of one number of tokens."""
 
-    model: LlamaModel
-    attention: RenewablePlan
-    inputs: _Inputs
+    inputs: _FixedInputs
     recording: Recording
-
-    def replay(self, inputs: StepInputs) -> Tensor:
-        self.attention.renew(inputs.attention)
-        _fill(self.inputs, self.model, inputs)
-        return self.recording.replay()
-
-
-def _record(
-    model: LlamaModel, pool: KVPool, inputs: StepInputs, recorder: StepRecorder
-) -> _RecordedDecode:
-    """Raises NotRecordableError. Stores the KV of the step, perhaps in part."""
-    batch = inputs.attention
-    attention = recorder.plan_attention(
-        batch, scale=model.attention_scale, window=model.config.sliding_window
-    )
-    fixed = _inputs_like(model, inputs.token_ids, batch)
-    step = ForwardStep(attention=attention, rope=fixed.rope, pool=pool, slots=fixed.slots)
-    _fill(fixed, model, inputs)
-    # A first run prepares what a recording may not do, the plan of attention among it.
-    model.logits(fixed.residual, step, None)
-    return _RecordedDecode(
-        model=model,
-        attention=attention,
-        inputs=fixed,
-        recording=recorder.record(lambda: model.logits(fixed.residual, step, None)),
-    )
-
-
-def _inputs_like(model: LlamaModel, token_ids: Tensor, batch: AttentionBatch) -> _Inputs:
-    return _Inputs(
-        residual=model.embedding[token_ids],
-        rope=cosine_and_sine(batch.positions, model.inverse_frequencies),
-        slots=torch.empty_like(batch.slots),
-    )
-
-
-def _fill(fixed: _Inputs, model: LlamaModel, inputs: StepInputs) -> None:
-    torch.index_select(model.embedding, 0, inputs.token_ids, out=fixed.residual)
-    rope = cosine_and_sine(inputs.attention.positions, model.inverse_frequencies)
-    for to, values in zip(fixed.rope, rope, strict=True):
-        to.copy_(values)
-    fixed.slots.copy_(inputs.attention.slots)

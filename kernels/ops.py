@@ -85,7 +85,7 @@ class RenewablePlan(AttentionPlan, Protocol):
     """A plan that recorded steps read."""
 
     def renew(self, batch: AttentionBatch) -> None:
-        """Take the rows of another step with as many tokens, for replays too.
+        """Take the rows of another step, for replays too; so many tokens as the replayed step has.
 
         Raises RuntimeError before the first run.
         """
@@ -100,6 +100,10 @@ class NotRecordableError(Exception):
 
 class Recording(Protocol):
     """A recorded step."""
+
+    @property
+    def output(self) -> Tensor:
+        """What the last run gave: the one that was recorded, or a replay."""
 
     def replay(self) -> Tensor:
         """Run it again on what its inputs hold now. The result is void at the next replay."""

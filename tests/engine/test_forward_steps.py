@@ -1,6 +1,7 @@
 """Decode steps from recordings: the same logits, to the bit, as without."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def decode(starts: list[int], step: int) -> Batch:
 
 
 def without_recordings(runner: ModelRunner, batch: Batch) -> Tensor:
-    """Two tokens less than a decode step: rows that sample nothing run as any other step."""
+    """Beside a row that samples nothing, which no recorded step has."""
     extra = BatchRow(
         request_id="extra", token_ids=[1], start=0, page_table=[NUM_PAGES - 1], sampling=None
     )
@@ -67,6 +68,25 @@ def test_logits_are_the_same_to_the_bit(
         assert torch.equal(recorded.forward(batch), expected)
         used = plain.kv_cache.pool.view(NUM_PAGES, -1)[:-1]
         assert torch.equal(recorded.kv_cache.pool.view(NUM_PAGES, -1)[:-1], used)
+
+
+def test_rows_of_several_tokens_share_recordings_with_others(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model("llama")
+    recorded, plain = engine(tmp_path), engine(tmp_path)
+    if recorded.model.ops.recorder is None:
+        pytest.skip("the C++ kernels were not built")
+    # Four tokens each: of one row with three drafts, of two rows, of four.
+    for num_drafts in ([3], [1, 1], [0, 0, 0, 0], [2, 0], [3]):
+        rows = decode([20 + index for index in range(len(num_drafts))], 0).rows
+        batch = Batch(
+            rows=tuple(
+                replace(row, token_ids=[*row.token_ids, *range(count)], num_drafts=count)
+                for row, count in zip(rows, num_drafts, strict=True)
+            )
+        )
+        assert torch.equal(recorded.forward(batch), without_recordings(plain, batch))
 
 
 def test_a_model_that_cannot_be_recorded_runs_all_the_same(
