@@ -182,7 +182,7 @@ class DecodeCore:
             receiver=receiver,
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
         )
-        num_new = len(token_ids) - body.num_output_tokens
+        prompt_end = len(token_ids) - body.num_output_tokens
         request.sequences = [
             DecodeSequence(
                 key=key,
@@ -191,7 +191,9 @@ class DecodeCore:
                 token_ids=token_ids,
                 num_resumed=body.num_output_tokens,
                 sampling=sampling,
-                history=TokenHistory.for_params(sampling, token_ids[:num_new], token_ids[num_new:]),
+                history=TokenHistory.for_params(
+                    sampling, token_ids[:prompt_end], token_ids[prompt_end:]
+                ),
                 cache_salt=body.cache_salt,
                 page_keys=request.page_keys,
                 priority=body.priority,

@@ -178,7 +178,7 @@ class PrefillCore:
         token_ids, (sampling, *siblings) = read_work(
             body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
         )
-        num_new = len(token_ids) - body.num_output_tokens
+        prompt_end = len(token_ids) - body.num_output_tokens
         num_pages = self.layout.num_pages(len(token_ids))
         if num_pages > self.pool.num_pages:
             raise CommandError(
@@ -192,7 +192,9 @@ class PrefillCore:
             num_resumed=body.num_output_tokens,
             sampling=sampling,
             siblings=tuple(siblings),
-            history=TokenHistory.for_params(sampling, token_ids[:num_new], token_ids[num_new:]),
+            history=TokenHistory.for_params(
+                sampling, token_ids[:prompt_end], token_ids[prompt_end:]
+            ),
             sender=self._make_sender(key, body, token_ids),
             page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
             addresses=_addresses(body),
@@ -234,6 +236,8 @@ class PrefillCore:
         sequence = self._sequences.get(held)
         if sequence is None or sequence.route.sender != command.route.sender:
             self._ended.add(key)
+            if sequence is None:  # should its Prefill still come, nobody waits for it
+                self._ended.add(held)
             text = "the pages of the prompt are not on this prefill worker any more"
             return [failed(command.route, text, pb.FAILURE_CODE_NOT_PARKED)]
         effects: list[Effect] = [Send(message=message) for message in sequence.sender.close()]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from pagewire.proto import worker_pb2 as pb
-from pagewire.proto.choices import max_context_tokens
+from pagewire.proto.choices import PageDemand, max_context_tokens
 from pagewire.proto.page_hash import PageHasher
 from pagewire.router.cached_pages import NO_HASHES, PageHashes
 from pagewire.router.commands import Assignment
@@ -69,7 +69,7 @@ class DispatchCore:
     def submit(self, request: Request, now: float) -> list[Effect]:
         """Admit a request. Raises RequestFailed when there is no room, or never will be."""
         self.check_ready()
-        if not self._fits(request):
+        if not self._fits(request.page_demand):
             raise _too_large(request)
         if len(self._queue) >= self._max_queued:
             raise RequestFailed(
@@ -286,7 +286,7 @@ class DispatchCore:
                 self._prefilling[lifecycle.request.request_id] = projection
                 assignment = self._assign(lifecycle, pair.prefill.incarnation, pair.decode)
                 effects += lifecycle.dispatch(assignment)
-            elif self._fits(lifecycle.request):
+            elif self._fits(lifecycle.page_demand):
                 break
         return effects
 
@@ -305,13 +305,13 @@ class DispatchCore:
         route = pb.Route(sender=self.incarnation, receiver=member.incarnation)
         return SendCommand(command=pb.WorkerCommand(route=route, kv_snapshot=pb.KvSnapshot()))
 
-    def _fits(self, request: Request) -> bool:
+    def _fits(self, demand: PageDemand) -> bool:
         """Whether the registered workers could hold a request if they were idle."""
         return any(
-            member.num_pages(len(request.token_ids)) <= member.info.num_pages
+            member.num_pages(demand.num_prompt_tokens) <= member.info.num_pages
             for member in self.members.of_role(pb.ROLE_PREFILL)
         ) and any(
-            request.page_demand.num_pages(member.page_size) <= member.info.num_pages
+            demand.num_pages(member.page_size) <= member.info.num_pages
             for member in self.members.of_role(pb.ROLE_DECODE)
         )
 

@@ -240,6 +240,13 @@ def test_a_repoint_that_cannot_be_carried_out_fails(
     assert core.state().parked_pages == 3
 
 
+def test_a_prefill_that_its_repoint_has_overtaken_is_not_begun() -> None:
+    core = prefill_core()
+    assert failure(core.on_command(repoint_command(), 0.0)) == pb.FAILURE_CODE_NOT_PARKED
+    assert core.on_command(prefill_command(PROMPT), 0.0) == []
+    check_nothing_is_left(core)
+
+
 def test_a_router_cannot_repoint_what_another_one_sent() -> None:
     core = parked()
     command = repoint_command()

@@ -596,3 +596,15 @@ def test_a_prefill_worker_above_its_watermark_gets_nothing() -> None:
     assert core.counts()["queued"] == 1
     effects = core.on_event(heartbeat(info.incarnation, pb.WorkerState(parked_pages=5)), 1.0)
     assert commands(effects) == [("attach", "request", D.incarnation)]
+
+
+def test_a_retry_that_has_outgrown_the_prefill_workers_stands_aside() -> None:
+    core = make_core(max_queued=10)
+    core.on_registered(registration("prefill-0", pb.ROLE_PREFILL, num_pages=2), 0.0)
+    for info in (D, E):
+        core.on_registered(info, 0.0)
+    core.submit(make_request("long", num_prompt_tokens=32, max_tokens=40, queue_deadline=5.0), 0.0)
+    core.on_event(tokens(D.incarnation, (5, 6), request_id="long"), 0.0)
+    core.on_worker_lost(D.incarnation, 1.0)
+    assert core.counts()["queued"] == 1
+    assert commands(core.submit(make_request("short"), 1.0)) == [("attach", "short", E.incarnation)]
