@@ -17,9 +17,9 @@ from pagewire.kv_transfer.announced import fail
 from pagewire.kv_transfer.transport import TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary
 
-# Bounds how long one turn keeps the event loop, to about a quarter of a frame: the headers of those
-# that follow are then answered while it moves, and the link does not run dry.
-_STEPS_PER_TURN = 8
+# Bounds how long one turn keeps the event loop, to less than a frame: the headers of those that
+# follow are then answered while it moves, and the link seldom runs dry.
+_STEPS_PER_TURN = 16
 _STEPS_TO_END = 10
 # UCX cannot tell when a peer makes room in shared memory. While transfers are under way it is
 # asked again at once a few times, and then this often, for a peer may be slow or stopped.
