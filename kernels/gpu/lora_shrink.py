@@ -22,7 +22,8 @@ _MIN_RANK = 16  # of a matrix product; smaller ranks are filled up with 0
 
 def rank_block(rank: int) -> int:
     """The width of `lora_shrink`'s result."""
-    return max(_MIN_RANK, triton.next_power_of_2(rank))
+    width: int = triton.next_power_of_2(rank)
+    return max(_MIN_RANK, width)
 
 
 def tokens_block(segments: LoraSegments) -> int:

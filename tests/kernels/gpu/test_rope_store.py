@@ -53,7 +53,7 @@ def test_a_pool_in_8_bits(dtype: torch.dtype) -> None:
     pool = case.pool
     assert pool.scales is not None
     before = pool.scales.clone()
-    q, k, v = torch.randn(9, 12, 16).to(dtype).split([6, 3, 3], dim=1)
+    q, k, v = torch.split(torch.randn(9, 12, 16).to(dtype), [6, 3, 3], dim=1)
     v[2] = 0
     frequencies, angle = angles(case)
     slots = case.batch.slots.clone()

@@ -22,8 +22,8 @@ def quantized_matrix(
 
 def restored(quants: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """float64 [num_outputs, num_inputs]."""
-    groups = quants.double().unflatten(1, (-1, GROUP))
-    return ((groups - zeros.T[..., None].double()) * scales.T[..., None].double()).flatten(1)
+    groups = quants.double().view(len(quants), -1, GROUP)
+    return torch.flatten((groups - zeros.T[..., None].double()) * scales.T[..., None].double(), 1)
 
 
 @pytest.mark.parametrize(
