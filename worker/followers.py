@@ -13,19 +13,18 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import torch
-from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
 
 from pagewire.engine.batch import PageCopy
 from pagewire.engine.errors import EngineError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
-from pagewire.engine.parallel.process_group import join_group
 from pagewire.engine.parallel.rank_group import RankLost
 from pagewire.engine.parallel.shared_pools import SharedPools, shared_memory
 from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.step_memory import StepInputs
 from pagewire.worker.config import WorkerConfig
+from pagewire.worker.load import join_ranks
 from pagewire.worker.step_messages import STARTED, Copies, Step
 from pagewire.worker.tasks import first_of
 
@@ -86,16 +85,8 @@ class FollowerProcesses:
         """The place of rank 0, once all others are there. Blocks. Raises RankLost."""
         for rank, sock in enumerate(self._sockets, start=1):
             self._await_start(rank, sock)
-        group = join_group(
-            FileStore(self._store_path, self._size),
-            0,
-            self._size,
-            in_rank_order=self._config.deterministic,
-        )
-        return TensorParallel(
-            group=group,
-            followers=self,
-            pool_memory=lambda num_bytes: self._pools.pool(0, num_bytes),
+        return join_ranks(
+            self._config, 0, store_path=self._store_path, memory=self._memory, followers=self
         )
 
     def shards(self, runner: ModelRunner) -> KVShards:

@@ -13,18 +13,14 @@ from queue import SimpleQueue
 from threading import Thread
 
 import torch
-from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
 
 from pagewire.engine.errors import EngineError
 from pagewire.engine.model_runner import ModelRunner
-from pagewire.engine.parallel.process_group import join_group
 from pagewire.engine.parallel.rank_group import RankLost
-from pagewire.engine.parallel.shared_pools import SharedPools
-from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.step_memory import StepMemory
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.worker.config import WorkerConfig
-from pagewire.worker.load import load_worker_engine
+from pagewire.worker.load import join_ranks, load_worker_engine
 from pagewire.worker.step_messages import STARTED, Copies, Step, StepMessageError, decode, receive
 
 
@@ -61,25 +57,15 @@ def follow(runner: ModelRunner, rank_zero: RankZero) -> None:
                 runner.run(message.inputs(memory))
 
 
-def join(config: WorkerConfig, rank: int, store_path: str, descriptor: int) -> TensorParallel:
-    """The place of `rank` in the group of a worker. Raises RankLost."""
-    size = config.tensor_parallel_size
-    pools = SharedPools(descriptor, size)
-    store = FileStore(store_path, size)
-    return TensorParallel(
-        group=join_group(store, rank, size, in_rank_order=config.deterministic),
-        pool_memory=lambda num_bytes: pools.pool(rank, num_bytes),
-    )
-
-
 def main() -> None:
     """Arguments: CONFIG as JSON, the rank, the path of the store, the descriptor of the pools."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     config = WorkerConfig.from_json(sys.argv[1])
-    rank, store_path, descriptor = int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    rank, store_path, memory = int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     rank_zero = RankZero(socket.socket(fileno=os.dup(sys.stdin.fileno())))
     try:
-        follow(load_worker_engine(config, join(config, rank, store_path, descriptor)), rank_zero)
+        parallel = join_ranks(config, rank, store_path=store_path, memory=memory)
+        follow(load_worker_engine(config, parallel), rank_zero)
     except (EngineError, LayoutError, RankLost, StepMessageError) as error:
         sys.exit(f"rank {rank} of {config.name}: {error}")
 

@@ -121,10 +121,10 @@ class LlamaModel:
         for index, layer in enumerate(weights.layers[1:], start=1):
             x, residual = self._add_norm(out, residual, layer.input_norm, layer.qkv)
             out, residual = self._layer(x, residual, index, step)
-        out, residual = out[logits_of], residual[logits_of]
-        x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
         if not len(logits_of):
             return out.new_empty(0, config.vocab_size, dtype=torch.float32)
+        out, residual = out[logits_of], residual[logits_of]
+        x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
         return self.group.gather_columns(weights.lm_head(x).float(), config.vocab_size)
 
     def _layer(

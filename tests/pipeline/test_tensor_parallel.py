@@ -4,7 +4,7 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -80,11 +80,12 @@ def _no_more(role: Role, name: str) -> RunningWorker:
 
 
 def rank_processes() -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process().children()
-        if "pagewire.worker.rank_process" in child.cmdline()
-    ]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if "pagewire.worker.rank_process" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def prompts(*lengths: int) -> list[list[int]]:
