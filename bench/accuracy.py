@@ -1,9 +1,11 @@
-"""What quantisation costs: next-token distributions with int8 and int4 matrices or an int8 KV cache
-against float32's.
+"""What quantisation costs: next-token distributions with matrices or a KV cache of fewer bits
+against float32's and bfloat16's.
 
 Runs the default model over windows of this repository's own documentation. KL divergence is that
-of Kullback and Leibler, in nats, from float32 to the quantised model at each position; top-1
-agreement is the share of positions where both find the same token most likely.
+of Kullback and Leibler, in nats, from the dtype that is named to the quantised model at each
+position; top-1 agreement is the share of positions where both find the same token most likely. What
+is quantised runs in float32 otherwise. fp8 and W4A16 are emulated in plain torch: their numbers,
+not their speed.
 """
 
 import argparse
@@ -31,26 +33,33 @@ NUM_PAGES = -(-WINDOW // PAGE_SIZE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What is quantised."""
+    """What is quantised, and what runs it."""
 
     name: str
+    dtype: str = "float32"
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
+    kernels: str = "auto"
 
 
 FLOAT32 = Variant(name="float32")
+BFLOAT16 = Variant(name="bfloat16", dtype="bfloat16")
 VARIANTS = (
     Variant(name="int8", quantization=Quantization.INT8),
     Variant(name="int4", quantization=Quantization.INT4),
+    Variant(name="fp8, emulated", quantization=Quantization.FP8, kernels="torch"),
+    Variant(name="w4a16, emulated", quantization=Quantization.W4A16, kernels="torch"),
     Variant(name="int8 KV cache", kv_cache_dtype=KVCacheDtype.INT8),
+    Variant(name="fp8 KV cache, emulated", kv_cache_dtype=KVCacheDtype.FP8, kernels="torch"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """One variant against float32."""
+    """One variant against a dtype."""
 
     variant: str
+    reference: str
     num_tokens: int
     kl_mean: float  # nats
     kl_p99: float
@@ -83,12 +92,13 @@ def log_probabilities(runner: ModelRunner, windows: Tensor) -> Tensor:
         return torch.cat(logits).log_softmax(dim=-1)
 
 
-def compare(variant: Variant, expected: Tensor, found: Tensor) -> Accuracy:
-    """expected, found: log probabilities [num_tokens, vocab_size]."""
+def compare(variant: Variant, reference: Variant, expected: Tensor, found: Tensor) -> Accuracy:
+    """expected, found: log probabilities [num_tokens, vocab_size]; expected: of the reference."""
     divergence = (expected.exp() * (expected - found)).sum(dim=-1)
     agreement = expected.argmax(dim=-1) == found.argmax(dim=-1)
     return Accuracy(
         variant=variant.name,
+        reference=reference.name,
         num_tokens=len(expected),
         kl_mean=float(divergence.mean()),
         kl_p99=float(divergence.quantile(0.99)),
@@ -103,17 +113,23 @@ def measure(num_windows: int) -> list[Accuracy]:
     def run(variant: Variant) -> Tensor:
         runner = load_engine(
             path,
-            dtype="float32",
+            dtype=variant.dtype,
             quantization=variant.quantization,
             kv_cache_dtype=variant.kv_cache_dtype,
             page_size=PAGE_SIZE,
             num_pages=NUM_PAGES,
             max_model_len=WINDOW,
+            kernels=variant.kernels,
         )
         return log_probabilities(runner, windows)
 
-    expected = run(FLOAT32)
-    return [compare(each, expected, run(each)) for each in VARIANTS]
+    float32, bfloat16 = run(FLOAT32), run(BFLOAT16)
+    results = [compare(BFLOAT16, FLOAT32, float32, bfloat16)]
+    for variant in VARIANTS:
+        found = run(variant)
+        results.append(compare(variant, FLOAT32, float32, found))
+        results.append(compare(variant, BFLOAT16, bfloat16, found))
+    return results
 
 
 def main() -> None:
@@ -124,7 +140,8 @@ def main() -> None:
     results = measure(num_windows=1 if arguments.quick else 4)
     for result in results:
         print(
-            f"{result.variant}: KL divergence {result.kl_mean:.4f} nats (p99 "
+            f"{result.variant} against {result.reference}: KL divergence "
+            f"{result.kl_mean:.4f} nats (p99 "
             f"{result.kl_p99:.3f}), top-1 agreement {result.top1_agreement:.1%} "
             f"on {result.num_tokens} tokens"
         )

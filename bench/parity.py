@@ -6,6 +6,7 @@ is the engine's at every place means, by induction, that it would have generated
 """
 
 import argparse
+import asyncio
 import json
 import sys
 import time
@@ -22,15 +23,20 @@ from pagewire.engine.aggregated import generate
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading.resolve import resolve_model
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.followers import follower_processes
+from pagewire.worker.load import load_worker_engine
 
 TEXT = Path(__file__).parents[1] / "LICENSE"  # English of the right length that is always here
 LENGTHS = (1, 2, 16, 63, 64, 65, 200, 1000)
+CHUNK_SIZE = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
     """What was compared and how much of it agreed."""
 
+    num_ranks: int
     num_prompts: int
     max_tokens: int
     prompt_tokens: int
@@ -38,7 +44,7 @@ class Parity:
     equal_tokens: int
     equal_prompts: int
     smallest_margin: float  # between the two largest logits, over all places
-    engine_seconds: float
+    engine_seconds: float  # loading included
     reference_seconds: float
     torch: str
     transformers: str
@@ -90,11 +96,38 @@ def load_reference(path: Path) -> LlamaForCausalLM:
     return model
 
 
-def compare(path: Path, *, num_prompts: int, max_tokens: int) -> Parity:
+async def outputs_of_ranks(
+    path: Path, prompts: list[list[int]], params: SamplingParams, *, num_pages: int, num_ranks: int
+) -> list[list[int]]:
+    """What a worker of so many ranks generates, each in a process of its own."""
+    config = WorkerConfig(
+        name="parity",
+        role=Role.DECODE,
+        model=str(path),
+        served_model="parity",
+        routers=(),
+        dtype="float32",
+        num_pages=num_pages,
+        num_threads=torch.get_num_threads(),
+        tensor_parallel_size=num_ranks,
+    )
+    async with follower_processes(config) as followers:
+        runner = load_worker_engine(config, followers.join())
+        return generate(runner, prompts, params, chunk_size=CHUNK_SIZE)
+
+
+def compare(path: Path, *, num_prompts: int, max_tokens: int, num_ranks: int) -> Parity:
     prompts = make_prompts(path, num_prompts)
-    runner = load_engine(path, dtype="float32", num_pages=sum(len(p) for p in prompts) // 64 + 128)
+    num_pages = sum(len(prompt) for prompt in prompts) // 64 + 128
+    params = SamplingParams(max_tokens=max_tokens)
     started = time.perf_counter()
-    outputs = generate(runner, prompts, SamplingParams(max_tokens=max_tokens), chunk_size=96)
+    if num_ranks == 1:
+        runner = load_engine(path, dtype="float32", num_pages=num_pages)
+        outputs = generate(runner, prompts, params, chunk_size=CHUNK_SIZE)
+    else:
+        outputs = asyncio.run(
+            outputs_of_ranks(path, prompts, params, num_pages=num_pages, num_ranks=num_ranks)
+        )
     engine_seconds = time.perf_counter() - started
 
     model = load_reference(path)
@@ -107,6 +140,7 @@ def compare(path: Path, *, num_prompts: int, max_tokens: int) -> Parity:
         equal.append((top.indices[:, 0] == torch.tensor(output)).tolist())
         margins.append(float((top.values[:, 0] - top.values[:, 1]).min()))
     return Parity(
+        num_ranks=num_ranks,
         num_prompts=num_prompts,
         max_tokens=max_tokens,
         prompt_tokens=sum(len(prompt) for prompt in prompts),
@@ -124,10 +158,16 @@ def compare(path: Path, *, num_prompts: int, max_tokens: int) -> Parity:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="8 prompts of 16 output tokens")
+    parser.add_argument("--ranks", type=int, default=1, help="of the engine; SmolLM2 allows 3")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args()
     num_prompts, max_tokens = (8, 16) if arguments.quick else (32, 64)
-    parity = compare(resolve_model(None), num_prompts=num_prompts, max_tokens=max_tokens)
+    parity = compare(
+        resolve_model(None),
+        num_prompts=num_prompts,
+        max_tokens=max_tokens,
+        num_ranks=arguments.ranks,
+    )
     print(
         f"{parity.equal_tokens} of {parity.output_tokens} greedy tokens and {parity.equal_prompts} "
         f"of {num_prompts} outputs equal those of transformers {parity.transformers}"

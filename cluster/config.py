@@ -56,6 +56,15 @@ class ServeConfig(BaseSettings):
     )
     prefill: int = Field(default=1, ge=1, le=64, description="prefill workers")
     decode: int = Field(default=1, ge=1, le=64, description="decode workers")
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, le=64, description="processes that compute one worker's model together"
+    )
+    prefill_tensor_parallel_size: int | None = Field(
+        default=None, ge=1, le=64, description="of prefill workers; none: tensor_parallel_size"
+    )
+    decode_tensor_parallel_size: int | None = Field(
+        default=None, ge=1, le=64, description="of decode workers; none: tensor_parallel_size"
+    )
     host: str = Field(default="127.0.0.1", min_length=1, description="address of the HTTP API")
     port: int = Field(
         default=8000, ge=0, le=65535, description="port of the HTTP API; 0: any free one"
@@ -74,11 +83,11 @@ class ServeConfig(BaseSettings):
     )
     quantization: Quantization = Field(
         default=Quantization.NONE,
-        description="matrices: none, int8, or int4 as a GGUF file has them",
+        description="matrices: none, int8, int4 as a file has them, fp8 or w4a16",
     )
     kv_cache_dtype: KVCacheDtype = Field(
         default=KVCacheDtype.AUTO,
-        description="KV cache: auto, that is dtype, or int8 for about twice as many pages",
+        description="KV cache: auto, that is dtype, int8 for about twice as many pages, or fp8",
     )
     decode_kv_cache_dtype: KVCacheDtype | None = Field(
         default=None, description="of decode workers; none: that of prefill workers, kv_cache_dtype"

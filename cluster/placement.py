@@ -63,6 +63,7 @@ def worker_configs(
             dtype=_dtype(config, dtype),
             quantization=config.quantization,
             kv_cache_dtype=_kv_cache_dtype(config, role),
+            tensor_parallel_size=_tensor_parallel_size(config, role),
             page_size=_page_size(config, role),
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,
@@ -98,6 +99,14 @@ def _page_size(config: ServeConfig, role: Role) -> int:
     if role is Role.PREFILL or config.decode_page_size is None:
         return config.page_size
     return config.decode_page_size
+
+
+def _tensor_parallel_size(config: ServeConfig, role: Role) -> int:
+    sizes = {
+        Role.PREFILL: config.prefill_tensor_parallel_size,
+        Role.DECODE: config.decode_tensor_parallel_size,
+    }
+    return sizes[role] or config.tensor_parallel_size
 
 
 def worker_environment(config: WorkerConfig) -> dict[str, str]:

@@ -194,7 +194,7 @@ def _banner(
     dashboard_url: str | None,
 ) -> Banner:
     config = configs[0]
-    page_sizes = {each.name: each.page_size for each in configs}
+    by_name = {each.name: each for each in configs}
     return Banner(
         model=config.served_model,
         precision=precision(configs),
@@ -202,9 +202,9 @@ def _banner(
             WorkerLine(
                 name=view.name,
                 pid=view.pid,
-                device=view.device,
+                device=_devices(view.device, by_name[view.name].tensor_parallel_size),
                 num_pages=view.state.pages.total,
-                page_size=page_sizes[view.name],
+                page_size=by_name[view.name].page_size,
             )
             for view in sorted(views, key=lambda view: (view.role != Role.PREFILL, view.name))
         ],
@@ -213,6 +213,10 @@ def _banner(
         dashboard_url=dashboard_url,
         ready_s=processes.age_s(),
     )
+
+
+def _devices(device: str, num_ranks: int) -> str:
+    return device if num_ranks == 1 else f"{device} on {num_ranks} ranks"
 
 
 def precision(configs: Sequence[WorkerConfig]) -> str:

@@ -11,22 +11,24 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 
 from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
 from pagewire.engine.errors import EngineError
-from pagewire.engine.load import load_engine
-from pagewire.engine.load_draft import draft_page_bytes
-from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.parallel.rank_group import RankLost
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.kv_transfer.select import create_transports
 from pagewire.kv_transfer.transport import TransportError
 from pagewire.prefill_worker.worker import PrefillWorker
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.followers import FollowerProcesses, follower_processes
+from pagewire.worker.load import load_worker_engine
 from pagewire.worker.sessions import RegistrationRefused
 from pagewire.worker.shell import new_model_thread
+from pagewire.worker.tasks import first_of
 
 ENDS_WITH_STDIN = "--ends-with-stdin"
 
@@ -34,8 +36,9 @@ _STDIN_BYTES = 4096  # nobody sends any
 
 logger = logging.getLogger(__name__)
 
-# What a worker can fail with at its start for reasons that a user can mend.
-StartError = (EngineError, LayoutError, RegistrationRefused, TransportError, ValueError)
+# What a worker can fail with at its start for reasons that a user can mend, and the end of one of
+# its ranks.
+StartError = (EngineError, LayoutError, RankLost, RegistrationRefused, TransportError, ValueError)
 
 
 async def run_worker(
@@ -47,56 +50,51 @@ async def run_worker(
 
     Raises one of StartError, with a sentence for the user, when the worker cannot work.
     """
-    incarnation = secrets.token_bytes(16)
+    async with AsyncExitStack() as stack:
+        followers = None
+        if config.tensor_parallel_size > 1:
+            followers = await stack.enter_async_context(follower_processes(config))
+        model_thread = new_model_thread(config.threads_per_rank)
+        worker = await _load(config, followers, model_thread, on_state)
+        chosen = create_transports(config.transport, worker.core.incarnation, worker, config.host)
+        logger.info("%s: %s", config.name, chosen.explanation)
+        serving = worker.run(chosen.transports, stop)
+        await (first_of(serving, followers.failure()) if followers else serving)
+
+
+async def _load(
+    config: WorkerConfig,
+    followers: FollowerProcesses | None,
+    model_thread: ThreadPoolExecutor,
+    on_state: Callable[[pb.WorkerState], None] | None,
+) -> PrefillWorker | DecodeWorker:
+    """The worker with its model."""
     loop = asyncio.get_running_loop()
-    model_thread = new_model_thread(config.num_threads)
-    runner = await loop.run_in_executor(model_thread, _load_engine, config)
-    worker: PrefillWorker | DecodeWorker
+    parallel = await loop.run_in_executor(model_thread, followers.join) if followers else None
+    runner = await loop.run_in_executor(model_thread, load_worker_engine, config, parallel)
+    shards = followers.shards(runner) if followers else None
+    incarnation = secrets.token_bytes(16)
     if config.role is Role.PREFILL:
-        worker = PrefillWorker(
+        return PrefillWorker(
             config=config,
             incarnation=incarnation,
             runner=runner,
+            shards=shards,
             model_thread=model_thread,
             on_state=on_state,
         )
-    else:
-        speculation, draft_model = await loop.run_in_executor(
-            model_thread, load_speculation, config, runner
-        )
-        worker = DecodeWorker(
-            config=config,
-            incarnation=incarnation,
-            runner=runner,
-            speculation=speculation,
-            draft_model=draft_model,
-            model_thread=model_thread,
-            on_state=on_state,
-        )
-    chosen = create_transports(config.transport, incarnation, worker, config.host)
-    logger.info("%s: %s", config.name, chosen.explanation)
-    await worker.run(chosen.transports, stop)
-
-
-def _load_engine(config: WorkerConfig) -> ModelRunner:
-    page_bytes = 0
-    if config.draft_model is not None:
-        page_bytes = draft_page_bytes(
-            Path(config.draft_model), page_size=config.page_size, dtype=config.dtype
-        )
-    return load_engine(
-        Path(config.model),
-        dtype=config.dtype,
-        quantization=config.quantization,
-        kv_cache_dtype=config.kv_cache_dtype,
-        device=config.device,
-        page_size=config.page_size,
-        num_pages=config.num_pages,
-        draft_page_bytes=page_bytes,
-        max_model_len=config.max_model_len,
-        num_threads=config.num_threads,
-        kernels=config.kernels,
-        deterministic=config.deterministic,
+    speculation, draft_model = await loop.run_in_executor(
+        model_thread, load_speculation, config, runner
+    )
+    return DecodeWorker(
+        config=config,
+        incarnation=incarnation,
+        runner=runner,
+        shards=shards,
+        speculation=speculation,
+        draft_model=draft_model,
+        model_thread=model_thread,
+        on_state=on_state,
     )
 
 

@@ -9,14 +9,16 @@ from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.draft_model import DraftModel
+from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Frame, MessageError, decode
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter
-from pagewire.worker.frames import FrameWriter
+from pagewire.worker.frames import FrameWriter, PageWriter
 from pagewire.worker.interval import Interval
+from pagewire.worker.sharded_frames import ShardedFrameWriter
 from pagewire.worker.shell import WorkerShell
 
 
@@ -29,12 +31,16 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         config: WorkerConfig,
         incarnation: bytes,
         runner: ModelRunner,
+        shards: KVShards | None = None,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
     ) -> None:
-        """`draft_model` makes the drafts that `speculation` asks for."""
+        """`shards`: the pages of all ranks, where `runner` is one of several.
+
+        `draft_model` makes the drafts that `speculation` asks for.
+        """
         core = DecodeCore(
             incarnation=incarnation,
             layout=runner.layout,
@@ -56,9 +62,12 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             on_state=on_state,
         )
         self._draft_model = draft_model
-        self._writer = FrameWriter(
-            runner.kv_cache, num_slots=config.num_slots, slot_bytes=config.slot_bytes
-        )
+        num_slots, slot_bytes = config.num_slots, config.slot_bytes
+        self._writer: PageWriter
+        if shards is None:
+            self._writer = FrameWriter(runner.kv_cache, num_slots=num_slots, slot_bytes=slot_bytes)
+        else:
+            self._writer = ShardedFrameWriter(shards, num_slots=num_slots, slot_bytes=slot_bytes)
 
     def place(self, peer: bytes, header: bytes, length: int) -> memoryview | None:
         frame = decode(header)

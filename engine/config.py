@@ -8,12 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pagewire.engine.config_fields import Fields
 from pagewire.engine.errors import ModelError
+from pagewire.engine.mixture_config import MixtureConfig, mixture_from_hugging_face
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+)
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral models come as llama
 ROPE_TYPES = ("default", "linear", "llama3")
 MISTRAL_WINDOW = 4096  # where config.json does not say
+MIXTRAL_ROPE_THETA = 1_000_000.0  # likewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +52,8 @@ class ModelConfig:
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of layers that have one feed-forward network for all tokens
+    mixture: MixtureConfig | None  # of the other layers; None: there are none
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -90,26 +103,28 @@ def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
         raise ModelError(f"the rope parameters are {rope!r}; they must be a JSON object")
     values = {**values, **rope}
     _refuse_hugging_face_variants(values)
-    fields = _Fields(values)
+    fields = Fields(values)
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
     # Where the families differ in what a missing value means, the file must have it.
-    default_kv_heads = num_heads if architecture == "llama" else None
+    default_kv_heads = num_heads if architecture in ("llama", "phi3") else None
     default_head_dim = hidden_size // max(num_heads, 1) if architecture != "qwen3" else None
+    default_theta = MIXTRAL_ROPE_THETA if architecture == "mixtral" else 10_000.0
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
+        mixture=mixture_from_hugging_face(architecture, fields),
         num_layers=fields.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", default_kv_heads),
         head_dim=fields.integer("head_dim", default_head_dim),
         rms_norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=fields.number("rope_theta", 10_000.0),
-        rope_scaling=_hugging_face_rope(_Fields(rope)),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        rope_theta=fields.number("rope_theta", default_theta),
+        rope_scaling=_hugging_face_rope(Fields(rope)),
+        qkv_bias=_hugging_face_qkv_bias(architecture, fields),
+        qk_norm=architecture in ("qwen3", "qwen3_moe"),
         sliding_window=_hugging_face_window(architecture, values),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         max_model_len=fields.integer("max_position_embeddings"),
@@ -125,9 +140,12 @@ def from_gguf(metadata: Mapping[str, Any], *, vocab_size: int, tied: bool) -> Mo
     architecture = metadata.get("general.architecture")
     if architecture not in GGUF_ARCHITECTURES:
         raise _unsupported("architecture", architecture, GGUF_ARCHITECTURES)
-    fields = _Fields(metadata, prefix=f"{architecture}.")
+    fields = Fields(metadata, prefix=f"{architecture}.")
     if fields.integer("expert_count", 0):
-        raise ModelError("a mixture of experts is not supported; choose a dense model")
+        raise ModelError(
+            "a mixture of experts is not supported in this format; choose a directory of "
+            "safetensors files, or a dense model"
+        )
     num_heads = fields.integer("attention.head_count")
     hidden_size = fields.integer("embedding_length")
     head_dim = fields.integer("attention.key_length", hidden_size // max(num_heads, 1))
@@ -138,6 +156,7 @@ def from_gguf(metadata: Mapping[str, Any], *, vocab_size: int, tied: bool) -> Mo
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.integer("feed_forward_length"),
+        mixture=None,
         num_layers=fields.integer("block_count"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("attention.head_count_kv", num_heads),
@@ -153,39 +172,6 @@ def from_gguf(metadata: Mapping[str, Any], *, vocab_size: int, tied: bool) -> Mo
     )
 
 
-class _Fields:
-    """Typed access to values that come from a file."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        self._values = values
-        self._prefix = prefix
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ModelError(f"{self._prefix}{name} is {value!r}; it must be an integer")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ModelError(f"{self._prefix}{name} is {value!r}; it must be a number")
-        return float(value)
-
-    def string(self, name: str, default: str) -> str:
-        value = self._get(name, default)
-        if not isinstance(value, str):
-            raise ModelError(f"{self._prefix}{name} is {value!r}; it must be a string")
-        return value
-
-    def _get(self, name: str, default: object) -> object:
-        value = self._values.get(self._prefix + name)
-        value = default if value is None else value
-        if value is None:
-            raise ModelError(f"the model's configuration has no {self._prefix}{name}")
-        return value
-
-
 def _unsupported(what: str, value: object, supported: tuple[str, ...]) -> ModelError:
     return ModelError(f"{what} {value!r} is not supported; supported are {', '.join(supported)}")
 
@@ -196,7 +182,6 @@ def _refuse_hugging_face_variants(values: Mapping[str, Any]) -> None:
         ("hidden_act", "silu"),
         ("mlp_bias", False),
         ("partial_rotary_factor", 1.0),
-        ("quantization_config", None),
     ):
         if values.get(name, supported) not in (supported, None):
             raise ModelError(f"{name} is {values[name]!r}; only {supported!r} is supported")
@@ -204,7 +189,7 @@ def _refuse_hugging_face_variants(values: Mapping[str, Any]) -> None:
         raise ModelError("attention_bias is True; only qwen2 has a bias there")
 
 
-def _hugging_face_rope(fields: _Fields) -> LinearRope | Llama3Rope | None:
+def _hugging_face_rope(fields: Fields) -> LinearRope | Llama3Rope | None:
     kind = fields.string("rope_type", fields.string("type", "default"))
     match kind:
         case "default":
@@ -221,17 +206,29 @@ def _hugging_face_rope(fields: _Fields) -> LinearRope | Llama3Rope | None:
     raise _unsupported("rope type", kind, ROPE_TYPES)
 
 
+def _hugging_face_qkv_bias(architecture: str, fields: Fields) -> bool:
+    if architecture == "qwen2_moe":
+        return fields.flag("qkv_bias", True)
+    return architecture == "qwen2"
+
+
 def _hugging_face_window(architecture: str, values: Mapping[str, Any]) -> int | None:
     """The sliding window, which all layers must share."""
     if architecture == "llama":
         return None
     if values.get("sliding_window", MISTRAL_WINDOW) is None:
         return None
-    fields = _Fields(values)
+    fields = Fields(values)
     if architecture == "mistral":
         return fields.integer("sliding_window", MISTRAL_WINDOW)
+    if architecture in ("mixtral", "phi3"):
+        return fields.integer("sliding_window") if "sliding_window" in values else None
     if not values.get("use_sliding_window"):
         return None
+    if architecture == "qwen3_moe":
+        return fields.integer("sliding_window")
+    if architecture == "qwen2_moe":
+        raise ModelError("use_sliding_window is True; of qwen2_moe only False is supported")
     num_layers, first = fields.integer("num_hidden_layers"), fields.integer("max_window_layers")
     if 0 < first < num_layers:
         raise ModelError(
@@ -241,7 +238,7 @@ def _hugging_face_window(architecture: str, values: Mapping[str, Any]) -> int | 
     return fields.integer("sliding_window") if first == 0 else None
 
 
-def _gguf_rope(fields: _Fields) -> LinearRope | None:
+def _gguf_rope(fields: Fields) -> LinearRope | None:
     """Llama 3's rope is not in the metadata: its factors are a tensor of the file."""
     kind = fields.string("rope.scaling.type", "none")
     match kind:

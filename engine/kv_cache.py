@@ -19,17 +19,23 @@ class KVCache:
     provides it only where a page is first written.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: int, device: str = "cpu") -> None:
-        """Raises ValueError when `num_pages` is not positive."""
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: int,
+        device: str = "cpu",
+        memory: Tensor | None = None,
+    ) -> None:
+        """`memory`: uint8 [bytes of all pages]; None: the cache takes some for itself.
+
+        Raises ValueError when `num_pages` is not positive.
+        """
         if num_pages < 1:
             raise ValueError(f"num_pages is {num_pages}; it must be at least 1")
         self.layout = layout
         self.num_pages = num_pages
-        num_bytes = num_pages * layout.page_bytes
-        if torch.device(device).type == "cpu":
-            memory = _host_memory(num_bytes)
-        else:
-            memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if memory is None:
+            memory = _new_memory(num_pages * layout.page_bytes, device)
         self.pool = memory.view(num_pages, layout.page_bytes)
 
     @property
@@ -67,13 +73,20 @@ def view_pages(data: Tensor, layout: KVLayout, *, num_layers: int | None = None)
     )
 
 
-def _host_memory(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes], in huge pages where the system has them.
+def _new_memory(num_bytes: int, device: str) -> Tensor:
+    """uint8 [num_bytes]."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return in_huge_pages(memory)
+
+
+def in_huge_pages(memory: mmap.mmap) -> Tensor:
+    """`memory` as uint8 [num_bytes], in huge pages where the system has them.
 
     Attention reads pages in any order; with 4 KiB of memory behind each entry of the TLB it would
     wait for address translation.
     """
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         with contextlib.suppress(OSError):  # a kernel that was built without
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -9,6 +9,14 @@ class KVCacheDtype(StrEnum):
     AUTO = "auto"  # the model's dtype
     INT8 = "int8"  # 8 bits, a scale for each token's K and V of each head
 
+    FP8 = "fp8"  # e4m3, likewise
+
     def resolve(self, model_dtype: str) -> str:
         """The dtype of a KVLayout."""
-        return model_dtype if self is KVCacheDtype.AUTO else self.value
+        match self:
+            case KVCacheDtype.AUTO:
+                return model_dtype
+            case KVCacheDtype.INT8:
+                return "int8"
+            case KVCacheDtype.FP8:
+                return "float8_e4m3fn"

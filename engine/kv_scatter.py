@@ -21,8 +21,12 @@ Index = tuple[int | slice, ...]
 class KVScatter:
     """Writes into one KV cache in host memory."""
 
-    def __init__(self, cache: KVCache) -> None:
-        """Raises TypeError when the cache is not in host memory."""
+    def __init__(self, cache: KVCache, heads: range | None = None) -> None:
+        """`heads`: those of a payload that the cache has, where it has not all of them.
+
+        Raises TypeError when the cache is not in host memory.
+        """
+        self._heads = heads
         self._layout = cache.layout
         self._pages = cache.pages
         self._bytes: Bytes = np.frombuffer(cache.buffer(), dtype=np.uint8)
@@ -32,7 +36,8 @@ class KVScatter:
     ) -> None:
         """Put `payload`, which is `part` in the layout `source`, into the pages of a sequence.
 
-        The layouts must hold the same KV. Slots that the page table does not reach are left out.
+        The layouts must hold the same KV, `heads` apart. Slots that the page table does not reach
+        are left out.
         """
         if source.dtype == self._layout.dtype:
             self._copy(payload, part, source, page_table)
@@ -42,7 +47,7 @@ class KVScatter:
     def _copy(
         self, payload: Bytes, part: FrameRange, source: KVLayout, page_table: tuple[int, ...]
     ) -> None:
-        plan = plan_scatter(part, source, self._layout, page_table)
+        plan = plan_scatter(part, source, self._layout, page_table, heads=self._heads)
         for run in plan.runs:
             shape = (*plan.shape, run.length)
             into = _window(self._bytes, run.target, shape, (*plan.target_strides, 1))
@@ -55,11 +60,12 @@ class KVScatter:
         incoming = view_pages(data, source, num_layers=part.num_layers)
         layers = slice(part.first_layer, part.first_layer + part.num_layers)
         everything = slice(None)
+        heads = slice(self._heads.start, self._heads.stop) if self._heads else everything
         for run in slot_runs(part, source, self._layout, page_table):
             source_slots = slice(run.source_slot, run.source_slot + run.num_slots)
             slots = slice(run.slot, run.slot + run.num_slots)
             vectors = _load(
-                incoming, (run.source_page, everything, everything, everything, source_slots)
+                incoming, (run.source_page, everything, heads, everything, source_slots)
             )
             self._store(vectors, (run.page, layers, everything, everything, slots))
 
@@ -68,7 +74,9 @@ class KVScatter:
         if self._pages.scales is None:
             self._pages.values[at] = vectors
             return
-        self._pages.values[at], self._pages.scales[at] = quantize_vectors(vectors.float())
+        self._pages.values[at], self._pages.scales[at] = quantize_vectors(
+            vectors.float(), self._pages.values.dtype
+        )
 
 
 def _window(

@@ -1,11 +1,13 @@
 """From a model's path to an engine that can run steps: what a worker does once, at its start."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pagewire.engine.config import ModelConfig
+from pagewire.engine.emulation import require_emulation
 from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
@@ -13,6 +15,7 @@ from pagewire.engine.loading.identity import model_digest
 from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.memory import available_bytes, choose_num_pages, default_share
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.precision import default_dtype
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.errors import KernelsUnavailableError
@@ -37,8 +40,12 @@ def load_engine(
     num_threads: int | None = None,
     kernels: str = "auto",
     deterministic: bool = False,
+    parallel: TensorParallel | None = None,
 ) -> ModelRunner:
     """Load a GGUF file or safetensors directory and allocate its KV cache.
+
+    With `parallel`, one rank's part of both: every rank of the group calls this with equal
+    arguments.
 
     `dtype` is that of what `quantization` and `kv_cache_dtype` leave alone: float32, float16 or
     bfloat16. `num_pages` None sizes the cache from free memory, of which a draft model takes
@@ -47,13 +54,17 @@ def load_engine(
     `deterministic`, in float32 and with the C++ kernels only, logits are the same to the bit for a
     prompt alone or in any batch, in one chunk or many, with or without prefix hits, with any number
     of threads, and for drafts as for single tokens. Raises ModelError, MemoryBudgetError,
-    KernelError, and LayoutError for a dtype or page size that cannot be.
+    KernelError, RankLost, and LayoutError for a dtype or page size that cannot be.
     """
+    parallel = parallel or TensorParallel()
+    group = parallel.group
     selected = select_kernels(kernels, device, deterministic=deterministic)
     if deterministic:
         _check_deterministic(dtype, quantization)
     if kernels == Kernels.TRITON and device == "cpu" and dtype == "bfloat16":
         raise KernelError("Triton's interpreter is wrong in bfloat16; choose dtype float32")
+    if kv_cache_dtype is KVCacheDtype.FP8:
+        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected)
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -67,24 +78,35 @@ def load_engine(
         device=device,
         selected=selected,
         quantization=quantization,
+        group=group,
     )
+    rank_layout = replace(layout, num_kv_heads=model.config.num_kv_heads)
     if num_pages is None:
         num_pages = choose_num_pages(
-            layout,
+            rank_layout,
             max_model_len=length,
-            available_bytes=available_bytes(device),
+            # The ranks share the memory of the host; each has a GPU of its own.
+            available_bytes=available_bytes(device) // (group.size if device == "cpu" else 1),
             share=default_share(device),
             draft_page_bytes=draft_page_bytes,
         )
+    num_pages = group.least(num_pages)
     logger.info(
         "weights take %d MB, %d pages of %s KV cache %d MB",
         model.weight_bytes // 10**6,
         num_pages,
         layout.dtype,
-        num_pages * layout.page_bytes // 10**6,
+        num_pages * rank_layout.page_bytes // 10**6,
     )
+    allocate = parallel.pool_memory
+    memory = allocate(num_pages * rank_layout.page_bytes) if allocate else None
     return ModelRunner(
-        model, KVCache(layout, num_pages, device), max_model_len=length, digest=model_digest(path)
+        model,
+        KVCache(rank_layout, num_pages, device, memory),
+        layout=layout,
+        followers=parallel.followers,
+        max_model_len=length,
+        digest=model_digest(path),
     )
 
 

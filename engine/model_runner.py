@@ -5,28 +5,46 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pagewire.engine.batch import Batch, BatchRow, StepResult, TokenLogprobs
+from pagewire.engine.batch import Batch, BatchRow, PageCopy, StepResult, TokenLogprobs
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.llama import LlamaModel
+from pagewire.engine.parallel.rank_group import RankLost
+from pagewire.engine.parallel.tensor_parallel import Followers
 from pagewire.engine.sampler import SampledTokens, Sampler
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.speculative import num_accepted
 from pagewire.engine.step_inputs import InputLimits, prepare
-from pagewire.engine.step_memory import StepMemory
+from pagewire.engine.step_memory import StepInputs, StepMemory
 from pagewire.kv_transfer.layout import KVLayout
 
 
 class ModelRunner:
-    """A model with its KV cache. Not safe for use by two threads at a time."""
+    """A model with its KV cache, or rank 0 of several. Not safe for use by two threads at a time.
+
+    Followers learn of each step before it begins, and take part in it with pages of the same
+    numbers. So when a step has ended here, its KV is stored on every rank.
+    """
 
     def __init__(
-        self, model: LlamaModel, kv_cache: KVCache, *, max_model_len: int, digest: bytes
+        self,
+        model: LlamaModel,
+        kv_cache: KVCache,
+        *,
+        layout: KVLayout,
+        followers: Followers,
+        max_model_len: int,
+        digest: bytes,
     ) -> None:
-        """`digest` identifies the model's files: see `model_digest`."""
+        """`layout` is that of a page with all KV heads, of which `kv_cache` has this rank's.
+
+        `digest` identifies the model's files: see `model_digest`.
+        """
         self.model = model
+        self.layout = layout
         self.kv_cache = kv_cache
         self.max_model_len = max_model_len
         self.digest = digest
+        self._followers = followers
         self._pages = kv_cache.pages
         self._step_memory = StepMemory(torch.device(model.device))
         self._limits = InputLimits(
@@ -38,10 +56,6 @@ class ModelRunner:
         self._sampler = Sampler(model.ops)
 
     @property
-    def layout(self) -> KVLayout:
-        return self.kv_cache.layout
-
-    @property
     def num_pages(self) -> int:
         return self.kv_cache.num_pages
 
@@ -50,8 +64,10 @@ class ModelRunner:
         return self.model.config.vocab_size
 
     def execute(self, batch: Batch) -> StepResult:
-        """Copy pages, run a step and sample. Raises ValueError as `forward` does."""
-        self.kv_cache.copy_pages(batch.copies)
+        """Copy pages, run a step and sample. Raises ValueError and RankLost as `forward` does."""
+        if batch.copies:
+            self._followers.copy_pages(batch.copies)
+            self.copy_pages(batch.copies)
         logits = self.forward(batch)
         sampled = [
             (params, row.output_position + index, row.history)
@@ -65,15 +81,35 @@ class ModelRunner:
         logits = _for_siblings(logits, batch.rows)
         return _by_row(batch, self._sampler.sample(logits, params, positions, histories))
 
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Make copies on this rank, and wait until all ranks have made theirs.
+
+        From then on whoever reaches the pages of other ranks may write to the originals.
+        """
+        self.kv_cache.copy_pages(copies)
+        self.model.group.barrier()
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Run a step, storing its KV.
 
         Returns float32 [num_logits, vocab_size]: of each row that samples the logits of the last
         token and of those before its drafts; the LM head is not computed for the others. Raises
-        ValueError as `prepare` does, before anything is written.
+        ValueError as `prepare` does, before anything is written, and RankLost once the ranks of the
+        group are out of step.
         """
         inputs = prepare(batch.rows, self._limits, self._step_memory)
+        if self.model.group.size == 1:
+            return self.run(inputs)
+        self._followers.run(inputs)
+        try:
+            return self.run(inputs)
+        except (RuntimeError, ValueError, IndexError) as error:  # what torch and our checks raise
+            raise RankLost(f"rank 0 failed within a step that others run: {error}") from error
+
+    @torch.inference_mode()
+    def run(self, inputs: StepInputs) -> Tensor:
+        """This rank's part of a step; returns what the model's `forward` returns."""
         return self.model.forward(inputs.token_ids, inputs.attention, self._pages, inputs.logits_of)
 
 

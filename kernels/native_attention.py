@@ -115,7 +115,7 @@ class NativeAttentionPlan:
     def _prepare(self, q: Tensor, pool: KVPool) -> _Prepared:
         if q.dtype not in DTYPE_CODES:
             raise ValueError(f"q is {q.dtype}; give one of {', '.join(map(str, DTYPE_CODES))}")
-        pool.require(q.dtype)
+        pool.require(q.dtype, quantized=(torch.int8,))
         _, num_heads, head_dim = q.shape
         _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
         group = num_heads // num_kv_heads

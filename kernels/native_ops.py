@@ -113,7 +113,7 @@ class NativeOps:
         slots: Tensor,
     ) -> Tensor:
         code = _code(q, k, v)
-        pool.require(k.dtype)
+        pool.require(k.dtype, quantized=(torch.int8,))
         num_tokens, num_heads, head_dim = q.shape
         _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
         q, k, v = (_with_whole_tokens(x) for x in (q, k, v))

@@ -79,7 +79,9 @@ class TorchOps:
         else:
             # In float32, so that a rotated k is rounded once.
             kv = torch.stack((_rotate(k.float(), rope), v.float()), dim=2)
-            values[at], pool.scales[:, layer].permute(0, 3, 1, 2)[at] = quantize_vectors(kv)
+            values[at], pool.scales[:, layer].permute(0, 3, 1, 2)[at] = quantize_vectors(
+                kv, pool.values.dtype
+            )
         return _rotate(q, rope)
 
     def plan_attention(
@@ -197,7 +199,8 @@ def _gather_pages(pool: KVPool, layer: int, pages: Tensor, dtype: torch.dtype) -
     values = _select_pages(pool.values[:, layer], pages)
     if pool.scales is None:
         return values
-    return (values * _select_pages(pool.scales[:, layer], pages)[..., None]).to(dtype)
+    scales = _select_pages(pool.scales[:, layer], pages)
+    return values.float().mul_(scales[..., None]).to(dtype)
 
 
 def _select_pages(of_layer: Tensor, pages: Tensor) -> Tensor:

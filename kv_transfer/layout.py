@@ -9,8 +9,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-SCALE_BYTES = {"int8": 4}  # float32, one for each token's K and one for its V in each head
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+SCALE_BYTES = {
+    "int8": 4,
+    "float8_e4m3fn": 4,
+}  # float32, one for each token's K and one for its V in each head
 PAGE_SIZES = (16, 32, 64, 128)
 
 

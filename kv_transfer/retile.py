@@ -67,18 +67,19 @@ def plan_scatter(
     target: KVLayout,
     page_table: tuple[int, ...],
     first_head: int = 0,
+    heads: range | None = None,
 ) -> ScatterPlan:
     """How the payload of `part` goes into the pages of `page_table`.
 
-    `source` is the layout of the payload: it has as many KV heads as the frame carries, which go to
-    the heads from `first_head` on of `target`. Equal layouts are copied in runs as long as can be.
-    The layouts must agree in head_dim and dtype.
+    `source` is the layout of the payload: it has as many KV heads as the frame carries. Of these
+    `heads`, or all, go to the heads from `first_head` on of `target`. Equal layouts are copied in
+    runs as long as can be. The layouts must agree in head_dim and dtype.
     """
     if source == target:
         return _plan_pages(part, source, page_table)
-    if source.page_size == target.page_size:
-        return _plan_heads(part, source, target, page_table, first_head)
-    return _plan_slots(part, source, target, page_table, first_head)
+    heads = heads or range(source.num_kv_heads)
+    plan = _plan_heads if source.page_size == target.page_size else _plan_slots
+    return plan(part, source, target, page_table, first_head, heads)
 
 
 def _plan_pages(part: FrameRange, layout: KVLayout, page_table: tuple[int, ...]) -> ScatterPlan:
@@ -96,6 +97,7 @@ def _plan_heads(
     target: KVLayout,
     page_table: tuple[int, ...],
     first_head: int,
+    heads: range,
 ) -> ScatterPlan:
     """One run for each page and layer: its heads are neighbours on both sides."""
     payload_page_bytes = part.num_layers * source.layer_bytes
@@ -105,9 +107,9 @@ def _plan_heads(
         target_strides=(target.layer_bytes, 0),
         runs=tuple(
             ByteRun(
-                run.source_page * payload_page_bytes,
+                run.source_page * payload_page_bytes + heads.start * source.head_bytes,
                 _first_target(target, run.page, part.first_layer, first_head),
-                source.layer_bytes,
+                len(heads) * source.head_bytes,
             )
             for run in slot_runs(part, source, target, page_table)
         ),
@@ -120,13 +122,14 @@ def _plan_slots(
     target: KVLayout,
     page_table: tuple[int, ...],
     first_head: int,
+    heads: range,
 ) -> ScatterPlan:
     """One run for each range of slots, layer, head and kind of vector in it."""
     payload_page_bytes = part.num_layers * source.layer_bytes
     vectors = list(zip(source.vectors(), target.vectors(), strict=True))
     runs = []
     for run in slot_runs(part, source, target, page_table):
-        source_start = run.source_page * payload_page_bytes
+        source_start = run.source_page * payload_page_bytes + heads.start * source.head_bytes
         target_start = _first_target(target, run.page, part.first_layer, first_head)
         for (source_offset, size), (target_offset, _) in vectors:
             runs.append(
@@ -137,7 +140,7 @@ def _plan_slots(
                 )
             )
     return ScatterPlan(
-        shape=(part.num_layers, source.num_kv_heads),
+        shape=(part.num_layers, len(heads)),
         source_strides=(source.layer_bytes, source.head_bytes),
         target_strides=(target.layer_bytes, target.head_bytes),
         runs=tuple(runs),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Frame, MessageError
@@ -10,8 +11,9 @@ from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter
-from pagewire.worker.frames import FrameReader
+from pagewire.worker.frames import FrameReader, PageReader
 from pagewire.worker.interval import Interval
+from pagewire.worker.sharded_frames import ShardedFrameReader
 from pagewire.worker.shell import WorkerShell
 
 
@@ -24,9 +26,11 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         config: WorkerConfig,
         incarnation: bytes,
         runner: ModelRunner,
+        shards: KVShards | None = None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
     ) -> None:
+        """`shards`: the pages of all ranks, where `runner` is one of several."""
         core = PrefillCore(
             incarnation=incarnation,
             layout=runner.layout,
@@ -37,7 +41,11 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
         )
-        reader = FrameReader(runner.layout, runner.kv_cache.buffer())
+        reader: PageReader
+        if shards is None:
+            reader = FrameReader(runner.layout, runner.kv_cache.buffer())
+        else:
+            reader = ShardedFrameReader(shards)
         super().__init__(
             config=config,
             core=core,

@@ -270,7 +270,7 @@ Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
 @_typing.final
 class KVLayout(_message.Message):
     """How a worker lays out one page of KV: [layer][kv_head][K|V][slot][head_dim], with the scales of
-    int8 behind each kv_head.
+    8-bit values behind each kv_head.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -286,7 +286,7 @@ class KVLayout(_message.Message):
     num_kv_heads: _builtins.int
     head_dim: _builtins.int
     dtype: _builtins.str
-    """float32, float16, bfloat16 or int8"""
+    """float32, float16, bfloat16, int8 or float8_e4m3fn"""
     def __init__(
         self,
         *,

@@ -29,10 +29,11 @@ class WorkerConfig:
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
     device: str = "cpu"
+    tensor_parallel_size: int = 1  # ranks that compute the model together, a process each
     page_size: int = 64  # as the dtype of the KV cache, it may differ between the roles
     num_pages: int | None = None  # None: sized from the memory that is free
     max_model_len: int | None = None  # None: what the model says
-    num_threads: int = 1  # compute threads of a step; with a core board, at most
+    num_threads: int = 1  # compute threads of a step, all ranks; with a core board, at most
     core_board: str | None = None  # the file of `worker.core_board`; None: num_threads always
     core_board_slot: int = 0
     kernels: str = "auto"  # auto, native, torch or triton
@@ -53,6 +54,10 @@ class WorkerConfig:
             return None
         secret = bytes.fromhex(self.prefix_cache_secret)
         return PageHasher(secret=secret, page_size=self.page_size)
+
+    @property
+    def threads_per_rank(self) -> int:
+        return max(1, self.num_threads // self.tensor_parallel_size)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -10,7 +10,7 @@ from pagewire.kv_transfer.messages import Frame, Message, encode
 from pagewire.kv_transfer.select import Candidate, candidates
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
 from pagewire.worker.effects import Connect, Send, SendFrame
-from pagewire.worker.frames import FrameReader
+from pagewire.worker.frames import PageReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.tasks import Spawn
 
@@ -29,7 +29,7 @@ class Links:
         self,
         *,
         transports: Sequence[Transport],
-        reader: FrameReader | None,
+        reader: PageReader | None,
         io_thread: Executor,
         on_frame_sent: OnFrameSent,
         on_peer_lost: Callable[[bytes], None],

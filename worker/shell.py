@@ -27,7 +27,7 @@ from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.core_board import CoreBoard
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Scatter, Send, SendFrame
-from pagewire.worker.frames import FrameReader
+from pagewire.worker.frames import PageReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
 from pagewire.worker.sessions import WorkerService, keep_registered
@@ -65,7 +65,7 @@ class WorkerShell(Handler, Generic[Core]):
         config: WorkerConfig,
         core: Core,
         runner: ModelRunner,
-        reader: FrameReader | None,
+        reader: PageReader | None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -81,7 +81,7 @@ class WorkerShell(Handler, Generic[Core]):
         self._reader = reader
         self._on_state = on_state
         self.clock = clock
-        self._model_thread = model_thread or new_model_thread(config.num_threads)
+        self._model_thread = model_thread or new_model_thread(config.threads_per_rank)
         self.io_thread = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="frames",
@@ -251,7 +251,8 @@ class WorkerShell(Handler, Generic[Core]):
     def _execute(self, batch: Batch) -> StepResult:
         """Run a step, in the model's thread: the number of OpenMP threads belongs to that one."""
         if self._board is not None:
-            torch.set_num_threads(self._board.claim())
+            size = self._config.tensor_parallel_size
+            torch.set_num_threads(max(1, self._board.claim() // size))
         return self._run_batch(batch)
 
     def _run_batch(self, batch: Batch) -> StepResult:

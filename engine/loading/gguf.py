@@ -6,6 +6,7 @@ while it is converted.
 
 import mmap
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
-from pagewire.engine.loading.checkpoint import Storage
+from pagewire.engine.loading.checkpoint import Part, Storage
 from pagewire.engine.loading.dequantize import dequantize, int4_blocks, storage_of
 from pagewire.engine.loading.gguf_header import GGUFHeader, TensorEntry, read_header
 from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.ops import GROUP
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -56,31 +59,46 @@ class GGUFCheckpoint:
         self._tensors = header.tensors
         self._bytes = torch.frombuffer(data, dtype=torch.uint8)
 
-    def read(self, name: str, into: Tensor) -> None:
+    @property
+    def quantized_as(self) -> str | None:
+        return None
+
+    def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
         name = _gguf_name(name)
         entry = self._entry(name)
-        if entry.shape != into.shape:
+        shape = part.whole_shape(into.shape) if part else tuple(into.shape)
+        if entry.shape != shape:
             raise ModelError(
                 f"model file {self._name}: tensor {name} has shape {list(entry.shape)}, "
-                f"but its metadata asks for {list(into.shape)}"
+                f"but its metadata asks for {list(shape)}"
             )
-        values = self._dequantize(name, entry)
-        into.copy_(self._in_our_order(name, values))
+        if part and part.dim == 0:
+            entry, part = _rows(entry, part.index), None
+        values = self._in_our_order(name, self._dequantize(name, entry))
+        into.copy_(part.of(values) if part else values)
 
     def storage(self, name: str) -> Storage:
         return storage_of(self._entry(_gguf_name(name)))
 
-    def read_int4(self, name: str) -> Int4Blocks:
+    def read_int4(self, name: str, part: Part | None = None) -> Int4Blocks:
         name = _gguf_name(name)
         entry = self._entry(name)
         if storage_of(entry) is not Storage.INT4:
             raise ModelError(f"model file {self._name}: tensor {name} has no 4-bit blocks")
+        if part and part.dim == 0:
+            entry = _rows(entry, part.index)
         blocks = int4_blocks(self._raw(entry), entry)
+        columns = part.index if part and part.dim == 1 else range(entry.shape[1])
+        groups = slice(columns.start // GROUP, columns.stop // GROUP)
         return Int4Blocks(
-            quants=self._in_our_order(name, blocks.quants),
-            scales=self._in_our_order(name, blocks.scales),
-            minima=self._in_our_order(name, blocks.minima),
+            quants=self._in_our_order(name, blocks.quants)[:, groups],
+            scales=self._in_our_order(name, blocks.scales)[:, groups],
+            minima=self._in_our_order(name, blocks.minima)[:, groups],
         )
+
+    def read_quantized(self, name: str, part: Part | None = None) -> QuantizedMatrix | None:
+        self._entry(_gguf_name(name))
+        return None
 
     def rope_factors(self) -> Tensor | None:
         entry = self._tensors.get("rope_freqs.weight")
@@ -143,6 +161,17 @@ def _gguf_name(name: str) -> str:
         return _NAMES[name]
     layer, part, kind = match.groups()
     return f"blk.{layer}.{_LAYER_PARTS[part]}.{kind}"
+
+
+def _rows(entry: TensorEntry, index: range) -> TensorEntry:
+    """Some rows of a tensor: they are neighbours in the file, too."""
+    row_bytes = entry.num_bytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(len(index), *entry.shape[1:]),
+        start=entry.start + index.start * row_bytes,
+        num_bytes=len(index) * row_bytes,
+    )
 
 
 def _halves_from_pairs(rows: Tensor, head_dim: int) -> Tensor:

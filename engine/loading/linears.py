@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from pagewire.engine.emulation import require_emulation
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint, Storage
+from pagewire.engine.loading.emulated_linears import EMULATED, EmulatedLinears
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.float_linear import choose_float_kernel, float_linear
 from pagewire.kernels.int4_linear import concatenated, int4_linear
@@ -22,7 +24,8 @@ from pagewire.kernels.select import SelectedOps
 class LinearLoader:
     """Reads tensors and matrices of one checkpoint for one device, dtype and quantization.
 
-    Raises ModelError for a quantization that the device or the selected operations do not have.
+    Raises ModelError or KernelError for a quantization that the device or the selected operations
+    do not have.
     """
 
     def __init__(
@@ -43,13 +46,16 @@ class LinearLoader:
         self._library = selected.library
         self._float_kernel = choose_float_kernel(selected, dtype, device)
         self._num_int4 = 0
+        emulated = quantization in EMULATED
+        self._emulated = EmulatedLinears(checkpoint, quantization, dtype) if emulated else None
 
     @property
     def explanation(self) -> str:
         """How the matrices are stored and what multiplies them, for people."""
         if self._quantization is Quantization.NONE:
             return f"{str(self._dtype).removeprefix('torch.')} by {self._float_kernel}"
-        return f"{self._quantization} by {self._selected.explanation}"
+        emulated = ", emulated" if self._emulated is not None else ""
+        return f"{self._quantization} by {self._selected.explanation}{emulated}"
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """One tensor in the loader's dtype."""
@@ -60,6 +66,10 @@ class LinearLoader:
     def linear(self, rows: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
         """The modules of `rows`, each with so many outputs, as one matrix."""
         biases = self._fused(rows, "bias") if bias else None
+        if self._emulated is not None:
+            return self._emulated.linear(
+                rows, in_features, biases, lambda: self._fused(rows, "weight", in_features)
+            )
         storage = self._storage(rows)
         if storage is Storage.INT4:
             return self._int4(rows, biases, self._dtype)
@@ -73,6 +83,13 @@ class LinearLoader:
             return self._int4([module], None, torch.float32)
         weight = self._fused({module: vocab_size}, "weight", hidden_size)
         return self._from_weight(weight, None, storage, torch.float32)
+
+    def router(self, module: str, num_experts: int, hidden_size: int) -> Linear:
+        """What scores experts: in floating point whatever the quantization, whose rounding could
+        change the choice. Gives float32 where its kernel can.
+        """
+        weight = self._fused({module: num_experts}, "weight", hidden_size)
+        return self._from_weight(weight, None, Storage.FLOAT, torch.float32)
 
     def tied_lm_head(self, module: str, embedding: Tensor) -> Linear:
         """The LM head that is the embedding, as `lm_head` makes it.
@@ -89,13 +106,14 @@ class LinearLoader:
         """Raises ModelError when int4 was asked for and no matrix of the checkpoint has 4 bits."""
         if self._quantization is Quantization.INT4 and not self._num_int4:
             raise ModelError(
-                "quantization int4 runs the 4-bit blocks of a GGUF file of type Q4_0 or Q4_1, and "
-                "this model has none; choose such a file, or quantization int8"
+                "quantization int4 runs matrices that a file holds in 4 bits (GGUF's Q4_0 or Q4_1, "
+                "GPTQ, AWQ, compressed-tensors), and this model has none; choose such a file, or "
+                "quantization int8"
             )
 
     def _storage(self, modules: Iterable[str]) -> Storage:
         """How the matrix of these modules is kept in memory."""
-        if self._quantization is Quantization.NONE:
+        if self._quantization is Quantization.NONE or self._emulated is not None:
             return Storage.FLOAT
         if self._quantization is Quantization.INT8:
             return Storage.QUANTIZED
@@ -132,8 +150,11 @@ class LinearLoader:
 
 
 def _check(quantization: Quantization, device: str, selected: SelectedOps) -> None:
-    """Raises ModelError for a quantization that cannot run here."""
+    """Raises ModelError or KernelError for a quantization that cannot run here."""
     if quantization is Quantization.NONE:
+        return
+    if quantization in EMULATED:
+        require_emulation(f"quantization {quantization}", device, selected)
         return
     if device != "cpu":
         raise ModelError(f"quantization {quantization} needs device cpu; this is {device}")

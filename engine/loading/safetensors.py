@@ -1,41 +1,30 @@
 """A directory with config.json and safetensors files, as Hugging Face models come.
 
 Only JSON and raw tensors are read, never a pickle or code of the repository. The files are mapped,
-so a tensor takes memory while it is converted and no longer.
+so a tensor takes memory while it is converted and no longer. Quantised matrices are read as
+floating point, or as the numbers that they are.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pagewire.engine import config
 from pagewire.engine.errors import ModelError
-from pagewire.engine.loading.checkpoint import Storage
+from pagewire.engine.loading.checkpoint import Part, Storage
+from pagewire.engine.loading.stored_tensor import SafetensorsFile, StoredTensor
+from pagewire.engine.loading.tensor_names import with_our_names
+from pagewire.engine.loading.weight_format import FLOATS
+from pagewire.engine.loading.weight_formats import weight_format
 from pagewire.kernels.int4_linear import Int4Blocks
+from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
-DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
-
-
-class _StoredTensor(Protocol):
-    """A tensor of an open file, not read yet."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-
-class _File(Protocol):
-    """What is used of `safetensors.safe_open`, which has no types."""
-
-    def keys(self) -> list[str]: ...
-
-    def get_slice(self, name: str) -> _StoredTensor: ...
-
-    def get_tensor(self, name: str) -> Tensor: ...
 
 
 class SafetensorsCheckpoint:
@@ -45,43 +34,88 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        try:
-            self.config = config.from_hugging_face(_read_json(directory / "config.json"))
-        except ModelError as error:
-            raise ModelError(f"model {directory.name}: {error}") from error
-        self._files: dict[str, _File] = {}  # by tensor name
+        self._title = f"model {directory.name}"
+        with _naming(self._title):
+            values = _read_json(directory / "config.json")
+            self.config = config.from_hugging_face(values)
+        stored: dict[str, StoredTensor] = {}
         for path in _weight_files(directory):
             file = _open(path)
-            self._files.update(dict.fromkeys(file.keys(), file))
+            names = file.keys()
+            stored |= {name: StoredTensor(file=file, name=name) for name in names}
+        with _naming(self._title):
+            self._tensors = with_our_names(stored, self.config)
+            self._format = weight_format(values, self._tensors)
 
-    def read(self, name: str, into: Tensor) -> None:
-        file = self._files.get(name)
-        if file is None:
-            raise ModelError(f"model {self._directory.name} has no tensor {name}")
-        stored = file.get_slice(name)
-        if stored.get_shape() != list(into.shape):
-            raise ModelError(
-                f"model {self._directory.name}: tensor {name} has shape {stored.get_shape()}, "
-                f"but config.json asks for {list(into.shape)}"
-            )
-        if stored.get_dtype() not in DTYPES:
-            raise ModelError(
-                f"model {self._directory.name}: tensor {name} is of type {stored.get_dtype()}; "
-                f"supported are {', '.join(DTYPES)}"
-            )
-        into.copy_(file.get_tensor(name))
+    @property
+    def quantized_as(self) -> str | None:
+        return None if self._format is None else self._format.title
+
+    def read(self, name: str, into: Tensor, part: Part | None = None) -> None:
+        quantized = self.storage(name) is not Storage.FLOAT
+        shape = part.whole_shape(into.shape) if part else tuple(into.shape)
+        with _naming(f"{self._title}: tensor {name}"):
+            if quantized:
+                matrix = self._matrix(name)
+                _require_shape(tuple(matrix.quants.shape), shape)
+                values = _part_of(matrix, part).dequantized()
+            else:
+                values = self._floats(name, shape, part)
+        into.copy_(values)
 
     def storage(self, name: str) -> Storage:
-        if name not in self._files:
-            raise ModelError(f"model {self._directory.name} has no tensor {name}")
-        return Storage.FLOAT
+        module = name.removesuffix(".weight")
+        stored = Storage.FLOAT if self._format is None else self._format.storage(module)
+        if stored is Storage.FLOAT and name not in self._tensors:
+            raise ModelError(f"{self._title} has no tensor {name}")
+        return stored
 
-    def read_int4(self, name: str) -> Int4Blocks:
-        raise ModelError(f"model {self._directory.name}: tensor {name} has no 4-bit blocks")
+    def read_int4(self, name: str, part: Part | None = None) -> Int4Blocks:
+        if self.storage(name) is not Storage.INT4:
+            raise ModelError(f"{self._title}: tensor {name} has no 4-bit blocks")
+        with _naming(f"{self._title}: tensor {name}"):
+            return _part_of(self._matrix(name), part).int4_blocks()
+
+    def read_quantized(self, name: str, part: Part | None = None) -> QuantizedMatrix | None:
+        if self.storage(name) is Storage.FLOAT:
+            return None
+        with _naming(f"{self._title}: tensor {name}"):
+            return _part_of(self._matrix(name), part)
+
+    def _floats(self, name: str, shape: tuple[int, ...], part: Part | None) -> Tensor:
+        """A tensor of this shape, or a part of it, in the dtype of the file."""
+        tensor = self._tensors[name]
+        _require_shape(tensor.shape, shape)
+        if tensor.dtype not in FLOATS:
+            raise ModelError(f"it is of type {tensor.dtype}; supported are {', '.join(FLOATS)}")
+        return tensor.read(part)
+
+    def _matrix(self, name: str) -> QuantizedMatrix:
+        assert self._format is not None  # otherwise nothing is quantised
+        return self._format.matrix(name.removesuffix(".weight"))
 
     def rope_factors(self) -> Tensor | None:
         return None
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say in an error what it is about. Raises ModelError for a ModelError or ValueError."""
+    try:
+        yield
+    except (ModelError, ValueError) as error:
+        raise ModelError(f"{what}: {error}") from error
+
+
+def _require_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise ModelError(f"its shape is {list(found)}, but config.json asks for {list(wanted)}")
+
+
+def _part_of(matrix: QuantizedMatrix, part: Part | None) -> QuantizedMatrix:
+    if part is None:
+        return matrix
+    return matrix.rows(part.index) if part.dim == 0 else matrix.columns(part.index)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -116,9 +150,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open(path: Path) -> _File:
+def _open(path: Path) -> SafetensorsFile:
     try:
-        file: _File = safe_open(path, framework="pt")
+        file: SafetensorsFile = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"model {path.parent.name}: {path.name} is truncated or damaged ({error}); "

@@ -15,11 +15,23 @@ from pagewire.engine.loading.checkpoint import Checkpoint
 from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.linears import LinearLoader
 from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
+from pagewire.engine.mixture_config import MixtureConfig
+from pagewire.engine.models.feed_forward import (
+    DenseFeedForward,
+    FeedForward,
+    MixtureOfExperts,
+    SharedExpert,
+)
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
+from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
+from pagewire.engine.parallel.shard import ModelShard
+from pagewire.engine.parallel.sharded_checkpoint import ShardedCheckpoint
 from pagewire.engine.quantization import Quantization
-from pagewire.kernels.ops import Linear
+from pagewire.kernels.experts import Experts
+from pagewire.kernels.ops import Linear, Ops
 from pagewire.kernels.select import SelectedOps
+from pagewire.kernels.sorted_experts import SortedExperts
 
 logger = logging.getLogger(__name__)
 
@@ -40,29 +52,44 @@ def load_model(
     device: str,
     selected: SelectedOps,
     quantization: Quantization = Quantization.NONE,
+    group: RankGroup | None = None,
 ) -> LlamaModel:
     """Convert the tensors of an open checkpoint and make the decoder that its config describes.
 
-    Raises ModelError when a tensor is missing, misshapen or of a type that is not supported, and
-    for a quantization that this device, `selected` or checkpoint does not have.
+    Of a `group` each rank reads and makes its own part. Raises ModelError when a tensor is missing,
+    misshapen or of a type that is not supported, for a quantization that this device, `selected` or
+    checkpoint does not have, and for a model that cannot be split among so many ranks; KernelError
+    for a quantization that no kernel here multiplies.
     """
+    group = group or SingleRank()
+    shard = ModelShard(config=checkpoint.config, rank=group.rank, size=group.size)
+    if group.size > 1:
+        if quantization is not Quantization.NONE:
+            shard.require_whole_groups()
+        checkpoint = ShardedCheckpoint(checkpoint, shard)
     linears = LinearLoader(
         checkpoint, dtype=dtype, device=device, quantization=quantization, selected=selected
     )
-    logger.info("matrices: %s", linears.explanation)
-    weights = _Loader(linears, checkpoint.config).weights()
+    held = checkpoint.quantized_as
+    logger.info("matrices: %s%s", linears.explanation, f"; the files hold {held}" if held else "")
+    weights = _Loader(linears, checkpoint.config, shard.vocabulary, selected.ops).weights()
     linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
-    return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops)
+    return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops, group)
 
 
 class _Loader:
     """Names the tensors that the config asks for, fused as the decoder wants them."""
 
-    def __init__(self, linears: LinearLoader, config: ModelConfig) -> None:
+    def __init__(
+        self, linears: LinearLoader, config: ModelConfig, vocabulary: range, ops: Ops
+    ) -> None:
+        """`vocabulary`: the tokens whose logits this rank computes."""
         self._linears = linears
         self._tensor = linears.tensor
         self._config = config
+        self._vocabulary = vocabulary
+        self._ops = ops
 
     def weights(self) -> LlamaWeights:
         config = self._config
@@ -77,8 +104,9 @@ class _Loader:
     def _lm_head(self, embedding: Tensor) -> Linear:
         config = self._config
         if config.tie_word_embeddings:
-            return self._linears.tied_lm_head("model.embed_tokens", embedding)
-        return self._linears.lm_head("lm_head", config.vocab_size, config.hidden_size)
+            rows = embedding[self._vocabulary.start : self._vocabulary.stop]
+            return self._linears.tied_lm_head("model.embed_tokens", rows)
+        return self._linears.lm_head("lm_head", len(self._vocabulary), config.hidden_size)
 
     def _layer(self, index: int) -> LayerWeights:
         config = self._config
@@ -87,7 +115,6 @@ class _Loader:
         kv_rows = config.num_kv_heads * head_dim
         q_rows = config.num_heads * head_dim
         qkv = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
-        gate_up = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         return LayerWeights(
             input_norm=self._tensor(f"{layer}.input_layernorm.weight", hidden),
             qkv=self._linear(f"{layer}.self_attn", qkv, hidden, bias=config.qkv_bias),
@@ -95,9 +122,49 @@ class _Loader:
             k_norm=self._head_norm(f"{layer}.self_attn.k_norm.weight"),
             output=self._linear(f"{layer}.self_attn", {"o_proj": hidden}, q_rows),
             post_attention_norm=self._tensor(f"{layer}.post_attention_layernorm.weight", hidden),
-            gate_up=self._linear(f"{layer}.mlp", gate_up, hidden),
-            down=self._linear(f"{layer}.mlp", {"down_proj": hidden}, config.intermediate_size),
+            feed_forward=self._feed_forward(f"{layer}.mlp", index),
         )
+
+    def _feed_forward(self, module: str, index: int) -> FeedForward:
+        mixture = self._config.mixture
+        if mixture is None or index in mixture.dense_layers:
+            return self._dense(module, self._config.intermediate_size)
+        return MixtureOfExperts(
+            router=self._linears.router(
+                f"{module}.gate", mixture.num_experts, self._config.hidden_size
+            ),
+            experts=self._experts(f"{module}.experts", mixture),
+            shared=self._shared_expert(module, mixture),
+            experts_per_token=mixture.experts_per_token,
+            renormalize=mixture.renormalize,
+            ops=self._ops,
+        )
+
+    def _experts(self, module: str, mixture: MixtureConfig) -> Experts:
+        experts = [
+            self._gated(f"{module}.{expert}", mixture.intermediate_size)
+            for expert in range(mixture.num_experts)
+        ]
+        gate_up, down = zip(*experts, strict=True)
+        return SortedExperts(gate_up=gate_up, down=down, ops=self._ops)
+
+    def _shared_expert(self, module: str, mixture: MixtureConfig) -> SharedExpert | None:
+        if mixture.shared_intermediate_size is None:
+            return None
+        return SharedExpert(
+            gate=self._linears.router(f"{module}.shared_expert_gate", 1, self._config.hidden_size),
+            network=self._dense(f"{module}.shared_expert", mixture.shared_intermediate_size),
+        )
+
+    def _dense(self, module: str, size: int) -> DenseFeedForward:
+        gate_up, down = self._gated(module, size)
+        return DenseFeedForward(gate_up=gate_up, down=down, ops=self._ops)
+
+    def _gated(self, module: str, size: int) -> tuple[Linear, Linear]:
+        """gate and up as one matrix, and down, of a feed-forward network of so many features."""
+        hidden = self._config.hidden_size
+        gate_up = self._linear(module, {"gate_proj": size, "up_proj": size}, hidden)
+        return gate_up, self._linear(module, {"down_proj": hidden}, size)
 
     def _linear(
         self, module: str, rows: dict[str, int], in_features: int, *, bias: bool = False

@@ -1,8 +1,8 @@
-"""The decoder of Llama, Mistral, Qwen2 and Qwen3: one forward step over a ragged batch.
+"""The decoder of Llama, Mistral, Phi-3, Qwen and their mixtures: a step over a ragged batch.
 
 The families differ in three switches of the config (a bias on q, k and v; a norm on each head of q
-and k; a sliding window) and otherwise in sizes only. All arithmetic is behind
-`Ops` and `Linear`.
+and k; a sliding window), in the feed-forward network of a layer, and otherwise in sizes only. All
+arithmetic is behind `Ops`, `Linear` and `FeedForward`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pagewire.engine.config import ModelConfig
+from pagewire.engine.models.feed_forward import FeedForward
 from pagewire.engine.models.rope import cosine_and_sine
+from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Activation, AttentionBatch, AttentionPlan, Linear, Ops
@@ -27,12 +29,11 @@ class LayerWeights:
     k_norm: Tensor | None  # [head_dim]
     output: Linear
     post_attention_norm: Tensor  # [hidden_size]
-    gate_up: Linear  # outputs gate, then up
-    down: Linear
+    feed_forward: FeedForward
 
     @property
-    def matrices(self) -> tuple[Linear, ...]:
-        return self.qkv, self.output, self.gate_up, self.down
+    def num_bytes(self) -> int:
+        return self.qkv.num_bytes + self.output.num_bytes + self.feed_forward.num_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,8 +44,8 @@ class LlamaWeights:
     lm_head: Linear  # outputs logits
 
     @property
-    def matrices(self) -> tuple[Linear, ...]:
-        return *(matrix for layer in self.layers for matrix in layer.matrices), self.lm_head
+    def matrix_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self.layers) + self.lm_head.num_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,12 +59,22 @@ class _Step:
 
 
 class LlamaModel:
-    """A loaded model. Holds no state of any sequence: that is in the KV pool."""
+    """A loaded model, or one rank's part of it.
+
+    Holds no state of any sequence: that is in the KV pool.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: LlamaWeights, inverse_frequencies: Tensor, ops: Ops
+        self,
+        config: ModelConfig,
+        weights: LlamaWeights,
+        inverse_frequencies: Tensor,
+        ops: Ops,
+        group: RankGroup | None = None,
     ) -> None:
+        """`config` and `weights` have the heads and features of this rank of `group` alone."""
         self.config = config
+        self.group = group or SingleRank()
         self._weights = weights
         self._inverse_frequencies = inverse_frequencies
         self.ops = ops
@@ -76,9 +87,12 @@ class LlamaModel:
     def weight_bytes(self) -> int:
         """Memory of the embedding and the matrices."""
         embedding, lm_head = self._weights.embedding, self._weights.lm_head
-        matrices = sum(matrix.num_bytes for matrix in self._weights.matrices)
-        shared = isinstance(lm_head, DenseLinear) and lm_head.weight is embedding
-        return matrices if shared else matrices + embedding.nbytes
+        memory = embedding.untyped_storage().data_ptr()
+        shared = (
+            isinstance(lm_head, DenseLinear)
+            and lm_head.weight.untyped_storage().data_ptr() == memory
+        )
+        return self._weights.matrix_bytes + (0 if shared else embedding.nbytes)
 
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, pool: KVPool, logits_of: Tensor
@@ -86,7 +100,8 @@ class LlamaModel:
         """Run the tokens of a step, storing their KV, and return logits of some of them.
 
         token_ids: int64 [num_tokens]; logits_of: int64 [num_logits], indices into the tokens.
-        Returns float32 [num_logits, vocab_size].
+        Returns float32 [num_logits, vocab_size]; on other ranks than 0, some columns of it.
+        Raises RankLost when another rank does not run the same step.
         """
         ops, config, weights = self.ops, self.config, self._weights
         step = _Step(
@@ -106,22 +121,23 @@ class LlamaModel:
         for index, layer in enumerate(weights.layers[1:], start=1):
             x, residual = self._add_norm(out, residual, layer.input_norm, layer.qkv)
             out, residual = self._layer(x, residual, index, step)
+        if not len(logits_of):
+            return out.new_empty(0, config.vocab_size, dtype=torch.float32)
         out, residual = out[logits_of], residual[logits_of]
         x, _ = self._add_norm(out, residual, weights.norm, weights.lm_head)
-        return weights.lm_head(x).float()
+        return self.group.gather_columns(weights.lm_head(x).float(), config.vocab_size)
 
     def _layer(
         self, x: Activation, residual: Tensor, index: int, step: _Step
     ) -> tuple[Tensor, Tensor]:
-        """(output of the MLP, residual before it is added), both [num_tokens, hidden_size]."""
+        """(output of the feed-forward, residual before it is added), [num_tokens, hidden_size]."""
         layer = self._weights.layers[index]
         out = self._attend(x, index, layer, step)
-        x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.gate_up)
-        gated = self.ops.silu_mul(layer.gate_up(x), quantize=layer.down.takes_quantized)
-        return layer.down(gated), residual
+        x, residual = self._add_norm(out, residual, layer.post_attention_norm, layer.feed_forward)
+        return self.group.all_reduce(layer.feed_forward(x)), residual
 
     def _add_norm(
-        self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear
+        self, out: Tensor, residual: Tensor, norm: Tensor, reader: Linear | FeedForward
     ) -> tuple[Activation, Tensor]:
         """Add a block's output to the residual and normalise the sum, as `reader` takes it."""
         return self.ops.add_rms_norm(
@@ -140,4 +156,5 @@ class LlamaModel:
             k = ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         q = ops.rope_and_store(q, k, v, step.rope, step.pool, index, step.slots)
         attended = step.attention.run(q, step.pool, index).flatten(1)
-        return layer.output(ops.quantize(attended) if layer.output.takes_quantized else attended)
+        part = layer.output(ops.quantize(attended) if layer.output.takes_quantized else attended)
+        return self.group.all_reduce(part)

@@ -71,6 +71,15 @@ def serve(
     served_model: Annotated[str | None, typer.Option(help="the name that clients use")] = None,
     prefill: Annotated[int | None, typer.Option(help="prefill workers")] = None,
     decode: Annotated[int | None, typer.Option(help="decode workers")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="processes that compute one worker's model together")
+    ] = None,
+    prefill_tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="of prefill workers, if it is to be another")
+    ] = None,
+    decode_tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="of decode workers, if it is to be another")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="address of the API")] = None,
     port: Annotated[int | None, typer.Option(help="port of the API; 0: any free one")] = None,
     dashboard_port: Annotated[
@@ -78,8 +87,8 @@ def serve(
     ] = None,
     transport: Annotated[str | None, typer.Option(help="auto, shm, ucx, gloo or tcp")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
-    quantization: Annotated[str | None, typer.Option(help="none, int8 or int4")] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype) or int8")] = None,
+    quantization: Annotated[str | None, typer.Option(help="none, int8, int4, fp8 or w4a16")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype), int8 or fp8")] = None,
     decode_kv_cache_dtype: Annotated[
         str | None, typer.Option(help="of decode workers, if it is to be another")
     ] = None,
@@ -122,6 +131,9 @@ def serve(
         "served_model": served_model,
         "prefill": prefill,
         "decode": decode,
+        "tensor_parallel_size": tensor_parallel_size,
+        "prefill_tensor_parallel_size": prefill_tensor_parallel_size,
+        "decode_tensor_parallel_size": decode_tensor_parallel_size,
         "host": host,
         "port": port,
         "dashboard_port": dashboard_port,

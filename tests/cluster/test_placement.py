@@ -125,3 +125,19 @@ def test_container_limit(
     unlimited = available_cores()
     monkeypatch.setattr("pagewire.cluster.placement._CGROUP_CPU_LIMIT", file)
     assert available_cores() == (cores or unlimited)
+
+
+def test_roles_may_have_different_numbers_of_ranks() -> None:
+    workers = place(ServeConfig(tensor_parallel_size=2, decode_tensor_parallel_size=4), 8)
+    assert [(item.role, item.tensor_parallel_size) for item in workers] == [
+        (Role.PREFILL, 2),
+        (Role.DECODE, 4),
+    ]
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_the_ranks_of_a_worker_share_its_threads(num_threads: int, size: int) -> None:
+    config = ServeConfig(num_threads=num_threads, prefill_tensor_parallel_size=size)
+    worker, single = place(config, 2)
+    assert worker.threads_per_rank == max(1, num_threads // size)
+    assert single.threads_per_rank == num_threads

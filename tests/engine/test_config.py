@@ -76,6 +76,8 @@ def test_linear_rope_in_its_old_and_gguf_form() -> None:
         ({"model_type": "mistral"}, 4096),
         ({"model_type": "mistral", "sliding_window": None}, None),
         ({"model_type": "mistral", "sliding_window": 512}, 512),
+        ({"model_type": "phi3"}, None),
+        ({"model_type": "phi3", "sliding_window": 2047}, 2047),
         ({"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False}, None),
         (
             {
@@ -115,7 +117,6 @@ def test_the_sliding_window(values: dict[str, Any], window: int | None) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
         ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
         ({"attention_bias": True}, "attention_bias is True; only qwen2 has a bias there"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is .*; only None"),
         ({"rope_scaling": [1]}, "rope parameters are .*; they must be a JSON object"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
@@ -133,6 +134,8 @@ def test_the_sliding_window(values: dict[str, Any], window: int | None) -> None:
             "max_window_layers is 2 of 4; a sliding window in some layers only",
         ),
         ({"model_type": "qwen3"}, "has no head_dim"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
+        ({"model_type": "gemma2"}, "architecture 'gemma2' is not supported; supported are llama"),
     ],
 )
 def test_what_cannot_be_served_is_refused(values: dict[str, Any], sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.errors import KernelError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels.kv_pool import KVPool
+from pagewire.kernels.native_library import NativeLibraryError, find_library
 from pagewire.kv_transfer.layout import DTYPE_BYTES, PAGE_SIZES, KVLayout
 
 layouts = st.builds(
@@ -66,9 +69,21 @@ def test_memory_that_is_no_pool_is_refused(data: torch.Tensor, sentence: str) ->
         KVPool(data, torch.bfloat16, num_layers=1, num_kv_heads=1, page_size=16, head_dim=8)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_logits_over_an_int8_cache_are_close(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path, kernels: str
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "kernels", "stored", "tolerance"),
+    [
+        (KVCacheDtype.INT8, "auto", "int8", 0.02),
+        (KVCacheDtype.INT8, "torch", "int8", 0.02),
+        (KVCacheDtype.FP8, "torch", "float8_e4m3fn", 0.1),
+    ],
+)
+def test_logits_over_a_cache_of_8_bits_are_close(
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    kv_cache_dtype: KVCacheDtype,
+    kernels: str,
+    stored: str,
+    tolerance: float,
 ) -> None:
     make_model("llama", initializer_range=0.05)
     # The second step decodes behind a prompt of several pages.
@@ -84,10 +99,25 @@ def test_logits_over_an_int8_cache_are_close(
     ]
     exact, quantized = (
         load_engine(tmp_path, dtype="float32", num_pages=4, kv_cache_dtype=dtype, kernels=kernels)
-        for dtype in (KVCacheDtype.AUTO, KVCacheDtype.INT8)
+        for dtype in (KVCacheDtype.AUTO, kv_cache_dtype)
     )
-    assert (exact.layout.dtype, quantized.layout.dtype) == ("float32", "int8")
+    assert (exact.layout.dtype, quantized.layout.dtype) == ("float32", stored)
     for row in steps:
         expected, found = (runner.forward(Batch(rows=(row,))) for runner in (exact, quantized))
         error = (found - expected).norm() / expected.norm()
-        assert 0 < error < 0.02
+        assert 0 < error < tolerance
+
+
+def test_an_fp8_cache_without_kernels_for_it_is_refused(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model("llama")
+    options: dict[str, Any] = {"num_pages": 1, "kv_cache_dtype": KVCacheDtype.FP8}
+    with pytest.raises(KernelError, match="no kernels for device meta; choose another"):
+        load_engine(tmp_path, device="meta", **options)
+    try:
+        find_library()
+    except NativeLibraryError as error:
+        pytest.skip(str(error))
+    with pytest.raises(KernelError, match=r"no kernels for device cpu; .* or kernels torch, which"):
+        load_engine(tmp_path, **options)

@@ -13,6 +13,7 @@ from pagewire.kernels.kv_pool import quantize_vectors
 from pagewire.kv_transfer.layout import (
     DTYPE_BYTES,
     PAGE_SIZES,
+    SCALE_BYTES,
     KVLayout,
     byte_runs,
     plan_frames,
@@ -50,7 +51,7 @@ def store_at(cache: KVCache, position: int, vectors: Tensor) -> None:
     if pages.scales is None:
         pages.values[page_table(cache)[index], :, :, :, slot] = vectors.to(pages.values.dtype)
         return
-    values, scales = quantize_vectors(vectors)
+    values, scales = quantize_vectors(vectors, pages.values.dtype)
     pages.values[page_table(cache)[index], :, :, :, slot] = values
     pages.scales[page_table(cache)[index], :, :, :, slot] = scales
 
@@ -90,10 +91,11 @@ def check_handed_over(sender: KVCache, receiver: KVCache) -> None:
     expected = make_cache(receiver.layout.page_size, receiver.layout.dtype)
     for position in range(NUM_TOKENS):
         store_at(expected, position, load_at(sender, position))
-    if sender.layout.dtype == receiver.layout.dtype == "int8":
+    quantized = receiver.layout.dtype in SCALE_BYTES
+    if quantized and sender.layout.dtype == receiver.layout.dtype:
         for position in range(NUM_TOKENS):
             assert torch.equal(load_at(receiver, position), load_at(sender, position))
-    elif receiver.layout.dtype == "int8":
+    elif quantized:
         for position in range(NUM_TOKENS):
             assert torch.equal(load_at(receiver, position), load_at(expected, position))
     else:

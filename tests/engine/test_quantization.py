@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pagewire.engine.batch import Batch, BatchRow
-from pagewire.engine.errors import ModelError
+from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.dequantize import dequantize, int4_blocks
@@ -21,6 +21,7 @@ from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.gguf_header import TensorEntry
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.kernels import fp8, w4a16
 from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -150,6 +151,37 @@ def test_what_a_file_says_of_its_tensors(model: PreTrainedModel, tmp_path: Path)
 def test_quantization_is_for_cpus(model: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="quantization int8 needs device cpu; this is meta"):
         load_engine(tmp_path, device="meta", num_pages=1, quantization=Quantization.INT8)
+
+
+@pytest.mark.parametrize("quantization", [Quantization.FP8, Quantization.W4A16])
+def test_what_is_emulated_runs_in_plain_torch_and_says_so(
+    quantization: Quantization,
+    model: PreTrainedModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Weights are those that the functions of `kernels` make; fp8 rounds activations besides."""
+    quantize = fp8.quantize_weight if quantization is Quantization.FP8 else w4a16.quantize_weight
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and parameter.ndim == 2:
+                parameter.copy_(quantize(parameter).dequantized())
+
+    with caplog.at_level(logging.INFO):
+        result = logits(tmp_path, quantization, kernels="torch")
+
+    tolerance = 0.3 if quantization is Quantization.FP8 else 1e-4
+    assert relative_error(result, expected_logits(model)) < tolerance
+    assert f"matrices: {quantization} by plain torch: as configured, emulated" in caplog.text
+
+
+@pytest.mark.usefixtures("native", "model")
+@pytest.mark.parametrize("quantization", [Quantization.FP8, Quantization.W4A16])
+def test_what_has_no_kernels_is_refused(quantization: Quantization, tmp_path: Path) -> None:
+    with pytest.raises(KernelError, match=r"no kernels for device cpu; choose int8, or kernels"):
+        logits(tmp_path, quantization)
+    with pytest.raises(KernelError, match="no kernels for device meta; choose another"):
+        load_engine(tmp_path, device="meta", num_pages=1, quantization=quantization)
 
 
 def test_memory_is_said_at_the_start(

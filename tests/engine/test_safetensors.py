@@ -84,7 +84,9 @@ def test_a_truncated_file_is_refused(directory: Path) -> None:
 
 def test_a_wrong_shape_is_refused_with_both_shapes(directory: Path) -> None:
     edit_tensor(directory, "model.norm.weight", torch.zeros(7))
-    refused(directory, r"tensor model.norm.weight has shape \[7\], but config.json asks for \[48\]")
+    refused(
+        directory, r"tensor model.norm.weight: its shape is \[7\], but config.json asks for \[48\]"
+    )
 
 
 def test_a_missing_tensor_is_named(directory: Path) -> None:
@@ -92,16 +94,24 @@ def test_a_missing_tensor_is_named(directory: Path) -> None:
     refused(directory, r"has no tensor model.layers.1.self_attn.k_proj.weight")
 
 
+def test_a_tensor_of_several_matrices_has_the_rows_of_all(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    make_model("phi3")
+    edit_config(tmp_path, num_key_value_heads=3)
+    refused(tmp_path, r"self_attn.qkv_proj.weight has 160 rows, but config.json asks for 192")
+
+
 def test_integer_weights_are_refused(directory: Path) -> None:
     edit_tensor(directory, "model.norm.weight", torch.zeros(48, dtype=torch.int8))
-    refused(directory, "tensor model.norm.weight is of type I8; supported are F32, F16, BF16")
+    refused(directory, "tensor model.norm.weight: it is of type I8; supported are F32, F16, BF16")
 
 
 def test_an_unknown_architecture_is_refused(directory: Path) -> None:
     edit_config(directory, model_type="gpt_neox")
     refused(
         directory,
-        r"architecture 'gpt_neox' is not supported; supported are llama, mistral, qwen2, qwen3",
+        r"architecture 'gpt_neox' is not supported; supported are llama, mistral, mixtral, phi3",
     )
 
 

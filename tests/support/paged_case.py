@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels import reference
-from pagewire.kernels.kv_pool import KVPool
+from pagewire.kernels.kv_pool import QUANTIZED, KVPool
 from pagewire.kernels.ops import Activation, AttentionBatch, Ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -28,8 +28,8 @@ def poisoned_pool(
     page_size: int,
     head_dim: int,
 ) -> KVPool:
-    """A pool of which everything is NaN; with int8 the scales are."""
-    value_bytes = head_dim * dtype.itemsize + (4 if dtype is torch.int8 else 0)
+    """A pool of which everything is NaN; in 8 bits the scales are."""
+    value_bytes = head_dim * dtype.itemsize + (4 if dtype in QUANTIZED else 0)
     page_bytes = num_layers * num_kv_heads * 2 * page_size * value_bytes
     pool = KVPool(
         torch.zeros((num_pages, page_bytes), dtype=torch.uint8),

@@ -11,11 +11,19 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 193
@@ -68,6 +76,38 @@ FAMILIES = {
     ),
     "qwen2": Family(model=Qwen2ForCausalLM, config=Qwen2Config, options={}),
     "qwen3": Family(model=Qwen3ForCausalLM, config=Qwen3Config, options={}),
+    "phi3": Family(
+        model=Phi3ForCausalLM, config=Phi3Config, options={"hidden_size": 96, "pad_token_id": None}
+    ),
+    "phi3 window": Family(
+        model=Phi3ForCausalLM,
+        config=Phi3Config,
+        options={"hidden_size": 96, "pad_token_id": None, "sliding_window": 100},
+    ),
+    "mixtral": Family(
+        model=MixtralForCausalLM, config=MixtralConfig, options={"num_local_experts": 5}
+    ),
+    "qwen2 moe": Family(
+        model=Qwen2MoeForCausalLM,
+        config=Qwen2MoeConfig,
+        options={
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+        },
+    ),
+    "qwen3 moe": Family(
+        model=Qwen3MoeForCausalLM,
+        config=Qwen3MoeConfig,
+        options={
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
 }
 
 

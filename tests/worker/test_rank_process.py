@@ -1,0 +1,60 @@
+"""The process of a rank behind the first, without a rank 0 that would have work for it."""
+
+import asyncio
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from socket import socketpair
+
+import pytest
+
+from pagewire.engine.errors import EngineError
+from pagewire.engine.parallel.rank_group import RankLost
+from pagewire.worker.config import Role, WorkerConfig
+from pagewire.worker.followers import follower_processes
+from pagewire.worker.step_messages import STARTED
+
+CONFIG = WorkerConfig(
+    name="decode-0",
+    role=Role.DECODE,
+    model="absent",
+    served_model="m",
+    routers=("127.0.0.1:1",),
+    tensor_parallel_size=2,
+)
+TIMEOUT_S = 120.0
+
+
+def test_it_ends_with_rank_0_while_it_waits_for_it(tmp_path: Path) -> None:
+    mine, theirs = socketpair()
+    command = [sys.executable, "-m", "pagewire.worker.rank_process"]
+    with mine, theirs:
+        process = subprocess.Popen(
+            [*command, CONFIG.to_json(), "1", str(tmp_path / "store"), "0"],
+            stdin=theirs.fileno(),
+        )
+        theirs.close()
+        mine.settimeout(TIMEOUT_S)
+        assert mine.recv(1) == STARTED
+    assert process.wait(TIMEOUT_S) == 1
+
+
+def test_one_that_cannot_start_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    async def run() -> None:
+        async with follower_processes(CONFIG) as followers:
+            with pytest.raises(RankLost, match="rank 1 of 2 did not start"):
+                await asyncio.to_thread(followers.join)
+
+    asyncio.run(run())
+
+
+def test_ranks_share_host_memory_alone() -> None:
+    async def run() -> None:
+        async with follower_processes(replace(CONFIG, device="cuda:0")):
+            raise AssertionError("it has started")
+
+    with pytest.raises(EngineError, match=r"tensor_parallel_size is 2 and device cuda:0"):
+        asyncio.run(run())

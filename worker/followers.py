@@ -1,0 +1,150 @@
+"""The ranks of a worker behind the first, as child processes of the one that runs rank 0.
+
+Rank 0 has the core, the event loop and all connections. The others hold their part of the model and
+of every page, and run the steps that rank 0 tells them. A group lives and dies as one.
+"""
+
+import asyncio
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import torch
+
+from pagewire.engine.batch import PageCopy
+from pagewire.engine.errors import EngineError
+from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.kv_shards import KVShards
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.parallel.rank_group import RankLost
+from pagewire.engine.parallel.shared_pools import SharedPools, shared_memory
+from pagewire.engine.parallel.tensor_parallel import TensorParallel
+from pagewire.engine.step_memory import StepInputs
+from pagewire.worker.config import WorkerConfig
+from pagewire.worker.load import join_ranks
+from pagewire.worker.step_messages import STARTED, Copies, Step
+from pagewire.worker.tasks import first_of
+
+_START_TIMEOUT_S = 300.0  # of a process that imports torch
+_SEND_TIMEOUT_S = 60.0
+
+
+@asynccontextmanager
+async def follower_processes(config: WorkerConfig) -> AsyncIterator["FollowerProcesses"]:
+    """Within this context the processes run, behind it they are gone.
+
+    They load their part of the model while rank 0 does. Raises EngineError where processes cannot
+    share the memory of the device, and OSError.
+    """
+    if config.device != "cpu":
+        raise EngineError(
+            f"tensor_parallel_size is {config.tensor_parallel_size} and device {config.device}: "
+            "rank 0 sends the pages of all ranks from memory that they share, which only device "
+            "cpu has"
+        )
+    with tempfile.TemporaryDirectory(prefix="pagewire-") as directory, shared_memory() as memory:
+        followers = FollowerProcesses(config, store_path=f"{directory}/ranks", memory=memory)
+        try:
+            await followers.start()
+            yield followers
+        finally:
+            await followers.end()
+
+
+class FollowerProcesses:
+    """Implements Followers. Made by `follower_processes`."""
+
+    def __init__(self, config: WorkerConfig, *, store_path: str, memory: int) -> None:
+        """`store_path`: where the ranks find each other; `memory`: descriptor of their pools."""
+        self._config = config
+        self._size = config.tensor_parallel_size
+        self._store_path = store_path
+        self._memory = memory
+        self._pools = SharedPools(memory, self._size)
+        self._processes: list[asyncio.subprocess.Process] = []
+        self._sockets: list[socket.socket] = []
+
+    async def start(self) -> None:
+        """Start the processes. Raises OSError."""
+        for rank in range(1, self._size):
+            await self._start(rank)
+
+    async def end(self) -> None:
+        """Kill them: they have nothing to finish, and may be in the middle of a step."""
+        for sock in self._sockets:
+            sock.close()
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    def join(self) -> TensorParallel:
+        """The place of rank 0, once all others are there. Blocks. Raises RankLost."""
+        for rank, sock in enumerate(self._sockets, start=1):
+            self._await_start(rank, sock)
+        return join_ranks(
+            self._config, 0, store_path=self._store_path, memory=self._memory, followers=self
+        )
+
+    def shards(self, runner: ModelRunner) -> KVShards:
+        """The pages of all ranks; `runner` is that of rank 0."""
+        layout, num_pages = runner.kv_cache.layout, runner.num_pages
+        pools = [
+            self._pools.pool(rank, num_pages * layout.page_bytes) for rank in range(self._size)
+        ]
+        return KVShards(
+            runner.layout, tuple(KVCache(layout, num_pages, memory=pool) for pool in pools)
+        )
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        self._send(Copies(copies=tuple(copies)).encode())
+
+    def run(self, inputs: StepInputs) -> None:
+        self._send(Step.of(inputs, torch.get_num_threads()).encode())
+
+    async def failure(self) -> None:
+        """Wait until one of the processes ends, and raise RankLost."""
+        await first_of(*(self._end_of(rank) for rank in range(1, self._size)))
+
+    def _send(self, message: bytes) -> None:
+        for rank, sock in enumerate(self._sockets, start=1):
+            try:
+                sock.sendall(message)
+            except OSError as error:
+                raise RankLost(f"rank {rank} of {self._size} takes no steps: {error}") from error
+
+    def _await_start(self, rank: int, sock: socket.socket) -> None:
+        """Not the group's business, whose members would wait for each other until a time-out."""
+        sock.settimeout(_START_TIMEOUT_S)
+        try:
+            has_started = sock.recv(len(STARTED)) == STARTED
+        except OSError:
+            has_started = False
+        if not has_started:
+            raise RankLost(f"rank {rank} of {self._size} did not start; see what it wrote above")
+        sock.settimeout(_SEND_TIMEOUT_S)
+
+    async def _start(self, rank: int) -> None:
+        mine, theirs = socket.socketpair()
+        self._sockets.append(mine)
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pagewire.worker.rank_process",
+                self._config.to_json(),
+                str(rank),
+                self._store_path,
+                str(self._memory),
+                stdin=theirs.fileno(),
+                pass_fds=(self._memory,),
+            )
+        self._processes.append(process)
+
+    async def _end_of(self, rank: int) -> None:
+        code = await self._processes[rank - 1].wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
+        raise RankLost(f"rank {rank} of {self._size} {how}, and with it the worker")

@@ -1,0 +1,133 @@
+"""What rank 0 of a worker tells the other ranks: which pages to copy, and which step to run.
+
+Bounded msgpack behind its length, on a socket between a process and its child. The child says one
+thing: that it has started.
+"""
+
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+
+import msgpack
+import numpy as np
+from torch import Tensor
+
+from pagewire.engine.batch import PageCopy
+from pagewire.engine.step_memory import StepInputs, StepMemory, StepShape
+
+STARTED = b"+"  # all that a child says
+
+_LENGTH = struct.Struct("!I")
+_MAX_BYTES = 64 << 20
+_MAX_ITEMS = 1 << 16  # of one array
+_COPIES, _STEP = 1, 2
+
+
+class StepMessageError(ValueError):
+    """Bytes that are no message of rank 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """Copy pages, one after another."""
+
+    copies: tuple[PageCopy, ...]
+
+    def encode(self) -> bytes:
+        return _framed([_COPIES, *self.copies])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Take part in a step."""
+
+    num_threads: int  # compute threads of each rank
+    shape: StepShape
+    arrays: tuple[bytes, ...]  # what `_tensors` names, in its order
+
+    @classmethod
+    def of(cls, inputs: StepInputs, num_threads: int) -> "Step":
+        tensors = _tensors(inputs)
+        num_rows, max_pages = tensors["page_table"].shape
+        return cls(
+            num_threads=num_threads,
+            shape=StepShape(
+                num_rows=num_rows,
+                num_tokens=len(inputs.token_ids),
+                max_pages=max_pages,
+                num_logits=len(inputs.logits_of),
+                page_size=inputs.attention.page_size,
+            ),
+            arrays=tuple(tensor.cpu().numpy().tobytes() for tensor in tensors.values()),
+        )
+
+    def encode(self) -> bytes:
+        return _framed([_STEP, self.num_threads, *astuple(self.shape), *self.arrays])
+
+    def inputs(self, memory: StepMemory) -> StepInputs:
+        """The step's inputs; void once `memory` is used for the next one."""
+        into = memory.arrays(self.shape)
+        for name, data in zip(_tensors(into.inputs()), self.arrays, strict=True):
+            array = getattr(into, name)
+            array.reshape(-1)[:] = np.frombuffer(data, array.dtype)
+        return into.inputs()
+
+
+def decode(body: bytes) -> Copies | Step:
+    """The message in `body`, which is without its length. Raises StepMessageError."""
+    try:
+        code, *values = msgpack.unpackb(
+            body, use_list=False, max_array_len=_MAX_ITEMS, max_map_len=0, max_ext_len=0
+        )
+        if code == _COPIES:
+            return Copies(copies=tuple(PageCopy(*pair) for pair in values))
+        if code == _STEP:
+            num_threads, *shape = values[:6]
+            names = (field.name for field in fields(StepShape))
+            return Step(
+                num_threads=num_threads,
+                shape=StepShape(**dict(zip(names, shape, strict=True))),
+                arrays=values[6:],
+            )
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise StepMessageError(f"no message of rank 0: {error}") from error
+    raise StepMessageError(f"code {code!r} is unknown")
+
+
+def receive(sock: socket.socket) -> bytes:
+    """The body of the next message. Raises OSError, and StepMessageError when it is too long."""
+    (length,) = _LENGTH.unpack(_receive_exactly(sock, _LENGTH.size))
+    if length > _MAX_BYTES:
+        raise StepMessageError(f"a message of {length} bytes; the limit is {_MAX_BYTES}")
+    return _receive_exactly(sock, length)
+
+
+def _receive_exactly(sock: socket.socket, num_bytes: int) -> bytes:
+    data = bytearray(num_bytes)
+    rest = memoryview(data)
+    while rest:
+        count = sock.recv_into(rest)
+        if count == 0:
+            raise ConnectionResetError("rank 0 has ended")
+        rest = rest[count:]
+    return bytes(data)
+
+
+def _framed(values: Iterable[object]) -> bytes:
+    body: bytes = msgpack.packb(list(values))
+    return _LENGTH.pack(len(body)) + body
+
+
+def _tensors(inputs: StepInputs) -> dict[str, Tensor]:
+    """All tensors of a step, by their names in StepArrays."""
+    attention = inputs.attention
+    return {
+        "token_ids": inputs.token_ids,
+        "logits_of": inputs.logits_of,
+        "positions": attention.positions,
+        "slots": attention.slots,
+        "cu_seqlens": attention.cu_seqlens,
+        "context_lens": attention.context_lens,
+        "page_table": attention.page_table,
+    }
