@@ -36,10 +36,13 @@ class Variant:
     min_capability: int = 80  # of a GPU, times 10; 89 for float8 e4m3
 
 
-def all_variants() -> Iterator[Variant]:
-    """Those of every module in this folder, by module and in its order."""
+def all_variants(*, quick: bool = False) -> Iterator[Variant]:
+    """Those of every module in this folder, by module and in its order.
+
+    With `quick` the first of each module only, which is the one that matters most.
+    """
     for module in sorted(module.name for module in pkgutil.iter_modules(gpu.__path__)):
         variants: tuple[Variant, ...] = getattr(
             import_module(f"{gpu.__name__}.{module}"), "VARIANTS", ()
         )
-        yield from variants
+        yield from variants[:1] if quick else variants

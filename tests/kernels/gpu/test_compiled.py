@@ -1,4 +1,4 @@
-"""Every variant of every kernel compiles for Hopper, to what is kept of it."""
+"""The variants of every kernel compile for Hopper, to what is kept of them."""
 
 import subprocess
 import sys
@@ -29,11 +29,11 @@ def run(*arguments: str) -> None:
 
 
 def test_kernels_compile_for_hopper_as_before() -> None:
-    run()
+    run("--quick")
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_other_gpus() -> None:
+def test_all_variants_compile_for_hopper_as_before_and_for_other_gpus() -> None:
     run("--all")
 
 
