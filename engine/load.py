@@ -61,10 +61,10 @@ def load_engine(
     selected = select_kernels(kernels, device, deterministic=deterministic)
     if deterministic:
         _check_deterministic(dtype, quantization)
-    if kv_cache_dtype is KVCacheDtype.FP8:
-        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected)
     if kernels == Kernels.TRITON and device == "cpu" and dtype == "bfloat16":
         raise KernelError("Triton's interpreter is wrong in bfloat16; choose dtype float32")
+    if kv_cache_dtype is KVCacheDtype.FP8 and not selected.has_fp8_cache:
+        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected)
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)

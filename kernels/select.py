@@ -1,12 +1,15 @@
 """Which implementation of the operations a worker runs, and why: chosen once, at its start."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from torch import Tensor
 
 from pagewire.kernels.errors import KernelsUnavailableError
+from pagewire.kernels.experts import Experts
 from pagewire.kernels.native_library import (
     NO_LIBRARY,
     NativeLibrary,
@@ -34,6 +37,9 @@ class SelectedOps:
     ops: Ops
     library: NativeLibrary | None  # that the matrices too are multiplied with; None: torch does
     deterministic: bool = False  # results are the same to the bit in every batch
+    has_fp8_cache: bool = False  # attention reads a KV cache in fp8 as fast as others
+    # What runs all experts of a layer at once, of gate_up and down of each in floating point.
+    group_experts: Callable[[Sequence[Tensor], Sequence[Tensor]], Experts] | None = None
     explanation: str
     remedy: str = ""  # what would make C++ ones available that were wanted
 
@@ -87,6 +93,7 @@ def _triton(device: str, deterministic: bool) -> SelectedOps:
     if importlib.util.find_spec("triton") is None:
         raise KernelsUnavailableError("triton is not installed", "pip install triton, on Linux")
     # Only where it is wanted: it is not there on every platform, and takes a while to load.
+    from pagewire.kernels.gpu.grouped_experts import group_experts
     from pagewire.kernels.triton_ops import TritonOps, find_gpu, is_interpreted
 
     if torch.device(device).type == "cpu" and not is_interpreted():
@@ -95,7 +102,13 @@ def _triton(device: str, deterministic: bool) -> SelectedOps:
             "choose kernels auto, or TRITON_INTERPRET=1 to try them slowly",
         )
     gpu = find_gpu(device)
-    return SelectedOps(ops=TritonOps(gpu), library=None, explanation=f"Triton on {gpu.title}")
+    return SelectedOps(
+        ops=TritonOps(gpu),
+        library=None,
+        has_fp8_cache=gpu.has_fp8,
+        group_experts=group_experts,
+        explanation=f"Triton on {gpu.title}",
+    )
 
 
 def _torch(reason: str, remedy: str = "") -> SelectedOps:

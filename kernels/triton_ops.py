@@ -29,6 +29,7 @@ from pagewire.kernels.ops import (
 from pagewire.kernels.quantized import quantize as quantized
 
 FIRST_WITH_TMA = 9  # compute capability of Hopper
+FIRST_WITH_FP8 = 8, 9  # of Ada
 NUM_SMS_OF_H100 = 132
 
 
@@ -39,6 +40,7 @@ class GPU:
     title: str
     num_sms: int
     has_tma: bool  # a unit that fetches tiles, from Hopper on
+    has_fp8: bool  # numbers of 8 bits, from Ada on
 
 
 def is_interpreted() -> bool:
@@ -49,12 +51,13 @@ def is_interpreted() -> bool:
 def find_gpu(device: str) -> GPU:
     """The GPU that torch names so; where kernels are interpreted, what they take for one."""
     if is_interpreted():
-        return GPU(title="its interpreter", num_sms=NUM_SMS_OF_H100, has_tma=False)
+        return GPU(title="its interpreter", num_sms=NUM_SMS_OF_H100, has_tma=False, has_fp8=True)
     properties = torch.cuda.get_device_properties(device)
     return GPU(
         title=properties.name,
         num_sms=properties.multi_processor_count,
         has_tma=properties.major >= FIRST_WITH_TMA,
+        has_fp8=(properties.major, properties.minor) >= FIRST_WITH_FP8,
     )
 
 

@@ -29,7 +29,8 @@ from pagewire.engine.parallel.shard import ModelShard
 from pagewire.engine.parallel.sharded_checkpoint import ShardedCheckpoint
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.experts import Experts
-from pagewire.kernels.ops import Linear, Ops
+from pagewire.kernels.linear import DenseLinear
+from pagewire.kernels.ops import Linear
 from pagewire.kernels.select import SelectedOps
 from pagewire.kernels.sorted_experts import SortedExperts
 
@@ -72,7 +73,7 @@ def load_model(
     )
     held = checkpoint.quantized_as
     logger.info("matrices: %s%s", linears.explanation, f"; the files hold {held}" if held else "")
-    weights = _Loader(linears, checkpoint.config, shard.vocabulary, selected.ops).weights()
+    weights = _Loader(linears, checkpoint.config, shard.vocabulary, selected).weights()
     linears.check_used()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
     return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops, group)
@@ -82,14 +83,19 @@ class _Loader:
     """Names the tensors that the config asks for, fused as the decoder wants them."""
 
     def __init__(
-        self, linears: LinearLoader, config: ModelConfig, vocabulary: range, ops: Ops
+        self,
+        linears: LinearLoader,
+        config: ModelConfig,
+        vocabulary: range,
+        selected: SelectedOps,
     ) -> None:
         """`vocabulary`: the tokens whose logits this rank computes."""
         self._linears = linears
         self._tensor = linears.tensor
         self._config = config
         self._vocabulary = vocabulary
-        self._ops = ops
+        self._ops = selected.ops
+        self._group_experts = selected.group_experts
 
     def weights(self) -> LlamaWeights:
         config = self._config
@@ -146,6 +152,9 @@ class _Loader:
             for expert in range(mixture.num_experts)
         ]
         gate_up, down = zip(*experts, strict=True)
+        dense = [each.weight for each in (*gate_up, *down) if isinstance(each, DenseLinear)]
+        if self._group_experts is not None and len(dense) == 2 * len(experts):
+            return self._group_experts(dense[: len(experts)], dense[len(experts) :])
         return SortedExperts(gate_up=gate_up, down=down, ops=self._ops)
 
     def _shared_expert(self, module: str, mixture: MixtureConfig) -> SharedExpert | None:

@@ -65,13 +65,11 @@ def hide_unwritten(
 ) -> tuple[tl.tensor, tl.tensor]:
     """V and its scales, with 0 in place of the NaN that slots may hold which nobody has written.
 
-    v: [PAGE, HEAD_DIM]; v_scales: [1, PAGE] with QUANTIZED; written: bool [PAGE].
+    v: float [PAGE, HEAD_DIM]; v_scales: [1, PAGE] with QUANTIZED; written: bool [PAGE].
     """
     if QUANTIZED:
         v_scales = tl.where(written[None, :], v_scales, 0.0)
-    else:
-        v = tl.where(written[:, None], v, 0.0)
-    return v, v_scales
+    return tl.where(written[:, None], v, 0.0), v_scales
 
 
 @triton.jit

@@ -125,7 +125,7 @@ def _decode_kernel(
         )
         position = full * PAGE + slot
         visible = position < context_len
-        v, v_scales = hide_unwritten(v, v_scales, visible, scales_ptr is not None)
+        v, v_scales = hide_unwritten(v.to(q.dtype), v_scales, visible, scales_ptr is not None)
         if WINDOW:
             visible &= position >= context_len - WINDOW
         maximum, total, out = attend(
@@ -258,10 +258,10 @@ def _decode_variant(
     window: int = 0,
     num_splits: int = 8,
     tma: bool = True,
-    quantized: bool = False,
+    quantized: str | None = None,
 ) -> Variant:
     page = 64
-    kv = "i8" if quantized else "bf16"
+    kv = quantized or "bf16"
     return Variant(
         name=f"decode attention bf16 {name}",
         kernel=_decode_kernel,
@@ -291,6 +291,7 @@ def _decode_variant(
             "TMA": tma,
         },
         launch=LAUNCH,
+        min_capability=89 if quantized == "fp8e4nv" else 80,
         requires=("HMMA", "UTMALDG") if tma else ("HMMA",),
     )
 
@@ -300,8 +301,9 @@ VARIANTS = (
     _decode_variant("128 TMA unsplit", num_splits=1),
     _decode_variant("128 TMA window", window=4096),
     _decode_variant("128", tma=False),
-    _decode_variant("128 TMA, pool in int8", quantized=True),
-    _decode_variant("128, pool in int8", quantized=True, tma=False),
+    _decode_variant("128 TMA, pool in int8", quantized="i8"),
+    _decode_variant("128, pool in int8", quantized="i8", tma=False),
+    _decode_variant("128 TMA, pool in fp8", quantized="fp8e4nv"),
     _decode_variant("64 TMA, groups of 3", head_dim=64, num_kv_heads=3, group=3),
     Variant(
         name="decode attention bf16 combine",

@@ -123,7 +123,9 @@ def _prefill_kernel(
             kv, scales_ptr, page, layer, kv_head, NUM_LAYERS, NUM_KV_HEADS, PAGE, HEAD_DIM, TMA
         )
         seen = index * PAGE + slot
-        v, v_scales = hide_unwritten(v, v_scales, seen < context_len, scales_ptr is not None)
+        v, v_scales = hide_unwritten(
+            v.to(q.dtype), v_scales, seen < context_len, scales_ptr is not None
+        )
         visible = seen[None, :] <= position[:, None]
         if WINDOW:
             visible &= seen[None, :] > (position - WINDOW)[:, None]
@@ -205,10 +207,10 @@ def _prefill_variant(
     group: int = 4,
     window: int = 0,
     tma: bool = True,
-    quantized: bool = False,
+    quantized: str | None = None,
 ) -> Variant:
     wide = dtype == "fp32"
-    kv = "i8" if quantized else dtype
+    kv = quantized or dtype
     return Variant(
         name=f"prefill attention {dtype} {name}",
         kernel=_prefill_kernel,
@@ -237,6 +239,7 @@ def _prefill_variant(
             "TMA": tma,
         },
         launch=WIDE_LAUNCH if wide else LAUNCH,
+        min_capability=89 if quantized == "fp8e4nv" else 80,
         requires=("HMMA" if wide else "HGMMA", *(("UTMALDG",) if tma else ())),
     )
 
@@ -246,7 +249,8 @@ VARIANTS = (
     _prefill_variant("128 TMA, pages of 128", page=128),
     _prefill_variant("128 TMA window", window=4096),
     _prefill_variant("128", tma=False),
-    _prefill_variant("128 TMA, pool in int8", quantized=True),
+    _prefill_variant("128 TMA, pool in int8", quantized="i8"),
+    _prefill_variant("128 TMA, pool in fp8", quantized="fp8e4nv"),
     _prefill_variant("64 TMA, groups of 3", head_dim=64, num_kv_heads=3, group=3),
     _prefill_variant("128 TMA", dtype="fp32"),
 )

@@ -1,7 +1,8 @@
 """Pages of a KV cache from floats to 8 bits, as they are when pages of unlike workers meet.
 
-values = round(x / scale), scale = max |x| / 127 over each K and each V of a token and head: what
-`kv_pool.quantize_vectors` gives, to the bit. A program does K or V of one (page, layer, KV head).
+values = round(x / scale), scale = max |x| / the largest number, over each K and each V of a token
+and head: what `kv_pool.quantize_vectors` gives, to the bit. A program does K or V of one (page,
+layer, KV head).
 """
 
 import torch
@@ -9,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.gpu.activation_quant import LARGEST, narrow, scales_of
+from pagewire.kernels.gpu.activation_quant import narrow, scales_of
 from pagewire.kernels.gpu.arguments import FLOATS, require, require_array, require_same_device
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
-from pagewire.kernels.kv_pool import KVPool
+from pagewire.kernels.kv_pool import QUANTIZED, KVPool
 
 LAUNCH = LaunchConfig(num_warps=4)
 
@@ -22,7 +23,7 @@ def _requantize_pages_kernel(
     source_ptr: tl.tensor,  # [num_pages, SEGMENTS, 2, PAGE, HEAD_DIM]
     source_pages_ptr: tl.tensor,  # int32 [num_copied]
     target_pages_ptr: tl.tensor,  # int32 [num_copied]
-    values_ptr: tl.tensor,  # int8 [num_pages, SEGMENTS, 2, PAGE, HEAD_DIM], strided
+    values_ptr: tl.tensor,  # of 8 bits [num_pages, SEGMENTS, 2, PAGE, HEAD_DIM], strided
     scales_ptr: tl.tensor,  # float32 [num_pages, SEGMENTS, 2, PAGE], strided
     LARGEST: tl.constexpr,
     SEGMENTS: tl.constexpr,  # layers times KV heads, of a page
@@ -46,7 +47,7 @@ def _requantize_pages_kernel(
 def requantize_pages(
     source: KVPool, target: KVPool, source_pages: Tensor, target_pages: Tensor
 ) -> None:
-    """Write some pages of a pool in floats into pages of a pool in int8.
+    """Write some pages of a pool in floats into pages of a pool in 8 bits.
 
     The pools differ in their dtype and in the number of their pages only. source_pages,
     target_pages: int32 [num_copied]. Slots that hold nothing yet may hold anything. Raises
@@ -54,7 +55,7 @@ def requantize_pages(
     """
     require(source.scales is None, "the source is in 8 bits already; give a pool in floats")
     require_array("source", source.values, (None,) * 6, *FLOATS)
-    require(target.scales is not None, "the target is a pool in floats; give one in int8")
+    require(target.scales is not None, "the target is a pool in floats; give one in 8 bits")
     assert target.scales is not None
     require(
         source.values.shape[1:] == target.values.shape[1:],
@@ -80,7 +81,7 @@ def requantize_pages(
         target_pages,
         target.values,
         target.scales,
-        LARGEST[torch.int8],
+        QUANTIZED[target.values.dtype],
         num_layers * num_kv_heads,
         page_size,
         head_dim,
@@ -89,24 +90,29 @@ def requantize_pages(
     )
 
 
-VARIANTS = (
+VARIANTS = tuple(
     Variant(
-        name="requantize_pages bf16 i8 128",
+        name=f"requantize_pages bf16 {name} 128",
         kernel=_requantize_pages_kernel,
         arguments={
             "source_ptr": "*bf16:16",
             "source_pages_ptr": "*i32:16",
             "target_pages_ptr": "*i32:16",
-            "values_ptr": "*i8:16",
+            "values_ptr": f"*{name}:16",
             "scales_ptr": "*fp32:16",
         },
         constants={
-            "LARGEST": LARGEST[torch.int8],
+            "LARGEST": QUANTIZED[dtype],
             "SEGMENTS": 256,
             "PAGE": 64,
             "HEAD_DIM": 128,
             "SEGMENT_BYTES": 2 * 64 * (128 + 4),
         },
         launch=LAUNCH,
-    ),
+        min_capability=capability,
+    )
+    for dtype, name, capability in (
+        (torch.int8, "i8", 80),
+        (torch.float8_e4m3fn, "fp8e4nv", 89),
+    )
 )

@@ -7,9 +7,9 @@ which a pool in 8 bits is filled as `kv_pool.quantize_vectors` does.
 
 import triton
 import triton.language as tl
-from torch import Tensor, empty, float32, int8, int64
+from torch import Tensor, bfloat16, empty, float8_e4m3fn, float32, int8, int64
 
-from pagewire.kernels.gpu.activation_quant import LARGEST, narrow, scales_of
+from pagewire.kernels.gpu.activation_quant import narrow, scales_of
 from pagewire.kernels.gpu.arguments import (
     require,
     require_contiguous,
@@ -20,7 +20,7 @@ from pagewire.kernels.gpu.arguments import (
 )
 from pagewire.kernels.gpu.attention_tile import SCALE_BYTES
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
-from pagewire.kernels.kv_pool import KVPool
+from pagewire.kernels.kv_pool import QUANTIZED, KVPool
 
 LAUNCH = LaunchConfig(num_warps=4)
 
@@ -48,13 +48,14 @@ def _rotate(
 @triton.jit
 def _store_quantized(
     x: tl.tensor,  # float32 [KV_BLOCK, HEAD_DIM], K or V of a token
-    values_at: tl.tensor,  # pointers, int8 [KV_BLOCK, HEAD_DIM]
+    values_at: tl.tensor,  # pointers, of 8 bits [KV_BLOCK, HEAD_DIM]
     scales_at: tl.tensor,  # pointers, float32 [KV_BLOCK]
     inside: tl.tensor,  # bool [KV_BLOCK]
     LARGEST: tl.constexpr,
 ) -> None:
     scales = scales_of(x, 1, LARGEST)
-    tl.store(values_at, narrow(x, scales[:, None], tl.int8), mask=inside[:, None])
+    values = narrow(x, scales[:, None], values_at.dtype.element_ty)
+    tl.store(values_at, values, mask=inside[:, None])
     tl.store(scales_at, scales, mask=inside)
 
 
@@ -64,7 +65,7 @@ def _quantize_and_store(
     v_ptr: tl.tensor,
     cosine_ptr: tl.tensor,  # of a token, float32 [HEAD_DIM / 2]
     sine_ptr: tl.tensor,
-    pool_ptr: tl.tensor,  # int8, the first segment of a page and layer
+    pool_ptr: tl.tensor,  # of 8 bits, the first segment of a page and layer
     scales_ptr: tl.tensor,  # float32, the same
     slot: tl.tensor,  # of the page
     NUM_KV_HEADS: tl.constexpr,
@@ -219,7 +220,7 @@ def rope_and_store(
         KV_BLOCK=triton.next_power_of_2(num_kv_heads),
         HEAD_DIM=head_dim,
         PAGE=page_size,
-        LARGEST=LARGEST[int8],
+        LARGEST=QUANTIZED.get(pool.values.dtype),
         num_warps=LAUNCH.num_warps,
     )
     return out
@@ -237,15 +238,15 @@ VARIANTS = tuple(
             "sine_ptr": "*fp32:16",
             "slots_ptr": "*i64:16",
             "out_ptr": "*bf16:16",
-            "pool_ptr": "*i8:16" if quantized else "*bf16:16",
-            **({"scales_ptr": "*fp32:16"} if quantized else {}),
+            "pool_ptr": f"*{written}:16",
+            **({"scales_ptr": "*fp32:16"} if dtype in QUANTIZED else {}),
             "layer": "i32",
             "q_stride": "i32:16",
             "k_stride": "i32:16",
             "v_stride": "i32:16",
         },
         constants={
-            **({} if quantized else {"scales_ptr": None}),
+            **({} if dtype in QUANTIZED else {"scales_ptr": None}),
             "NUM_LAYERS": 32,
             "NUM_HEADS": num_heads,
             "NUM_KV_HEADS": num_kv_heads,
@@ -253,13 +254,15 @@ VARIANTS = tuple(
             "KV_BLOCK": triton.next_power_of_2(num_kv_heads),
             "HEAD_DIM": head_dim,
             "PAGE": 64,
-            "LARGEST": LARGEST[int8],
+            "LARGEST": QUANTIZED.get(dtype),
         },
         launch=LAUNCH,
+        min_capability=89 if dtype is float8_e4m3fn else 80,
     )
-    for name, num_heads, num_kv_heads, head_dim, quantized in (
-        ("128", 32, 8, 128, False),
-        ("64", 9, 3, 64, False),
-        ("128, pool in int8", 32, 8, 128, True),
+    for name, num_heads, num_kv_heads, head_dim, dtype, written in (
+        ("128", 32, 8, 128, bfloat16, "bf16"),
+        ("64", 9, 3, 64, bfloat16, "bf16"),
+        ("128, pool in int8", 32, 8, 128, int8, "i8"),
+        ("128, pool in fp8", 32, 8, 128, float8_e4m3fn, "fp8e4nv"),
     )
 )

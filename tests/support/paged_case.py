@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels import reference
-from pagewire.kernels.kv_pool import QUANTIZED, KVPool
+from pagewire.kernels.kv_pool import QUANTIZED, KVPool, quantize_vectors
 from pagewire.kernels.ops import Activation, AttentionBatch, Ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -129,3 +129,24 @@ class PagedCase:
                 for start, end, kv in zip(starts, starts[1:], contexts, strict=False)
             ]
         )
+
+
+def in_fp8(case: PagedCase) -> PagedCase:
+    """The case over a pool in fp8; what nobody has written is NaN in values and in scales."""
+    floats, shape = case.pool.values, case.shape
+    pool = poisoned_pool(
+        len(floats),
+        torch.float8_e4m3fn,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        page_size=shape.page_size,
+        head_dim=shape.head_dim,
+    )
+    assert pool.scales is not None
+    values, scales = quantize_vectors(floats.float(), torch.float8_e4m3fn)
+    pool.values.copy_(values)
+    pool.scales.copy_(scales)
+    case.pool = pool
+    quantized = [quantize_vectors(kv.float(), torch.float8_e4m3fn) for kv in case.exact_contexts]
+    case.contexts = [values.double() * scales[..., None] for values, scales in quantized]
+    return case

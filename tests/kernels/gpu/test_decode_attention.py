@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from paged_case import TOLERANCE, PagedCase, Shape, assert_close
+from paged_case import TOLERANCE, PagedCase, Shape, assert_close, in_fp8
 from torch import Tensor
 
 from pagewire.kernels.gpu.arguments import KernelArgumentError
@@ -53,6 +53,14 @@ def test_a_pool_in_8_bits(num_splits: int, tma: bool, dtype: torch.dtype) -> Non
     out = attend(case, num_splits=num_splits, tma=tma)
     assert_close(out, case.expected(None))
     assert_close(out, case.expected(None, exact=True), INT8_LOSS)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_a_pool_in_fp8(num_splits: int) -> None:
+    case = in_fp8(PagedCase(Shape(rows=LENGTHS), torch.bfloat16))
+    out = attend(case, num_splits=num_splits)
+    assert_close(out, case.expected(None))
+    assert_close(out, case.expected(None, exact=True), 4e-2)
 
 
 def test_splits_fill_the_gpu() -> None:

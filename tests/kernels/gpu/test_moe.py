@@ -8,8 +8,9 @@ from paged_case import TOLERANCE, assert_close
 from torch import Tensor
 
 from pagewire.kernels import reference
+from pagewire.kernels.experts import Routing
 from pagewire.kernels.gpu.arguments import KernelArgumentError
-from pagewire.kernels.gpu.moe import moe_mlp
+from pagewire.kernels.gpu.grouped_experts import GroupedExperts, group_experts
 from pagewire.kernels.gpu.moe_align import UNUSED, moe_align
 from pagewire.kernels.gpu.moe_matmul import moe_matmul, tile_size
 from pagewire.kernels.gpu.moe_route import moe_route
@@ -53,22 +54,27 @@ def test_every_pair_is_in_a_tile_of_its_expert(experts: list[list[int]], tile: i
     assert sorted(found) == list(range(chosen.numel()))
 
 
-def experts_of(
-    num_experts: int, hidden: int, dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    gate_up = torch.randn(num_experts, 2 * hidden, dim) / dim**0.5
-    return gate_up.to(dtype), (torch.randn(num_experts, dim, hidden) / hidden**0.5).to(dtype)
+def experts_of(num_experts: int, size: int, dim: int, dtype: torch.dtype) -> GroupedExperts:
+    return group_experts(
+        gate_up=(torch.randn(num_experts, 2 * size, dim) / dim**0.5).to(dtype).unbind(),
+        down=(torch.randn(num_experts, dim, size) / size**0.5).to(dtype).unbind(),
+    )
 
 
-def expected_mlp(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int) -> Tensor:
+def routing_of(logits: Tensor, top_k: int) -> Routing:
+    experts, weights = moe_route(logits, top_k, renormalize=True)
+    return Routing(experts=experts.long(), weights=weights)
+
+
+def expected_sum(x: Tensor, logits: Tensor, experts: GroupedExperts, top_k: int) -> Tensor:
     """Token by token, with weights that add up to 1."""
     out = torch.zeros(x.shape, dtype=torch.float64)
-    shares, experts = logits.double().softmax(dim=1).topk(top_k)
+    shares, chosen = logits.double().softmax(dim=1).topk(top_k)
     shares = shares / shares.sum(dim=1, keepdim=True)
     for token, row in enumerate(x.double()):
-        for share, expert in zip(shares[token], experts[token], strict=True):
-            gate, up = (gate_up[expert].double() @ row).chunk(2)
-            out[token] += share * (down[expert].double() @ reference.silu_mul(gate, up))
+        for share, expert in zip(shares[token], chosen[token], strict=True):
+            gate, up = (experts.gate_up[expert].double() @ row).chunk(2)
+            out[token] += share * (experts.down[expert].double() @ reference.silu_mul(gate, up))
     return out
 
 
@@ -76,15 +82,15 @@ def expected_mlp(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k
 def test_mixture_of_experts(dtype: torch.dtype) -> None:
     """One expert gets no token, and another all of them."""
     torch.manual_seed(0)
-    num_tokens, num_experts, hidden, dim = 9, 4, 72, 160
+    num_tokens, num_experts, size, dim = 9, 4, 72, 160
     x = torch.randn(num_tokens, dim).to(dtype)
     logits = torch.randn(num_tokens, num_experts)
     logits[:, 1] = 10
     logits[:, 3] = -10
-    gate_up, down = experts_of(num_experts, hidden, dim, dtype)
-    out = moe_mlp(x, logits, gate_up, down, 2, renormalize=True)
+    experts = experts_of(num_experts, size, dim, dtype)
+    out = experts(x, routing_of(logits, 2))
     # Four results are rounded to the dtype one after another.
-    assert_close(out, expected_mlp(x, logits, gate_up, down, 2), 2 * TOLERANCE[dtype])
+    assert_close(out, expected_sum(x, logits, experts, 2), 2 * TOLERANCE[dtype])
 
 
 def test_large_tiles() -> None:
@@ -101,11 +107,10 @@ def test_large_tiles() -> None:
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     torch.manual_seed(0)
-    x, logits = torch.randn(7, 160), torch.randn(7, 4)
-    gate_up, down = experts_of(4, 72, 160, torch.float32)
-    order = torch.randperm(7)
-    out = moe_mlp(x, logits, gate_up, down, 2, renormalize=False)
-    shuffled = moe_mlp(x[order], logits[order], gate_up, down, 2, renormalize=False)
+    x, logits, order = torch.randn(7, 160), torch.randn(7, 4), torch.randperm(7)
+    experts = experts_of(4, 72, 160, torch.float32)
+    out = experts(x, routing_of(logits, 2))
+    shuffled = experts(x[order], routing_of(logits[order], 2))
     assert torch.equal(shuffled, out[order])
 
 

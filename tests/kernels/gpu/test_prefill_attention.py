@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from paged_case import TOLERANCE, PagedCase, Shape, assert_close
+from paged_case import TOLERANCE, PagedCase, Shape, assert_close, in_fp8
 from torch import Tensor
 
 from pagewire.kernels.gpu.arguments import KernelArgumentError
@@ -36,6 +36,13 @@ def test_a_pool_in_8_bits(dtype: torch.dtype) -> None:
     out = attend(case, tma=dtype is torch.bfloat16)
     assert_close(out, case.expected(None))
     assert_close(out, case.expected(None, exact=True), 1.2e-2)
+
+
+def test_a_pool_in_fp8() -> None:
+    case = in_fp8(PagedCase(Shape(rows=((40, 70), (1, 40), (5, 5))), torch.float16))
+    out = attend(case)
+    assert_close(out, case.expected(None))
+    assert_close(out, case.expected(None, exact=True), 4e-2)
 
 
 @pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 1), (3, 4), (1, 24)])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_case import TOLERANCE, PagedCase, Shape, assert_close
+from paged_case import TOLERANCE, PagedCase, Shape, assert_close, poisoned_pool
 from torch import Tensor
 
 from pagewire.kernels import reference
@@ -47,10 +47,21 @@ def test_rope_and_store(head_dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_pool_in_8_bits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("pool_dtype", "loss"), [(torch.int8, 1.2e-2), (torch.float8_e4m3fn, 4e-2)]
+)
+def test_a_pool_in_8_bits(pool_dtype: torch.dtype, loss: float, dtype: torch.dtype) -> None:
     """V to the bit as tokens are quantised elsewhere, K as the rotation in float32 is."""
-    case = PagedCase(Shape(rows=ROWS, num_kv_heads=3, group=2), dtype, quantized=True)
-    pool = case.pool
+    case = PagedCase(Shape(rows=ROWS, num_kv_heads=3, group=2), dtype)
+    num_pages, num_layers, num_kv_heads, _, page_size, head_dim = case.pool.values.shape
+    pool = poisoned_pool(
+        num_pages,
+        pool_dtype,
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        page_size=page_size,
+        head_dim=head_dim,
+    )
     assert pool.scales is not None
     before = pool.scales.clone()
     q, k, v = torch.split(torch.randn(9, 12, 16).to(dtype), [6, 3, 3], dim=1)
@@ -67,10 +78,11 @@ def test_a_pool_in_8_bits(dtype: torch.dtype) -> None:
     pages, offsets = slots[written] // 16, slots[written] % 16
     values = pool.values[pages, 2, :, :, offsets]  # [num_tokens, num_kv_heads, 2, head_dim]
     scales = pool.scales[pages, 2, :, :, offsets]
-    stored = values[:, :, 1], scales[:, :, 1]
-    assert all(map(torch.equal, stored, quantize_vectors(v[written].float())))
+    v_values, v_scales = quantize_vectors(v[written].float(), pool_dtype)
+    assert torch.equal(values[:, :, 1].view(torch.uint8), v_values.view(torch.uint8))
+    assert torch.equal(scales[:, :, 1], v_scales)
     exact = reference.rope(k, positions, frequencies)[written]
-    assert_close(values[:, :, 0] * scales[:, :, 0][..., None], exact, 1.2e-2)
+    assert_close(values[:, :, 0].float() * scales[:, :, 0][..., None], exact, loss)
     pool.scales[pages, 2, :, :, offsets] = torch.nan
     assert torch.equal(pool.scales.isnan(), before.isnan())
 

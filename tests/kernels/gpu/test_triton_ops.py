@@ -11,6 +11,7 @@ from tiny_models import make_model
 
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.errors import KernelError
+from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine, select_kernels
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
@@ -55,11 +56,54 @@ def test_a_model_gives_the_logits_of_plain_torch(family: str, tmp_path: Path) ->
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_run_in_one_product(tmp_path: Path) -> None:
+    make_model("mixtral", tmp_path, num_hidden_layers=1)
+    row = BatchRow(
+        request_id="a",
+        token_ids=[5, 6, 7],
+        start=0,
+        page_table=range(1),
+        sampling=SamplingParams(),
+    )
+    runner, reference = load(tmp_path, "triton"), load(tmp_path, "torch")
+    logits, expected = (each.forward(Batch(rows=(row,))) for each in (runner, reference))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", [KVCacheDtype.INT8, KVCacheDtype.FP8])
+def test_a_model_over_a_pool_in_8_bits(kv_cache_dtype: KVCacheDtype, tmp_path: Path) -> None:
+    """A step of a value where the rotation of a key rounds differently is all that may differ."""
+    make_model("llama", tmp_path, num_hidden_layers=2)
+    tokens = torch.randint(193, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+    logits = []
+    for kernels in ("triton", "torch"):
+        runner = load_engine(
+            tmp_path,
+            dtype="float32",
+            kv_cache_dtype=kv_cache_dtype,
+            page_size=16,
+            num_pages=2,
+            kernels=kernels,
+            num_threads=1,
+        )
+        for start, end in ((0, 19), (19, 20)):
+            row = BatchRow(
+                request_id="a",
+                token_ids=tokens[start:end],
+                start=start,
+                page_table=range(2),
+                sampling=SamplingParams(),
+            )
+            logits.append(runner.forward(Batch(rows=(row,))))
+    for found, expected in zip(logits[:2], logits[2:], strict=True):
+        assert_close(found, expected.double(), 2e-2)
+
+
 def test_decode_in_16_bits_is_split_among_programs() -> None:
     case = PagedCase(Shape(rows=((1, 70), (1, 3))), torch.float16)
     assert_close(case.attention(OPS, None), case.expected(None))
     assert_close(case.attention(OPS, 20), case.expected(20))
-    tma = TritonOps(GPU(title="Hopper", num_sms=2, has_tma=True))
+    tma = TritonOps(GPU(title="Hopper", num_sms=2, has_tma=True, has_fp8=True))
     assert_close(case.attention(tma, None), case.expected(None))
 
 
