@@ -23,7 +23,7 @@ from pagewire.kernels.native_library import SIGNATURES, NativeFunctions
 from pagewire.kernels.ops import AttentionBatch, NotRecordableError
 
 _WORDS = 24  # arguments of a call, at most: kWords in replay.cpp
-_ALIGNMENT = 64  # bytes
+_LEAST_BYTES = 64  # of a block: a line of the cache
 
 
 class _Call(ctypes.Structure):
@@ -41,6 +41,11 @@ class NativeRecorder:
         self._deterministic = deterministic
         self._arena = _Arena()
         self._runs = {name: _run_of(functions, name) for name in SIGNATURES}
+
+    @property
+    def num_arena_bytes(self) -> int:
+        """Memory that recordings share, between their runs."""
+        return self._arena.num_free_bytes
 
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
@@ -63,7 +68,7 @@ class NativeRecorder:
         return NativeRecording(
             functions=self._functions,
             calls=(_Call * len(calls))(*calls),
-            output=output,
+            output=_borrowed(output),
             memory=(step, self._arena),
         )
 
@@ -139,21 +144,32 @@ class _OnlyOurs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Arena:
-    """Memory for what recorded steps compute in between.
+    """Memory for what recorded steps compute in between, and for what comes of them.
 
-    A tensor's memory is used again once the tensor and all views of it are gone, as if a replay
-    allocated; but it never goes back to torch, so that recorded addresses stay valid.
+    A tensor's memory is used again, by the same recording and by others, once the tensor and all
+    views of it are gone. It never goes back to torch, so that recorded addresses stay valid.
     """
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # by size in bytes
 
+    @property
+    def num_free_bytes(self) -> int:
+        return sum(size * len(blocks) for size, blocks in self._free.items())
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize
-        size = -(-max(num_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        # Of few sizes, so that steps of other numbers of tokens find blocks to share.
+        size = max(_LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
         free = self._free[size]
         memory = free.pop() if free else torch.empty(size, dtype=torch.uint8)
         # The storage of the tensor keeps this buffer, and so does every view of it.
         buffer = (ctypes.c_char * size).from_address(memory.data_ptr())
         weakref.finalize(buffer, free.append, memory)
         return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(tuple(shape))
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, which others may use once `tensor` is gone."""
+    buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape)

@@ -71,6 +71,23 @@ def test_memory_is_used_again_within_a_recording_and_never_by_others(
     assert len(outputs) <= 2  # of three
 
 
+def test_recordings_share_their_memory(
+    library: NativeLibrary, block: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    recorder = NativeOps(library).recorder
+    inputs = [torch.randn(2, count, 64) for count in (64, *range(1, 64))]
+    recordings = []
+    for x in inputs:
+        recordings.append(recorder.record(lambda x=x: block(*x)))  # type: ignore[misc]
+        if len(recordings) == 1:
+            of_one = recorder.num_arena_bytes
+    assert recorder.num_arena_bytes <= 2 * of_one
+    for x, recording in zip(inputs, recordings, strict=True):
+        new = torch.randn_like(x)
+        x.copy_(new)
+        assert torch.equal(recording.replay(), block(*new))
+
+
 @pytest.mark.parametrize(
     "step",
     [
