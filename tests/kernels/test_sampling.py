@@ -170,9 +170,7 @@ def test_logprobs(ops: Ops, vocab_size: int, num_top: int, seed: int, is_masked:
     top = expected.topk(num_top)
     torch.testing.assert_close(values.top, top.values, rtol=1e-6, atol=2e-6)
     # Which of two equal logits comes first is another test's: here each id has its value, once.
-    torch.testing.assert_close(
-        expected.gather(1, values.top_ids), values.top, rtol=1e-6, atol=2e-6
-    )
+    torch.testing.assert_close(expected.gather(1, values.top_ids), values.top, rtol=1e-6, atol=2e-6)
     assert all(len(set(ids)) == num_top for ids in values.top_ids.tolist())
 
 
