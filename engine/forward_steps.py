@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pagewire.engine.decode_padding import bucket_of, padding
 from pagewire.engine.models.llama import ForwardStep, LlamaModel
 from pagewire.engine.models.rope import cosine_and_sine
 from pagewire.engine.step_memory import StepInputs
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.ops import (
+    NO_SLOT,
     AttentionBatch,
     NotRecordableError,
     Recording,
@@ -28,36 +30,69 @@ logger = logging.getLogger(__name__)
 class ForwardSteps:
     """A model over one KV pool. Not safe for use by two threads at a time."""
 
-    def __init__(self, model: LlamaModel, pool: KVPool) -> None:
+    def __init__(self, model: LlamaModel, pool: KVPool, *, max_pages: int) -> None:
+        """`max_pages`: of the longest sequence."""
         self._model = model
         self._pool = pool
+        self._max_pages = max_pages
         # The sums of several ranks are no operations of ours, so recordings would leave them out.
         self._recorder = model.ops.recorder if model.group.size == 1 else None
-        self._recorded: dict[int, _RecordedDecode] = {}  # by number of rows
+        self._recorded: dict[int, _RecordedDecode] = {}  # by number of rows, with padding
+
+    def warm_up(self, max_rows: int) -> None:
+        """Record the steps of up to so many rows that can be recorded before there are any.
+
+        The largest first: smaller ones then compute in its memory.
+        """
+        if self._recorder is None:
+            return
+        buckets = self._recorder.buckets
+        largest = bucket_of(max_rows, buckets) or max(buckets)
+        for size in reversed(buckets):
+            if size <= largest:
+                self._recorded_of(size, self._padding(size))
 
     def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """The logits of a step, as `LlamaModel.forward`; void at the next step."""
         num_rows = len(inputs.attention.context_lens)
         is_decode = num_rows == len(inputs.token_ids) == len(inputs.logits_of)
-        if self._recorder is None or not is_decode or on_layer is not None:
-            return self._model.forward(
-                inputs.token_ids, inputs.attention, self._pool, inputs.logits_of, on_layer
-            )
-        recorded = self._recorded.get(num_rows)
-        if recorded is not None:
-            return recorded.replay(inputs)
-        return self._record(inputs, self._recorder)
+        if is_decode and on_layer is None:
+            recorded = self._find_recorded(inputs)
+            if recorded is not None:
+                return recorded.replay(inputs)
+        return self._model.forward(
+            inputs.token_ids, inputs.attention, self._pool, inputs.logits_of, on_layer
+        )
 
-    def _record(self, inputs: StepInputs, recorder: StepRecorder) -> Tensor:
-        """Run a decode step, and record it for those that follow."""
-        try:
-            recorded = _record(self._model, self._pool, inputs, recorder)
-        except NotRecordableError as error:
-            logger.info("decode steps run without recordings: %s", error)
-            self._recorder = None
-            return self.run(inputs)
-        self._recorded[len(inputs.token_ids)] = recorded
-        return recorded.replay(inputs)
+    def _find_recorded(self, inputs: StepInputs) -> "_RecordedDecode | None":
+        """What can replay a decode step; None where none can."""
+        if self._recorder is None:
+            return None
+        num_rows, buckets = len(inputs.token_ids), self._recorder.buckets
+        size = bucket_of(num_rows, buckets)
+        if size is None:
+            return None
+        return self._recorded_of(size, self._padding(size) if buckets else inputs)
+
+    def _recorded_of(self, size: int, like: StepInputs) -> "_RecordedDecode | None":
+        """Decode steps of `size` rows, recorded from a step `like` them if they are not yet."""
+        if size not in self._recorded and self._recorder is not None:
+            try:
+                recorded = _record(self._model, self._pool, like, self._recorder)
+            except NotRecordableError as error:
+                logger.info("decode steps run without recordings: %s", error)
+                self._recorder = None
+            else:
+                self._recorded[size] = recorded
+        return self._recorded.get(size)
+
+    def _padding(self, num_rows: int) -> StepInputs:
+        return padding(
+            num_rows,
+            max_pages=self._max_pages,
+            page_size=self._pool.values.shape[4],
+            device=self._model.device,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,7 +106,7 @@ class _Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _RecordedDecode:
-    """Decode steps of one number of rows."""
+    """Decode steps of one number of rows, or with rows of padding in it of fewer."""
 
     model: LlamaModel
     attention: RenewablePlan
@@ -81,7 +116,7 @@ class _RecordedDecode:
     def replay(self, inputs: StepInputs) -> Tensor:
         self.attention.renew(inputs.attention)
         _fill(self.inputs, self.model, inputs)
-        return self.recording.replay()
+        return self.recording.replay()[: len(inputs.token_ids)]
 
 
 def _record(
@@ -114,8 +149,12 @@ def _inputs_like(model: LlamaModel, token_ids: Tensor, batch: AttentionBatch) ->
 
 
 def _fill(fixed: _Inputs, model: LlamaModel, inputs: StepInputs) -> None:
-    torch.index_select(model.embedding, 0, inputs.token_ids, out=fixed.residual)
+    num_rows = len(inputs.token_ids)
+    torch.index_select(model.embedding, 0, inputs.token_ids, out=fixed.residual[:num_rows])
     rope = cosine_and_sine(inputs.attention.positions, model.inverse_frequencies)
     for to, values in zip(fixed.rope, rope, strict=True):
-        to.copy_(values)
-    fixed.slots.copy_(inputs.attention.slots)
+        to[:num_rows].copy_(values)
+    fixed.slots[:num_rows].copy_(inputs.attention.slots)
+    if num_rows < len(fixed.slots):  # padding; angles of other positions do no harm there
+        fixed.residual[num_rows:].zero_()
+        fixed.slots[num_rows:].fill_(NO_SLOT)

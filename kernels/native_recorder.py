@@ -35,6 +35,8 @@ class _Call(ctypes.Structure):
 class NativeRecorder:
     """Implements `pagewire.kernels.ops.StepRecorder`."""
 
+    buckets = ()
+
     def __init__(self, functions: NativeFunctions, *, deterministic: bool) -> None:
         """`deterministic`: as NativeOps takes it."""
         self._functions = functions

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pagewire.kernels.kv_pool import KVPool
 
+NO_SLOT = -1  # of a token of padding: its KV is stored nowhere
 GROUP = 32  # input features with a scale of their own, in activations and in quantised weights
 
 
@@ -87,7 +88,8 @@ class RenewablePlan(AttentionPlan, Protocol):
     def renew(self, batch: AttentionBatch) -> None:
         """Take the rows of another step with as many tokens, for replays too.
 
-        Raises RuntimeError before the first run.
+        Where a recorder has buckets, also fewer: rows of padding follow those of `batch`. Raises
+        RuntimeError before the first run.
         """
 
 
@@ -107,6 +109,13 @@ class Recording(Protocol):
 
 class StepRecorder(Protocol):
     """Makes recordings of steps."""
+
+    @property
+    def buckets(self) -> Sequence[int]:
+        """For how many rows recordings are made, ascending, with padding where there are fewer.
+
+        Empty: for any number, without padding, from a step of so many.
+        """
 
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
@@ -151,7 +160,7 @@ class SamplingPlan(Protocol):
     """The choice of tokens for a batch of the same composition, prepared once for many steps."""
 
     def run(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The token of each row, int64 [num_rows].
+        """The token of each row, int64 [num_rows], on the host, which waits for them.
 
         logits: float32 [num_rows, vocab_size], contiguous; uniform: float64 [num_rows], a random
         number of [0, 1) a row, which says at which share of the cumulative probability, in the
@@ -237,5 +246,5 @@ class Ops(Protocol):
         """The log-softmax of some rows, at one token each and at the `num_top` most likely.
 
         logits: float32 [.., vocab_size], contiguous; rows: int64 [num_rows], indices of those that
-        are asked for; tokens: int64 [num_rows].
+        are asked for; tokens: int64 [num_rows], on any device.
         """

@@ -87,6 +87,7 @@ def _triton(device: str, deterministic: bool) -> SelectedOps:
     if importlib.util.find_spec("triton") is None:
         raise KernelsUnavailableError("triton is not installed", "pip install triton, on Linux")
     # Only where it is wanted: it is not there on every platform, and takes a while to load.
+    from pagewire.kernels.gpu.cuda_graphs import CudaGraphs
     from pagewire.kernels.triton_ops import TritonOps, find_gpu, is_interpreted
 
     if torch.device(device).type == "cpu" and not is_interpreted():
@@ -95,7 +96,10 @@ def _triton(device: str, deterministic: bool) -> SelectedOps:
             "choose kernels auto, or TRITON_INTERPRET=1 to try them slowly",
         )
     gpu = find_gpu(device)
-    return SelectedOps(ops=TritonOps(gpu), library=None, explanation=f"Triton on {gpu.title}")
+    capture = None if is_interpreted() else CudaGraphs(device).capture
+    return SelectedOps(
+        ops=TritonOps(gpu, capture), library=None, explanation=f"Triton on {gpu.title}"
+    )
 
 
 def _torch(reason: str, remedy: str = "") -> SelectedOps:
