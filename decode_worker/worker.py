@@ -66,6 +66,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             failpoint=failpoint,
         )
         self._draft_model = draft_model
+        runner.warm_up(config.max_batch_size)
         num_slots, slot_bytes = config.num_slots, config.slot_bytes
         self._writer: PageWriter
         if shards is None:

@@ -2,7 +2,7 @@
 
 A decode step makes the same hundreds of operations as any other of so many tokens. How its tokens
 are divided among rows is known to attention alone, whose plan is renewed for every step; so steps
-that check drafts are recorded too.
+that check drafts are recorded too, where a recording needs no rows of padding.
 """
 
 import logging
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pagewire.engine.decode_padding import bucket_of, padding
 from pagewire.engine.models.llama import ForwardStep, LlamaModel
 from pagewire.engine.models.rope import cosine_and_sine
 from pagewire.engine.step_memory import StepInputs
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.ops import (
-    AttentionPlan,
+    NO_SLOT,
     NotRecordableError,
     Recording,
     RenewablePlan,
@@ -27,73 +28,89 @@ from pagewire.kernels.ops import (
 logger = logging.getLogger(__name__)
 
 
-_MAX_TOKENS = 64  # of a recorded step: in longer ones Python takes a small part of the time
+_MAX_TOKENS = 64  # of a step recorded as it is: in longer ones Python takes little of the time
 
 
 class ForwardSteps:
     """A model over one KV pool. Not safe for use by two threads at a time."""
 
-    def __init__(self, model: LlamaModel, pool: KVPool) -> None:
+    def __init__(self, model: LlamaModel, pool: KVPool, *, max_pages: int) -> None:
+        """`max_pages`: of the longest sequence."""
         self._model = model
         self._pool = pool
+        self._max_pages = max_pages
         # The sums of several ranks are no operations of ours, so recordings would leave them out.
         self._recorder = model.ops.recorder if model.group.size == 1 else None
-        self._attention: RenewablePlan | None = None  # of all recorded steps
-        self._recorded: dict[int, _RecordedStep] = {}  # by number of tokens
+        self._recorded: dict[int, _RecordedStep] = {}  # by number of tokens, those of padding too
+
+    def warm_up(self, max_rows: int) -> None:
+        """Record the steps of up to so many rows that can be recorded before there are any.
+
+        The largest first: smaller ones then compute in its memory.
+        """
+        if self._recorder is None:
+            return
+        buckets = self._recorder.buckets
+        largest = bucket_of(max_rows, buckets) or max(buckets)
+        for size in reversed(buckets):
+            if size <= largest and self._recorder is not None:
+                self._record(self._padding(size), self._recorder)
 
     def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """The logits of a step, as `LlamaModel.forward`; void at the next step."""
-        num_tokens = len(inputs.token_ids)
-        has_all_logits = len(inputs.logits_of) == num_tokens
-        if (
-            self._recorder is None
-            or not has_all_logits
-            or num_tokens > _MAX_TOKENS
-            or on_layer is not None
-        ):
-            return self._eager(inputs, on_layer)
-        attention = self._attention
-        if attention is None:
-            attention = self._attention = self._recorder.plan_attention(
-                inputs.attention,
-                scale=self._model.attention_scale,
-                window=self._model.config.sliding_window,
-            )
-            return self._first(inputs, attention)
-        attention.renew(inputs.attention)
-        recorded = self._recorded.get(num_tokens)
-        if recorded is not None:
-            recorded.inputs.fill(self._model, inputs)
-            return recorded.recording.replay()
-        return self._record(inputs, attention, self._recorder)
-
-    def _eager(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        size = self._recordable_size(inputs) if on_layer is None else None
+        if size is not None and size not in self._recorded and self._recorder is not None:
+            if not self._recorder.buckets:
+                output = self._record(inputs, self._recorder)
+                if output is not None:
+                    return output
+            else:
+                self._record(self._padding(size), self._recorder)
+        if size is not None and size in self._recorded:
+            return self._recorded[size].replay(inputs)
         return self._model.forward(
             inputs.token_ids, inputs.attention, self._pool, inputs.logits_of, on_layer
         )
 
-    def _first(self, inputs: StepInputs, attention: AttentionPlan) -> Tensor:
-        """A first run of the plan, which prepares it: no recording would do that again."""
-        fixed = _FixedInputs.like(inputs, self._model)
-        return self._model.logits(fixed.residual, self._step(fixed, attention), None)
+    def _recordable_size(self, inputs: StepInputs) -> int | None:
+        """How many tokens a recording has that can serve a step; None where there can be none."""
+        num_tokens = len(inputs.token_ids)
+        if self._recorder is None or len(inputs.logits_of) != num_tokens:
+            return None
+        buckets = self._recorder.buckets
+        if not buckets:
+            return num_tokens if num_tokens <= _MAX_TOKENS else None
+        is_decode = num_tokens == len(inputs.attention.context_lens)
+        return bucket_of(num_tokens, buckets) if is_decode else None
 
-    def _record(
-        self, inputs: StepInputs, attention: AttentionPlan, recorder: StepRecorder
-    ) -> Tensor:
-        """Run a step, and record it for those that follow."""
-        fixed = _FixedInputs.like(inputs, self._model)
-        step = self._step(fixed, attention)
+    def _record(self, inputs: StepInputs, recorder: StepRecorder) -> Tensor | None:
+        """Record a step, which stores its KV; where its logits will be, None if it cannot be."""
+        model = self._model
+        attention = recorder.plan_attention(
+            inputs.attention, scale=model.attention_scale, window=model.config.sliding_window
+        )
+        fixed = _FixedInputs.like(inputs, model)
+        step = ForwardStep(attention=attention, rope=fixed.rope, pool=self._pool, slots=fixed.slots)
+        if not attention.has_run:  # a first run prepares what a recording may not do
+            model.logits(fixed.residual.clone(), step, None)
         try:
-            recording = recorder.record(lambda: self._model.logits(fixed.residual, step, None))
+            recording = recorder.record(lambda: model.logits(fixed.residual, step, None))
         except NotRecordableError as error:
             logger.info("decode steps run without recordings: %s", error)
             self._recorder = None
-            return self._eager(inputs)
-        self._recorded[len(inputs.token_ids)] = _RecordedStep(inputs=fixed, recording=recording)
+            return None
+        self._recorded[len(inputs.token_ids)] = _RecordedStep(
+            model=model, attention=attention, inputs=fixed, recording=recording
+        )
         return recording.output
 
-    def _step(self, fixed: "_FixedInputs", attention: AttentionPlan) -> ForwardStep:
-        return ForwardStep(attention=attention, rope=fixed.rope, pool=self._pool, slots=fixed.slots)
+    def _padding(self, num_rows: int) -> StepInputs:
+        return padding(
+            num_rows,
+            max_pages=self._max_pages,
+            page_size=self._pool.values.shape[4],
+            device=self._model.device,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,17 +132,28 @@ class _FixedInputs:
         )
 
     def fill(self, model: LlamaModel, inputs: StepInputs) -> None:
-        """Take the inputs of another step with as many tokens."""
-        torch.index_select(model.embedding, 0, inputs.token_ids, out=self.residual)
+        """Take the inputs of another step with as many tokens, or with fewer and padding."""
+        num_tokens = len(inputs.token_ids)
+        torch.index_select(model.embedding, 0, inputs.token_ids, out=self.residual[:num_tokens])
         rope = cosine_and_sine(inputs.attention.positions, model.inverse_frequencies)
         for to, values in zip(self.rope, rope, strict=True):
-            to.copy_(values)
-        self.slots.copy_(inputs.attention.slots)
+            to[:num_tokens].copy_(values)
+        self.slots[:num_tokens].copy_(inputs.attention.slots)
+        if num_tokens < len(self.slots):  # angles of other positions do no harm in padding
+            self.residual[num_tokens:].zero_()
+            self.slots[num_tokens:].fill_(NO_SLOT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _RecordedStep:
-    """The steps of one number of tokens."""
+    """The steps of one number of tokens, or of fewer with padding."""
 
+    model: LlamaModel
+    attention: RenewablePlan
     inputs: _FixedInputs
     recording: Recording
+
+    def replay(self, inputs: StepInputs) -> Tensor:
+        self.attention.renew(inputs.attention)
+        self.inputs.fill(self.model, inputs)
+        return self.recording.replay()[: len(inputs.token_ids)]

@@ -53,7 +53,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.digest = digest
         self._followers = followers
-        self._steps = ForwardSteps(model, kv_cache.pages)
+        self._steps = ForwardSteps(model, kv_cache.pages, max_pages=layout.num_pages(max_model_len))
         self._step_memory = StepMemory(torch.device(model.device))
         self._limits = InputLimits(
             vocab_size=model.config.vocab_size,
@@ -70,6 +70,11 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
+
+    @torch.inference_mode()
+    def warm_up(self, max_batch_size: int) -> None:
+        """Prepare what can be for decode steps of so many rows, so that no request waits for it."""
+        self._steps.warm_up(max_batch_size)
 
     def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
         """Copy pages, run a step and sample. Raises ValueError and RankLost as `forward` does.

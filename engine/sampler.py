@@ -107,7 +107,7 @@ class _Plan:
         if self._is_greedy:
             return self._choice.run(logits, self._zeros)
         numbers = uniform(self._seeds, positions)
-        return self._choice.run(logits, torch.from_numpy(numbers).to(logits.device))
+        return self._choice.run(logits, _upload(torch.from_numpy(numbers), logits.device))
 
     def logprobs(self, logits: Tensor, tokens: Tensor) -> Mapping[int, tuple[TokenLogprobs, ...]]:
         """By index of the rows that asked. logits: as the model gave them, of all rows."""
@@ -115,8 +115,16 @@ class _Plan:
             return {}
         counts = list(self._num_logprobs.values())
         rows = self._logprob_rows
-        values = self._ops.logprobs(logits, rows, tokens[rows], max(counts))
+        asked = tokens[list(self._num_logprobs)]
+        values = self._ops.logprobs(logits, rows, asked, max(counts))
         return dict(zip(self._num_logprobs, token_logprobs(values, counts), strict=True))
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on the device, without waiting for what it computes just now."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _sampling_rows(

@@ -4,6 +4,7 @@ Decode steps follow one another in the same shape, and then nothing is allocated
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +44,16 @@ class StepArrays:
     def __init__(self, shape: StepShape, device: torch.device) -> None:
         self._uploads: list[tuple[Tensor, Tensor]] = []  # from the host, to the device
         self._device = device
-        self.token_ids: IntArray = np.empty(shape.num_tokens, np.int64)
-        self.positions: IntArray = np.empty(shape.num_tokens, np.int64)
-        self.slots: IntArray = np.empty(shape.num_tokens, np.int64)
-        self.logits_of: IntArray = np.empty(shape.num_logits, np.int64)
-        self.cu_seqlens: SmallIntArray = np.zeros(shape.num_rows + 1, np.int32)
-        self.context_lens: SmallIntArray = np.empty(shape.num_rows, np.int32)
-        self.page_table: SmallIntArray = np.empty((shape.num_rows, shape.max_pages), np.int32)
+        self._uploaded: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.token_ids: IntArray = self._array(torch.int64, shape.num_tokens)
+        self.positions: IntArray = self._array(torch.int64, shape.num_tokens)
+        self.slots: IntArray = self._array(torch.int64, shape.num_tokens)
+        self.logits_of: IntArray = self._array(torch.int64, shape.num_logits)
+        self.cu_seqlens: SmallIntArray = self._array(torch.int32, shape.num_rows + 1)
+        self.context_lens: SmallIntArray = self._array(torch.int32, shape.num_rows)
+        self.page_table: SmallIntArray = self._array(torch.int32, shape.num_rows, shape.max_pages)
         self._inputs = StepInputs(
             token_ids=self._tensor(self.token_ids),
             attention=AttentionBatch(
@@ -64,12 +68,23 @@ class StepArrays:
         )
 
     def inputs(self) -> StepInputs:
-        """What the arrays hold now, as tensors on the device."""
+        """What the arrays hold now, as tensors on the device: a GPU is told to fetch it."""
         for host, device in self._uploads:
-            device.copy_(host)
+            device.copy_(host, non_blocking=True)
+        if self._uploaded is not None:
+            self._uploaded.record()
         return self._inputs
 
-    def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
+    def wait(self) -> None:
+        """Until the arrays may be filled again, since the device has fetched what they held."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+
+    def _array(self, dtype: torch.dtype, *shape: int) -> npt.NDArray[Any]:
+        """Zeros, in memory that a GPU can fetch while the host goes on."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=self._uploaded is not None).numpy()
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         """The tensor on the device that will have what the array has."""
         host = torch.from_numpy(array)
         if self._device.type == "cpu":
@@ -94,4 +109,5 @@ class StepMemory:
         """
         if self._arrays is None or shape != self._shape:
             self._shape, self._arrays = shape, StepArrays(shape, self._device)
+        self._arrays.wait()
         return self._arrays

@@ -124,6 +124,10 @@ class NativeAttentionPlan:
         )
         return out
 
+    @property
+    def has_run(self) -> bool:
+        return self._prepared is not None
+
     def renew(self, batch: AttentionBatch) -> None:
         """Implements `RenewablePlan.renew`."""
         if self._prepared is None or self._queries is None:

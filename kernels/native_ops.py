@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels.kv_pool import KVPool
+from pagewire.kernels.native_attention import NativeAttentionPlan
 from pagewire.kernels.native_library import DTYPE_CODES, NativeLibrary
 from pagewire.kernels.native_recorder import NativeRecorder
 from pagewire.kernels.native_sampling import NativeSamplingPlan, native_logprobs
 from pagewire.kernels.ops import (
     Activation,
     AttentionBatch,
-    AttentionPlan,
     Logprobs,
     QuantizedActivation,
     SamplingPlan,
@@ -36,7 +36,8 @@ class NativeOps:
         into steps; tokens of decode take longer.
         """
         self._functions = library.functions
-        self._recorder = NativeRecorder(library.functions, deterministic=deterministic)
+        self._deterministic = deterministic
+        self._recorder = NativeRecorder(library.functions, self.plan_attention)
 
     @property
     def recorder(self) -> NativeRecorder:
@@ -151,8 +152,14 @@ class NativeOps:
 
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
-    ) -> AttentionPlan:
-        return self._recorder.plan_attention(batch, scale=scale, window=window)
+    ) -> NativeAttentionPlan:
+        return NativeAttentionPlan(
+            self._functions,
+            batch,
+            scale=scale,
+            window=window,
+            deterministic=self._deterministic,
+        )
 
     def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
         return NativeSamplingPlan(self._functions, rows)

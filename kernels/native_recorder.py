@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,14 +32,24 @@ class _Call(ctypes.Structure):
     _fields_ = (("run", ctypes.c_void_p), ("words", ctypes.c_int64 * _WORDS))
 
 
+class PlanAttention(Protocol):
+    """`Ops.plan_attention` in C++."""
+
+    def __call__(
+        self, batch: AttentionBatch, *, scale: float, window: int | None
+    ) -> NativeAttentionPlan: ...
+
+
 class NativeRecorder:
     """Implements `pagewire.kernels.ops.StepRecorder`."""
 
-    def __init__(self, functions: NativeFunctions, *, deterministic: bool) -> None:
-        """`deterministic`: as NativeOps takes it."""
+    buckets = ()
+
+    def __init__(self, functions: NativeFunctions, plan_attention: PlanAttention) -> None:
         self._functions = functions
-        self._deterministic = deterministic
+        self._plan_attention = plan_attention
         self._arena = _Arena()
+        self._plans: dict[tuple[float, int | None], NativeAttentionPlan] = {}  # by scale and window
         self._runs = {name: _run_of(functions, name) for name in SIGNATURES}
 
     @property
@@ -50,13 +60,14 @@ class NativeRecorder:
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> NativeAttentionPlan:
-        return NativeAttentionPlan(
-            self._functions,
-            batch,
-            scale=scale,
-            window=window,
-            deterministic=self._deterministic,
-        )
+        """One for all recordings, renewed: no two of them run at a time."""
+        plan = self._plans.get((scale, window))
+        if plan is None:
+            plan = self._plan_attention(batch, scale=scale, window=window)
+            self._plans[scale, window] = plan
+        elif plan.has_run:
+            plan.renew(batch)
+        return plan
 
     def record(self, step: Callable[[], Tensor]) -> "NativeRecording":
         calls: list[_Call] = []

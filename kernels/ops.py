@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pagewire.kernels.kv_pool import KVPool
 
+NO_SLOT = -1  # of a token of padding: its KV is stored nowhere
 GROUP = 32  # input features with a scale of their own, in activations and in quantised weights
 
 
@@ -84,10 +85,15 @@ class AttentionPlan(Protocol):
 class RenewablePlan(AttentionPlan, Protocol):
     """A plan that recorded steps read."""
 
+    @property
+    def has_run(self) -> bool:
+        """Whether its first run, which cannot be recorded, lies behind it."""
+
     def renew(self, batch: AttentionBatch) -> None:
         """Take the rows of another step, for replays too; so many tokens as the replayed step has.
 
-        Raises RuntimeError before the first run.
+        Where a recorder has buckets, also fewer: rows of padding follow those of `batch`. Raises
+        RuntimeError before the first run.
         """
 
 
@@ -103,7 +109,7 @@ class Recording(Protocol):
 
     @property
     def output(self) -> Tensor:
-        """What the last run gave: the one that was recorded, or a replay."""
+        """Where runs leave their result: the recorded one too, if the recorder lets it compute."""
 
     def replay(self) -> Tensor:
         """Run it again on what its inputs hold now. The result is void at the next replay."""
@@ -112,15 +118,22 @@ class Recording(Protocol):
 class StepRecorder(Protocol):
     """Makes recordings of steps."""
 
+    @property
+    def buckets(self) -> Sequence[int]:
+        """For how many rows recordings are made, ascending, with padding where there are fewer.
+
+        Empty: for any number, without padding, from a step of so many.
+        """
+
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> RenewablePlan:
         """As `Ops.plan_attention`."""
 
     def record(self, step: Callable[[], Tensor]) -> Recording:
-        """Run a step and keep what it does to the tensors that it reads, at their addresses.
+        """Keep what a step does to the tensors that it reads, at their addresses.
 
-        Raises NotRecordableError.
+        One without buckets runs the step for it. Raises NotRecordableError.
         """
 
 
@@ -155,7 +168,7 @@ class SamplingPlan(Protocol):
     """The choice of tokens for a batch of the same composition, prepared once for many steps."""
 
     def run(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The token of each row, int64 [num_rows].
+        """The token of each row, int64 [num_rows], on the host, which waits for them.
 
         logits: float32 [num_rows, vocab_size], contiguous; uniform: float64 [num_rows], a random
         number of [0, 1) a row, which says at which share of the cumulative probability, in the
@@ -241,5 +254,5 @@ class Ops(Protocol):
         """The log-softmax of some rows, at one token each and at the `num_top` most likely.
 
         logits: float32 [.., vocab_size], contiguous; rows: int64 [num_rows], indices of those that
-        are asked for; tokens: int64 [num_rows].
+        are asked for; tokens: int64 [num_rows], on any device.
         """

@@ -93,6 +93,7 @@ def _triton(device: str, deterministic: bool) -> SelectedOps:
     if importlib.util.find_spec("triton") is None:
         raise KernelsUnavailableError("triton is not installed", "pip install triton, on Linux")
     # Only where it is wanted: it is not there on every platform, and takes a while to load.
+    from pagewire.kernels.gpu.cuda_graphs import CudaGraphs
     from pagewire.kernels.gpu.grouped_experts import group_experts
     from pagewire.kernels.triton_ops import TritonOps, find_gpu, is_interpreted
 
@@ -102,8 +103,9 @@ def _triton(device: str, deterministic: bool) -> SelectedOps:
             "choose kernels auto, or TRITON_INTERPRET=1 to try them slowly",
         )
     gpu = find_gpu(device)
+    capture = None if is_interpreted() else CudaGraphs(device).capture
     return SelectedOps(
-        ops=TritonOps(gpu),
+        ops=TritonOps(gpu, capture),
         library=None,
         has_fp8_cache=gpu.has_fp8,
         group_experts=group_experts,

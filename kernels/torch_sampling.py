@@ -29,11 +29,11 @@ class TorchSamplingPlan:
         if is_faulty.any():
             raise LogitsError(is_faulty.nonzero()[:, 0].tolist())
         if self._all_drawn:
-            return self._draw(logits, highest, uniform)
+            return self._draw(logits, highest, uniform).cpu()
         if len(self._drawn):
             rows = self._drawn
             tokens[rows] = self._draw(logits[rows], highest[rows], uniform[rows])
-        return tokens
+        return tokens.cpu()
 
     def _draw(self, logits: Tensor, highest: Tensor, uniform: Tensor) -> Tensor:
         # Differences to the maximum first: a tiny temperature gives 0 and -inf, never inf - inf.
@@ -53,6 +53,7 @@ def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
     highest = logits.amax(dim=-1, keepdim=True)
     total = vocabulary_blocks.total((logits - highest).exp_())
     normalizer = highest.double() + total.log()  # [num_rows, 1]
+    tokens = tokens.to(logits.device)
     top, top_ids = torch.topk(logits, num_top, dim=-1)
     return Logprobs(
         sampled=(logits.gather(1, tokens[:, None]).double() - normalizer)[:, 0],

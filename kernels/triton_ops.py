@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pagewire.kernels.gpu import sampling
 from pagewire.kernels.gpu.decode_attention import choose_num_splits, decode_attention
+from pagewire.kernels.gpu.graph_recorder import Capture, GraphRecorder
 from pagewire.kernels.gpu.prefill_attention import prefill_attention
 from pagewire.kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from pagewire.kernels.gpu.rope_store import rope_and_store
@@ -68,12 +69,14 @@ class TritonOps:
     heads of another size than a power of two.
     """
 
-    def __init__(self, gpu: GPU) -> None:
+    def __init__(self, gpu: GPU, capture: Capture | None = None) -> None:
+        """`capture` makes recordings of decode steps; None: each launches anew."""
         self._gpu = gpu
+        self._recorder = GraphRecorder(self.plan_attention, capture) if capture else None
 
     @property
-    def recorder(self) -> None:
-        """Launches are made anew in every step."""
+    def recorder(self) -> GraphRecorder | None:
+        return self._recorder
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
         return quantized(x)

@@ -20,7 +20,7 @@ class TritonSamplingPlan:
         self._rows = rows
 
     def run(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        tokens = self.choose(logits, uniform)
+        tokens = self.choose(logits, uniform).cpu()
         is_faulty = tokens < 0
         if is_faulty.any():
             raise LogitsError(is_faulty.nonzero()[:, 0].tolist())
@@ -56,6 +56,7 @@ def logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Logp
     softmax = vocabulary_softmax(logits, torch.ones(len(rows), device=logits.device))
     normalizer = softmax.highest.double() + softmax.total.log()
     top, top_ids = torch.topk(logits, num_top, dim=-1)
+    tokens = tokens.to(logits.device)
     return Logprobs(
         sampled=logits.gather(1, tokens[:, None])[:, 0].double() - normalizer,
         top_ids=top_ids,

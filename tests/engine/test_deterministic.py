@@ -82,7 +82,7 @@ def row(tokens: Sequence[int], start: int, place: int = 0, num_drafts: int = 0) 
 
 
 def forward(runner: ModelRunner, *rows: BatchRow) -> Tensor:
-    return runner.forward(Batch(rows=rows))
+    return runner.forward(Batch(rows=rows)).clone()  # the next step uses its memory
 
 
 def in_chunks(runner: ModelRunner, tokens: Sequence[int], cuts: Sequence[int]) -> Tensor:
