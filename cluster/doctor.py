@@ -1,15 +1,12 @@
-"""What is good and what is missing on a machine: pure, from a Machine to findings.
-
-WARN is for what makes it slower or needs an option; FAIL is for what prevents a start.
-"""
+"""What is good and what is missing on a machine: pure, from a Machine to findings."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 
 from rich.table import Table
 from rich.text import Text
 
+from pagewire.cluster.finding import Finding, Status, judge
+from pagewire.cluster.gpu_findings import gpu_findings
 from pagewire.cluster.machine import Machine
 from pagewire.engine.loading.resolve import DEFAULT_INSTALL
 
@@ -17,22 +14,6 @@ _MIN_PYTHON = (3, 11)
 _MIN_CORES = 2
 _MIN_MEMORY_BYTES = 2 << 30
 _MIN_SHARED_MEMORY_BYTES = 200 << 20
-
-
-class Status(StrEnum):
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the doctor's table."""
-
-    subject: str
-    status: Status
-    detail: str
-    remedy: str = ""
 
 
 def diagnose(machine: Machine) -> list[Finding]:
@@ -43,7 +24,12 @@ def diagnose(machine: Machine) -> list[Finding]:
         _memory(machine),
         _shared_memory(machine),
         _torch(machine),
-        _gpu(machine),
+        *gpu_findings(
+            machine.gpus,
+            machine.torch_cuda,
+            machine.ucx.transports,
+            driver_problem=machine.gpu_driver_problem,
+        ),
         _kernels(machine),
         _checksums(machine),
         Finding(subject="matrices", status=Status.OK, detail=machine.matrices),
@@ -67,16 +53,8 @@ def render(findings: Iterable[Finding]) -> Table:
     return table
 
 
-def _finding(
-    subject: str, detail: str, *, sound: bool, remedy: str, otherwise: Status = Status.WARN
-) -> Finding:
-    if sound:
-        return Finding(subject=subject, status=Status.OK, detail=detail)
-    return Finding(subject=subject, status=otherwise, detail=detail, remedy=remedy)
-
-
 def _python(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "Python",
         f"{machine.python[0]}.{machine.python[1]} on {machine.system}",
         sound=machine.python >= _MIN_PYTHON,
@@ -86,7 +64,7 @@ def _python(machine: Machine) -> Finding:
 
 
 def _cores(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "cores",
         str(machine.cores),
         sound=machine.cores >= _MIN_CORES,
@@ -95,7 +73,7 @@ def _cores(machine: Machine) -> Finding:
 
 
 def _memory(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "memory",
         f"{machine.memory_available / (1 << 30):.1f} GiB available",
         sound=machine.memory_available >= _MIN_MEMORY_BYTES,
@@ -105,7 +83,7 @@ def _memory(machine: Machine) -> Finding:
 
 def _shared_memory(machine: Machine) -> Finding:
     free = machine.shared_memory_free
-    return _finding(
+    return judge(
         "/dev/shm",
         "there is none" if free is None else f"{free / (1 << 20):.0f} MiB free",
         sound=free is not None and free >= _MIN_SHARED_MEMORY_BYTES,
@@ -114,7 +92,7 @@ def _shared_memory(machine: Machine) -> Finding:
 
 
 def _torch(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "torch",
         machine.torch or "not installed",
         sound=machine.torch is not None,
@@ -123,15 +101,8 @@ def _torch(machine: Machine) -> Finding:
     )
 
 
-def _gpu(machine: Machine) -> Finding:
-    # Its absence is no fault: the CPU is a first-class device.
-    return Finding(
-        subject="GPU", status=Status.OK, detail=", ".join(machine.gpus) or "none: runs on the CPU"
-    )
-
-
 def _kernels(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "CPU kernels",
         machine.kernels,
         sound=not machine.kernels_remedy,
@@ -140,7 +111,7 @@ def _kernels(machine: Machine) -> Finding:
 
 
 def _checksums(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "checksums",
         machine.checksums,
         sound=machine.checksums == "C++",
@@ -150,14 +121,14 @@ def _checksums(machine: Machine) -> Finding:
 
 def _ray(machine: Machine) -> Finding:
     if machine.ray is None:
-        return _finding(
+        return judge(
             "Ray",
             "not installed",
             sound=False,
             remedy="make install, or pagewire serve --launcher subprocess",
             otherwise=Status.FAIL,
         )
-    return _finding(
+    return judge(
         "Ray",
         machine.ray if machine.ray_has_dashboard else f"{machine.ray} without its dashboard",
         sound=machine.ray_has_dashboard,
@@ -166,7 +137,7 @@ def _ray(machine: Machine) -> Finding:
 
 
 def _ucx(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "UCX",
         machine.ucx.explanation,
         sound=machine.ucx.usable,
@@ -175,7 +146,7 @@ def _ucx(machine: Machine) -> Finding:
 
 
 def _model(machine: Machine) -> Finding:
-    return _finding(
+    return judge(
         "default model",
         "installed" if machine.has_default_model else "not installed",
         sound=machine.has_default_model,
@@ -185,7 +156,7 @@ def _model(machine: Machine) -> Finding:
 
 def _ports(machine: Machine) -> Iterator[Finding]:
     for name, port in machine.ports.items():
-        yield _finding(
+        yield judge(
             f"port {port}",
             "taken" if port in machine.taken_ports else "free",
             sound=port not in machine.taken_ports,

@@ -5,7 +5,8 @@ ClusterError
 ├── PortTaken      something else listens where this instance shall
 ├── LaunchError    a process, or Ray itself, cannot be started
 ├── StartError     a worker ended, or was not ready in time, while the instance was starting
-└── RequestError   a server refused a request, or does not answer
+├── RequestError   a server refused a request, or does not answer
+└── GpuDriverError the driver of the GPUs does not answer
 
 The message of each is one or two sentences that name the parameter and the remedy.
 """
@@ -33,3 +34,7 @@ class StartError(ClusterError):
 
 class RequestError(ClusterError):
     """A server refused a request, or does not answer."""
+
+
+class GpuDriverError(ClusterError):
+    """The driver of the GPUs is there and does not answer."""

@@ -13,7 +13,11 @@ from pathlib import Path
 import psutil
 
 from pagewire.cluster.config import ServeConfig
+from pagewire.cluster.errors import GpuDriverError
+from pagewire.cluster.gpu_inventory import GpuInventory, TorchCuda
+from pagewire.cluster.nvml import inspect_gpus
 from pagewire.cluster.placement import available_cores
+from pagewire.cluster.torch_cuda import inspect_torch_cuda
 from pagewire.engine.loading.resolve import DEFAULT_PACKAGE
 from pagewire.kv_transfer.checksum import IMPLEMENTATION
 from pagewire.kv_transfer.select import UcxProbe, probe
@@ -31,8 +35,10 @@ class Machine:
     memory_available: int
     shared_memory_free: int | None  # None: there is no /dev/shm
     torch: str | None  # version
-    gpus: tuple[str, ...]
-    kernels: str  # which operations a worker would run
+    gpus: GpuInventory | None  # None: no NVIDIA driver, or it does not answer
+    gpu_driver_problem: str  # why it does not answer; empty: it does, or there is none
+    torch_cuda: TorchCuda
+    kernels: str  # which operations a worker would run, on the CPU
     kernels_remedy: str  # empty: they are the fast ones
     checksums: str  # "C++" or "zlib"
     matrices: str  # how a worker would store and multiply them by default
@@ -47,6 +53,7 @@ class Machine:
 def inspect_machine() -> Machine:
     """Look at this machine. Loads torch and UCX; takes a few seconds."""
     kernels, kernels_remedy, matrices = _kernels()
+    gpus, gpu_driver_problem = _gpus()
     parameters = ("port", "dashboard_port")
     ports = {name: int(ServeConfig.model_fields[name].default) for name in parameters}
     return Machine(
@@ -58,7 +65,9 @@ def inspect_machine() -> Machine:
             shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
         ),
         torch=_version("torch"),
-        gpus=_gpus(),
+        gpus=gpus,
+        gpu_driver_problem=gpu_driver_problem,
+        torch_cuda=inspect_torch_cuda(),
         kernels=kernels,
         kernels_remedy=kernels_remedy,
         checksums=IMPLEMENTATION,
@@ -79,13 +88,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpus() -> tuple[str, ...]:
+def _gpus() -> tuple[GpuInventory | None, str]:
     try:
-        import torch
-    except ImportError:
-        return ()
-    count = torch.cuda.device_count()
-    return tuple(torch.cuda.get_device_name(index) for index in range(count))
+        return inspect_gpus(), ""
+    except GpuDriverError as error:
+        return None, str(error)
 
 
 def _kernels() -> tuple[str, str, str]:

@@ -223,7 +223,8 @@ def _lines() -> Iterator[str]:
 @app.command()
 def doctor() -> None:
     """Show what this machine has for Pagewire, and the remedy for what it lacks."""
-    from pagewire.cluster.doctor import Status, diagnose, render
+    from pagewire.cluster.doctor import diagnose, render
+    from pagewire.cluster.finding import Status
     from pagewire.cluster.machine import inspect_machine
 
     findings = diagnose(inspect_machine())

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from pagewire.cluster.doctor import Finding, Status, diagnose, render
+from pagewire.cluster.doctor import diagnose, render
+from pagewire.cluster.finding import Finding, Status
+from pagewire.cluster.gpu_inventory import TorchCuda
 from pagewire.cluster.machine import Machine
 from pagewire.kv_transfer.select import UcxProbe
 
@@ -17,7 +19,9 @@ HEALTHY = Machine(
     memory_available=8 << 30,
     shared_memory_free=1 << 30,
     torch="2.13.0",
-    gpus=(),
+    gpus=None,
+    gpu_driver_problem="",
+    torch_cuda=TorchCuda(),
     kernels="C++ for AVX2",
     kernels_remedy="",
     checksums="C++",
@@ -82,8 +86,10 @@ def test_what_is_missing_comes_with_its_remedy(
     assert remedy in found.remedy
 
 
-def test_a_gpu_is_named() -> None:
-    assert finding(replace(HEALTHY, gpus=("H100",)), "GPU").detail == "H100"
+def test_a_machine_without_gpus_says_so_in_one_line() -> None:
+    subjects = [each.subject for each in diagnose(HEALTHY)]
+    assert finding(HEALTHY, "GPU").detail == "no NVIDIA driver: runs on the CPU"
+    assert [each for each in subjects if "GPU" in each or each == "NCCL"] == ["GPU"]
 
 
 def test_the_matrices_are_described() -> None:
