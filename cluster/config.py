@@ -320,4 +320,6 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     name = str(first["loc"][0])
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[:1].lower() + reason[1:]
+    if first["input"] is None or first["input"] is False:  # what another needs was not given
+        return f"{name}: {reason}"
     return f"{name} ({origins[name]}) is {first['input']!r}: {reason}"

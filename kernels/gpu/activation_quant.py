@@ -30,9 +30,9 @@ def narrow(x: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def scales_of(x: tl.tensor, AXIS: tl.constexpr, LARGEST: tl.constexpr) -> tl.tensor:
-    """max |x| / LARGEST along an axis, 1 where all are 0, NaN where any is; x: float32."""
-    largest = tl.max(tl.abs(x), axis=AXIS)
-    scales = tl.where(largest > 0, tl.div_rn(largest, LARGEST), 1.0)
+    """max |x| / LARGEST along an axis, 1 where that is 0, NaN where any x is; x: float32."""
+    scales = tl.div_rn(tl.max(tl.abs(x), axis=AXIS), LARGEST)
+    scales = tl.where(scales > 0, scales, 1.0)  # all are 0, or so small that the quotient is
     has_nan = tl.max((x != x).to(tl.int32), axis=AXIS)  # tl.max passes NaN over
     return tl.where(has_nan > 0, float("nan"), scales)
 

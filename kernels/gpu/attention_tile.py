@@ -124,7 +124,6 @@ def require_attention(q: Tensor, pool: KVPool, layer: int, batch: AttentionBatch
     else:
         require_floats(q=q)
     require_shape("q", q, (None, None, None))
-    require_contiguous(q=q, page_table=batch.page_table)
     num_tokens, num_heads, head_dim = q.shape
     _, num_layers, num_kv_heads, _, page_size, pool_head_dim = pool.values.shape
     require(
@@ -146,6 +145,8 @@ def require_attention(q: Tensor, pool: KVPool, layer: int, batch: AttentionBatch
     require_shape("cu_seqlens", batch.cu_seqlens, (num_rows + 1,))
     require_shape("page_table", batch.page_table, (num_rows, None))
     require(num_tokens >= num_rows, f"q has {num_tokens} tokens for {num_rows} rows; give each one")
-    for name in ("cu_seqlens", "context_lens", "page_table"):
-        require_dtype(name, getattr(batch, name), int32)
-    require_same_device(q=q, cu_seqlens=batch.cu_seqlens, page_table=batch.page_table)
+    tables = {name: getattr(batch, name) for name in ("cu_seqlens", "context_lens", "page_table")}
+    for name, table in tables.items():
+        require_dtype(name, table, int32)
+    require_contiguous(q=q, **tables)
+    require_same_device(q=q, pool=pool.values, **tables)

@@ -50,8 +50,8 @@ def requantize_pages(
     """Write some pages of a pool in floats into pages of a pool in 8 bits.
 
     The pools differ in their dtype and in the number of their pages only. source_pages,
-    target_pages: int32 [num_copied]. Slots that hold nothing yet may hold anything. Raises
-    KernelArgumentError.
+    target_pages: int32 [num_copied], no two targets the same. Slots that hold nothing yet may hold
+    anything. Raises KernelArgumentError.
     """
     require(source.scales is None, "the source is in 8 bits already; give a pool in floats")
     require_array("source", source.values, (None,) * 6, *FLOATS)

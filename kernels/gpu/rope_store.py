@@ -197,7 +197,7 @@ def rope_and_store(
     require_shape("slots", slots, (num_tokens,))
     require_dtype("slots", slots, int64)
     require_contiguous(slots=slots)
-    require_same_device(q=q, cosine=rope[0], sine=rope[1], slots=slots)
+    require_same_device(q=q, pool=pool.values, cosine=rope[0], sine=rope[1], slots=slots)
     require(0 <= layer < num_layers, f"layer is {layer}; the pool has {num_layers}")
     out = empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     _rope_store_kernel[(num_tokens,)](

@@ -59,7 +59,9 @@ def _w8a8_matmul_kernel(
         weight = tl.load(
             weight_at + column[:, None], mask=inside[:, None] & has_output[None, :], other=0.0
         )
-        total = tl.dot(x, weight, total, out_dtype=SUM)
+        # Hopper adds products of float8 to a few more bits than they have. Only those of one step:
+        # the steps are added in float32.
+        total = tl.dot(x, weight, total, out_dtype=SUM, max_num_imprecise_acc=INPUTS)
     x_scales = tl.load(x_scales_ptr + token, mask=has_token, other=0.0)
     weight_scales = tl.load(weight_scales_ptr + output, mask=has_output, other=0.0)
     out = total.to(tl.float32) * x_scales[:, None] * weight_scales[None, :]

@@ -96,6 +96,7 @@ def serve(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
     quantization: Annotated[str | None, typer.Option(help="none, int8, int4, fp8 or w4a16")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, native (C++), triton or torch")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto (as dtype), int8 or fp8")] = None,
     decode_kv_cache_dtype: Annotated[
         str | None, typer.Option(help="of decode workers, if it is to be another")
@@ -156,6 +157,7 @@ def serve(
         "insecure_kv": insecure_kv,
         "dtype": dtype,
         "quantization": quantization,
+        "kernels": kernels,
         "kv_cache_dtype": kv_cache_dtype,
         "deterministic": deterministic,
         "decode_kv_cache_dtype": decode_kv_cache_dtype,

@@ -110,7 +110,7 @@ def test_value_out_of_range_names_parameter_and_origin(name: str, value: object)
 
 
 def test_a_draft_model_and_its_use_go_together() -> None:
-    with pytest.raises(ConfigError, match=r"^draft_model \(default\).*name the model that drafts"):
+    with pytest.raises(ConfigError, match=r"^draft_model: .*name the model that drafts"):
         load_config({"speculation": "draft"})
     with pytest.raises(ConfigError, match=r"^draft_model \(command line\).*speculation is ngram"):
         load_config({"speculation": "ngram", "draft_model": "small"})

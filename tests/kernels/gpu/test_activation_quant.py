@@ -40,6 +40,14 @@ def test_nan_reaches_the_scale(dtype: torch.dtype) -> None:
     assert scales.isnan().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_a_scale_is_never_0(dtype: torch.dtype) -> None:
+    x = torch.full((1, 40), 1e-45)  # the smallest float32: a part of it is 0
+    values, scales = quantize_tokens(x, dtype)
+    assert scales.tolist() == [1]
+    assert values.float().count_nonzero() == 0
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(KernelArgumentError, match=r"x is \[3\]"):
         quantize_tokens(torch.ones(3), torch.int8)

@@ -1,5 +1,7 @@
 """Decode attention against the float64 reference, over pools that are NaN where nobody may look."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from paged_case import TOLERANCE, PagedCase, Shape, assert_close, in_fp8
@@ -86,3 +88,11 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("layer is 3; the pool has 3", case.q, layer=3)
     refused("q has 2 tokens for 1 rows", case.q.repeat(2, 1, 1))
     refused("num_splits is 3", case.q, num_splits=3)
+
+
+def test_lengths_that_are_strided_are_refused() -> None:
+    case = PagedCase(Shape(rows=((1, 20), (1, 7))), torch.float32)
+    strided = torch.stack((case.batch.context_lens,) * 2, dim=1)[:, 0]
+    batch = replace(case.batch, context_lens=strided)
+    with pytest.raises(KernelArgumentError, match="context_lens is not contiguous"):
+        decode_attention(case.q, case.pool, 0, batch, scale=1.0, window=None, num_splits=1)
