@@ -53,6 +53,7 @@ class Receiver:
         self._all_layers = (1 << layout.num_layers) - 1
         # Per page of the sender, a bit per layer that is here or that a frame brings.
         self._covered: list[int] = []
+        self._received: list[int] = []  # likewise, a bit per layer that is here and verified
         self._checksums: dict[int, int] = {}  # by seq, of the frames that lie in pages
         self._landing: set[int] = set()  # seqs between header and the end of their payload
         self._scattering: set[int] = set()  # seqs that are verified, or brought into pages
@@ -79,8 +80,8 @@ class Receiver:
 
     @property
     def num_received_tokens(self) -> int:
-        """Leading tokens of the prompt whose KV is here in all layers."""
-        num_pages = sum(1 for _ in takewhile(self._all_layers.__eq__, self._covered))
+        """Leading tokens of the prompt whose KV is here in all layers, verified."""
+        num_pages = sum(1 for _ in takewhile(self._all_layers.__eq__, self._received))
         return min(num_pages * self._source.page_size, self._num_prompt_tokens)
 
     @property
@@ -104,6 +105,7 @@ class Receiver:
         self._source = message.layout
         self._source_digest = message.layout.digest()
         self._covered = [0] * message.layout.num_pages(self._num_prompt_tokens)
+        self._received = self._covered.copy()
         self.state = ReceiverState.WAITING
         return None
 
@@ -116,7 +118,7 @@ class Receiver:
             return 0
         self.state = ReceiverState.RECEIVING
         count = num_hits * self._layout.page_size // self._source.page_size
-        self._covered[:count] = [self._all_layers] * count
+        self._covered[:count] = self._received[:count] = [self._all_layers] * count
         self._num_hit_pages = count
         return count
 
@@ -174,6 +176,8 @@ class Receiver:
             return None
         self._scattering.remove(frame.seq)
         self._checksums[frame.seq] = frame.checksum
+        for page in _pages_of(frame):
+            self._received[page] |= _layers_of(frame)
         return self._become_ready_if_complete()
 
     def on_seal(self, seal: Seal) -> RefuseReason | None:
@@ -195,7 +199,7 @@ class Receiver:
         if self._checksums.keys() != set(seqs):
             return RefuseReason.INTEGRITY
         digest = digest_of(self._checksums[seq] for seq in seqs)
-        is_covered = all(layers == self._all_layers for layers in self._covered)
+        is_covered = all(layers == self._all_layers for layers in self._received)
         if digest != self.seal.digest or not is_covered:
             return RefuseReason.INTEGRITY
         self.state = ReceiverState.READY

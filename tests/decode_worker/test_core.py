@@ -43,6 +43,8 @@ from pagewire.worker.effects import Disconnect, Effect, Emit, Scatter, Send, Ver
 from pagewire.worker.identity import prefix_hash
 
 PROMPT = list(range(20))  # 2 pages
+LONG_PROMPT = list(range(40))  # 3 pages, of which 2 are full
+LONG_HASH = prefix_hash(LONG_PROMPT)
 CHECKSUM = 5
 
 
@@ -68,13 +70,13 @@ def grants(effects: Sequence[Effect]) -> list[Grant]:
     return [message for message in messages(effects) if isinstance(message, Grant)]
 
 
-def opening(request_id: str = "request") -> Open:
+def opening(request_id: str = "request", prompt: Sequence[int] = PROMPT) -> Open:
     return Open(
         id=handoff_id(request_id),
         ticket=TICKET,
-        num_prompt_tokens=len(PROMPT),
+        num_prompt_tokens=len(prompt),
         layout=LAYOUT,
-        prefix_hash=prefix_hash(PROMPT),
+        prefix_hash=prefix_hash(prompt),
     )
 
 
@@ -99,11 +101,16 @@ def seal(request_id: str = "request", first_token: int = 7) -> Seal:
     return Seal(id=handoff_id(request_id), num_frames=2, digest=digest, first_tokens=(first_token,))
 
 
-def begin(core: DecodeCore, request_id: str = "request", max_tokens: int = 3) -> list[Effect]:
+def begin(
+    core: DecodeCore,
+    request_id: str = "request",
+    max_tokens: int = 3,
+    prompt: Sequence[int] = PROMPT,
+) -> list[Effect]:
     """Attach and Open; returns what the Open led to."""
-    command = attach_command(PROMPT, request_id=request_id, params=sampling(max_tokens=max_tokens))
+    command = attach_command(prompt, request_id=request_id, params=sampling(max_tokens=max_tokens))
     core.on_command(command, 0.0)
-    return core.on_message(PREFILL, opening(request_id), 0.0)
+    return core.on_message(PREFILL, opening(request_id, prompt), 0.0)
 
 
 def land(core: DecodeCore, item: Frame) -> list[Effect]:
@@ -564,6 +571,31 @@ def test_what_a_lost_sender_has_sent_need_not_be_sent_again(is_aborted: bool) ->
     core.on_peer_lost(PREFILL, 0.0)
     check_nothing_is_left(core)
     (accepted, *_) = messages(begin(core, "again"))
+    assert isinstance(accepted, Accepted)
+    assert accepted.num_hit_pages == 1
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_what_is_not_verified_when_a_handoff_ends_is_not_kept(
+    is_complete: bool, is_aborted: bool
+) -> None:
+    """The second frame is half in its page, or all of it but not checked."""
+    core = decode_core(hasher=HASHER)
+    credit = grants(begin(core, prompt=LONG_PROMPT))
+    first, second = (replace(frame(credit[seq], seq), prefix_hash=LONG_HASH) for seq in range(2))
+    land(core, first)
+    core.on_scattered(first, True, 0.0)
+    core.place(PREFILL, second, LAYOUT.page_bytes)
+    if is_complete:
+        core.on_message(PREFILL, second, 0.0)
+    if is_aborted:
+        core.on_command(abort_command(DECODE), 0.0)
+    core.on_peer_lost(PREFILL, 0.0)
+    if is_complete:
+        core.on_scattered(second, False, 0.0)
+    check_nothing_is_left(core)
+    (accepted, *_) = messages(begin(core, "again", prompt=LONG_PROMPT))
     assert isinstance(accepted, Accepted)
     assert accepted.num_hit_pages == 1
 
