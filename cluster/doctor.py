@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pagewire.cluster.finding import Finding, Status, judge
@@ -43,7 +43,9 @@ def diagnose(machine: Machine) -> list[Finding]:
 def render(findings: Iterable[Finding]) -> Table:
     """The findings as a table for the terminal."""
     colours = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "red"}
-    table = Table("", "what", "found", "remedy", box=None)
+    # Folded: of an address that is cut off nobody can make use.
+    wide = (Column(title, overflow="fold") for title in ("found", "remedy"))
+    table = Table("", "what", *wide, box=None)
     for finding in findings:
         table.add_row(
             Text(finding.status, style=colours[finding.status]),

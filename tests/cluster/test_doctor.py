@@ -96,7 +96,17 @@ def test_the_matrices_are_described() -> None:
     assert finding(HEALTHY, "matrices").detail == "bfloat16 by C++"
 
 
-def test_the_table_shows_brackets_as_they_are() -> None:
+def rendered(findings: list[Finding], width: int) -> str:
     output = io.StringIO()
-    Console(width=200, file=output).print(render(diagnose(replace(HEALTHY, ucx=NO_UCX))))
-    assert "pagewire[ucx]" in output.getvalue()
+    Console(width=width, file=output).print(render(findings))
+    return output.getvalue()
+
+
+def test_the_table_shows_brackets_as_they_are() -> None:
+    assert "pagewire[ucx]" in rendered(diagnose(replace(HEALTHY, ucx=NO_UCX)), width=200)
+
+
+def test_a_long_address_is_shown_whole_in_a_narrow_terminal() -> None:
+    address = "https://an.address.that/is/longer/than/its/column/has/room/for"
+    finding = Finding(subject="torch", status=Status.WARN, detail="old", remedy=address)
+    assert address in "".join(rendered([finding], width=50).split())
