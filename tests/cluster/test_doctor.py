@@ -35,6 +35,7 @@ HEALTHY = Machine(
         transports=("tcp",),
         explanation="UCX 1.21.0 can use tcp",
     ),
+    rdma_devices=(),
     has_default_model=True,
     ports={"port": 8000, "dashboard_port": 8265},
     taken_ports=frozenset(),
@@ -90,6 +91,16 @@ def test_a_machine_without_gpus_says_so_in_one_line() -> None:
     subjects = [each.subject for each in diagnose(HEALTHY)]
     assert finding(HEALTHY, "GPU").detail == "no NVIDIA driver: runs on the CPU"
     assert [each for each in subjects if "GPU" in each or each == "NCCL"] == ["GPU"]
+
+
+def test_rdma_cards_need_a_transport_of_ucx() -> None:
+    cards = replace(HEALTHY, rdma_devices=("mlx5_0", "mlx5_1"))
+    unused = finding(cards, "RDMA")
+    assert (unused.status, unused.detail) == (Status.WARN, "mlx5_0, mlx5_1")
+    assert "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY" in unused.remedy
+    ucx = replace(HEALTHY.ucx, transports=("rc_mlx5", "tcp"))
+    assert finding(replace(cards, ucx=ucx), "RDMA").status is Status.OK
+    assert "RDMA" not in {each.subject for each in diagnose(HEALTHY)}
 
 
 def test_the_matrices_are_described() -> None:
