@@ -100,8 +100,8 @@ def measure(
         prompt=prompt,
         sampling=sampling,
     )
-    clock = Clock(runner.model.forward)
-    with patch.object(runner.model, "forward", clock):
+    clock = Clock(runner.run)
+    with patch.object(runner, "run", clock):
         steps = [run_step(core, runner, clock, prompt) for _ in range(WARM_UP + num_steps)]
     model, scheduling, rest, events, faults = (
         statistics.median(column) for column in zip(*steps[WARM_UP:], strict=True)

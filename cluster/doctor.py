@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pagewire.cluster.finding import Finding, Status, judge
@@ -14,6 +14,7 @@ _MIN_PYTHON = (3, 11)
 _MIN_CORES = 2
 _MIN_MEMORY_BYTES = 2 << 30
 _MIN_SHARED_MEMORY_BYTES = 200 << 20
+_RDMA_PREFIXES = ("rc_", "dc_", "ud_", "srd")  # of UCX's transports
 
 
 def diagnose(machine: Machine) -> list[Finding]:
@@ -35,6 +36,7 @@ def diagnose(machine: Machine) -> list[Finding]:
         Finding(subject="matrices", status=Status.OK, detail=machine.matrices),
         _ray(machine),
         _ucx(machine),
+        *_rdma(machine),
         _model(machine),
         *_ports(machine),
     ]
@@ -43,7 +45,9 @@ def diagnose(machine: Machine) -> list[Finding]:
 def render(findings: Iterable[Finding]) -> Table:
     """The findings as a table for the terminal."""
     colours = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "red"}
-    table = Table("", "what", "found", "remedy", box=None)
+    # Folded: of an address that is cut off nobody can make use.
+    wide = (Column(title, overflow="fold") for title in ("found", "remedy"))
+    table = Table("", "what", *wide, box=None)
     for finding in findings:
         table.add_row(
             Text(finding.status, style=colours[finding.status]),
@@ -143,6 +147,18 @@ def _ucx(machine: Machine) -> Finding:
         sound=machine.ucx.usable,
         remedy="pip install 'pagewire[ucx]'; until then KV pages go to other machines over TCP",
     )
+
+
+def _rdma(machine: Machine) -> Iterator[Finding]:
+    if machine.rdma_devices:
+        yield judge(
+            "RDMA",
+            ", ".join(machine.rdma_devices),
+            sound=any(name.startswith(_RDMA_PREFIXES) for name in machine.ucx.transports),
+            # The wheel is built without it.
+            remedy="UCX has no transport for it: install the system's UCX, 1.19 to 1.21, and set "
+            "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true",
+        )
 
 
 def _model(machine: Machine) -> Finding:

@@ -23,6 +23,7 @@ from pagewire.kv_transfer.checksum import IMPLEMENTATION
 from pagewire.kv_transfer.select import UcxProbe, probe
 
 _SHARED_MEMORY = Path("/dev/shm")
+_RDMA_DEVICES = Path("/sys/class/infiniband")  # RoCE, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class Machine:
     ray: str | None  # version
     ray_has_dashboard: bool
     ucx: UcxProbe
+    rdma_devices: tuple[str, ...]  # network cards with RDMA, such as mlx5_0
     has_default_model: bool
     ports: Mapping[str, int]  # that `pagewire serve` wants by default, by parameter
     taken_ports: frozenset[int]
@@ -75,6 +77,7 @@ def inspect_machine() -> Machine:
         ray=_version("ray"),
         ray_has_dashboard=importlib.util.find_spec("aiohttp_cors") is not None,
         ucx=probe(),
+        rdma_devices=_rdma_devices(),
         has_default_model=importlib.util.find_spec(DEFAULT_PACKAGE) is not None,
         ports=ports,
         taken_ports=frozenset(port for port in ports.values() if _is_taken(port)),
@@ -86,6 +89,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _rdma_devices() -> tuple[str, ...]:
+    if not _RDMA_DEVICES.is_dir():
+        return ()
+    return tuple(sorted(path.name for path in _RDMA_DEVICES.iterdir()))
 
 
 def _gpus() -> tuple[GpuInventory | None, str]:

@@ -35,6 +35,7 @@ HEALTHY = Machine(
         transports=("tcp",),
         explanation="UCX 1.21.0 can use tcp",
     ),
+    rdma_devices=(),
     has_default_model=True,
     ports={"port": 8000, "dashboard_port": 8265},
     taken_ports=frozenset(),
@@ -92,11 +93,31 @@ def test_a_machine_without_gpus_says_so_in_one_line() -> None:
     assert [each for each in subjects if "GPU" in each or each == "NCCL"] == ["GPU"]
 
 
+def test_rdma_cards_need_a_transport_of_ucx() -> None:
+    cards = replace(HEALTHY, rdma_devices=("mlx5_0", "mlx5_1"))
+    unused = finding(cards, "RDMA")
+    assert (unused.status, unused.detail) == (Status.WARN, "mlx5_0, mlx5_1")
+    assert "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY" in unused.remedy
+    ucx = replace(HEALTHY.ucx, transports=("rc_mlx5", "tcp"))
+    assert finding(replace(cards, ucx=ucx), "RDMA").status is Status.OK
+    assert "RDMA" not in {each.subject for each in diagnose(HEALTHY)}
+
+
 def test_the_matrices_are_described() -> None:
     assert finding(HEALTHY, "matrices").detail == "bfloat16 by C++"
 
 
-def test_the_table_shows_brackets_as_they_are() -> None:
+def rendered(findings: list[Finding], width: int) -> str:
     output = io.StringIO()
-    Console(width=200, file=output).print(render(diagnose(replace(HEALTHY, ucx=NO_UCX))))
-    assert "pagewire[ucx]" in output.getvalue()
+    Console(width=width, file=output).print(render(findings))
+    return output.getvalue()
+
+
+def test_the_table_shows_brackets_as_they_are() -> None:
+    assert "pagewire[ucx]" in rendered(diagnose(replace(HEALTHY, ucx=NO_UCX)), width=200)
+
+
+def test_a_long_address_is_shown_whole_in_a_narrow_terminal() -> None:
+    address = "https://an.address.that/is/longer/than/its/column/has/room/for"
+    finding = Finding(subject="torch", status=Status.WARN, detail="old", remedy=address)
+    assert address in "".join(rendered([finding], width=50).split())
