@@ -64,7 +64,7 @@ def load_engine(
     if kernels == Kernels.TRITON and device == "cpu" and dtype == "bfloat16":
         raise KernelError("Triton's interpreter is wrong in bfloat16; choose dtype float32")
     if kv_cache_dtype is KVCacheDtype.FP8 and not selected.has_fp8_cache:
-        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected)
+        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected, instead="int8")
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)

@@ -154,10 +154,10 @@ def _check(quantization: Quantization, device: str, selected: SelectedOps) -> No
     if quantization is Quantization.NONE:
         return
     if quantization in EMULATED:
-        require_emulation(f"quantization {quantization}", device, selected)
+        require_emulation(f"quantization {quantization}", device, selected, instead="none")
         return
     if device != "cpu":
-        raise ModelError(f"quantization {quantization} needs device cpu; this is {device}")
+        raise ModelError(f"quantization {quantization} needs device cpu; on {device} choose none")
     if quantization is Quantization.INT4 and selected.library is None:
         raise ModelError(
             f"quantization int4 needs the C++ kernels, and this runs {selected.explanation}; "

@@ -6,6 +6,7 @@ of every expert. Everything else, the embedding among it, is whole on every rank
 more ranks than KV heads, neighbouring ranks have the same one.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -46,12 +47,15 @@ class ModelShard:
             if count % self.size:
                 raise ModelError(
                     f"tensor_parallel_size is {self.size}; it must divide {name}, which is "
-                    f"{count}. Choose another one"
+                    f"{count}. {self._remedy}"
                 )
         try:
             HeadSplit(num_kv_heads=config.num_kv_heads, degree=self.size)
         except LayoutError as error:
-            raise ModelError(str(error)) from error
+            raise ModelError(
+                f"tensor_parallel_size is {self.size}; it must divide num_kv_heads, which is "
+                f"{config.num_kv_heads}, or be a multiple. {self._remedy}"
+            ) from error
         if not split_evenly(config.vocab_size, self.size, self.size - 1):
             raise ModelError(
                 f"tensor_parallel_size is {self.size}: some rank would have none of the "
@@ -126,6 +130,18 @@ class ModelShard:
     def lm_head_part(self) -> Part:
         """Of the matrix that gives logits, an embedding perhaps."""
         return Part(dim=0, index=self.vocabulary, size=self.config.vocab_size)
+
+    @property
+    def _remedy(self) -> str:
+        """The sizes that heads and networks can be split for."""
+        common = math.gcd(self.config.num_heads, *self._widths.values())
+        kv_heads = self.config.num_kv_heads
+        sizes = [
+            size
+            for size in range(1, common + 1)
+            if common % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+        ]
+        return f"Choose {' or '.join(map(str, sizes))}"
 
     @property
     def _widths(self) -> dict[str, int]:

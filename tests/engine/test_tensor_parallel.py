@@ -222,8 +222,8 @@ def test_in_rank_order_a_row_has_the_same_bits_in_every_batch(
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        (4, {}, "tensor_parallel_size is 4; it must divide num_heads, which is 6"),
-        (3, {"intermediate_size": 81}, "degree is 3, num_kv_heads 2"),
+        (4, {}, r"size is 4; it must divide num_heads, which is 6\. Choose 1 or 2"),
+        (3, {"intermediate_size": 81}, "size is 3; it must divide num_kv_heads, which is 2, or"),
         (2, {"intermediate_size": 81}, "must divide intermediate_size, which is 81"),
     ],
 )
