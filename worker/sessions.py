@@ -150,6 +150,8 @@ class WorkerService(pb_grpc.WorkerServicer):
     ) -> None:
         try:
             async for command in commands:
+                if session.ended.is_set():  # and with it all that came over it
+                    break
                 if command.route.sender == session.router:
                     self._on_command(command)
         finally:
