@@ -12,7 +12,6 @@ from torch import Tensor
 from pagewire.engine.config import ModelConfig
 from pagewire.engine.errors import ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint
-from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.linears import LinearLoader
 from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.mixture_config import MixtureConfig
@@ -42,6 +41,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return SafetensorsCheckpoint(path)
     if path.is_file():
+        # Only for such a file: its library may be missing where models are safetensors.
+        from pagewire.engine.loading.gguf import GGUFCheckpoint
+
         return GGUFCheckpoint(path)
     raise ModelError(f"model {path} does not exist")
 

@@ -21,24 +21,35 @@ class CudaGraphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Callable[[], Tensor]) -> "CudaGraph":
-        """Capture a step that has run before, so that its kernels are compiled and loaded.
+        """Run a step twice: to see that it can be captured and, without effect, for its capture.
 
-        Raises NotRecordableError for a step that waits for the device, and RuntimeError for other
-        failures of CUDA.
+        Meanwhile no other thread may wait for the device. Raises NotRecordableError for a step that
+        waits for it, and RuntimeError for other failures of CUDA.
         """
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        captured = torch.cuda.graph(
-            graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
-        )
-        try:
-            with torch.cuda.device(self._device), captured:
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                _run_without_waiting(step)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 output = step()
-        except torch.AcceleratorError as error:
-            if "captur" not in str(error):
-                raise
-            raise NotRecordableError("a step that waits for the GPU") from error
         return CudaGraph(graph=graph, output=output, step=step)
+
+
+def _run_without_waiting(step: Callable[[], Tensor]) -> None:
+    """Raise NotRecordableError where the host waits: a capture that fails leaves torch unusable."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise NotRecordableError("a step that waits for the GPU") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ each of which serves the smaller ones with rows of padding, and reads its inputs
 are refilled between replays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +30,7 @@ class PlanAttention(Protocol):
 class GraphRecorder:
     """Implements `pagewire.kernels.ops.StepRecorder`."""
 
-    buckets: tuple[int, ...] = BUCKETS
+    buckets: Sequence[int] = BUCKETS
 
     def __init__(self, plan_attention: PlanAttention, capture: Capture) -> None:
         """`capture` makes a recording of a step; see `StepRecorder.record`."""

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from eager_recording import capture
 from paged_case import PagedCase, Shape
 from tiny_models import make_model
 from torch import Tensor
 
+from gpu_stages.eager_recording import capture
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner

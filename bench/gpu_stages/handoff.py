@@ -1,0 +1,84 @@
+"""Stage 4: prefill and decode with a pool each on one device, and the pages between them.
+
+Pages go through a staging buffer, as frames do. The tokens must be those of one engine alone.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from gpu_stages.ceilings import Ceilings
+from gpu_stages.measurement import Measurement, above_floor
+from gpu_stages.random_model import random_model, runner_of
+from gpu_stages.scale import Scale
+from gpu_stages.timing import wall_ms
+from pagewire.engine.aggregated import generate
+from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.sampling_params import SamplingParams
+from pagewire.kernels.gpu.pages import PagePart, gather_pages, scatter_pages
+
+MAX_RATIO = 1 / 0.7  # of the bandwidth of the link, here the device's own memory
+
+
+def measure(scale: Scale, ceilings: Ceilings) -> Iterator[Measurement]:
+    sampling = SamplingParams(max_tokens=min(16, scale.num_parity_tokens))
+    prompt = [7 * token % scale.model.vocab_size for token in range(scale.num_handed_over)]
+    model = random_model(scale)
+    num_pages = -(-(len(prompt) + sampling.max_tokens) // scale.page_size)
+    prefill, decode = (runner_of(model, scale, num_pages + 1) for _ in range(2))
+    (alone,) = generate(prefill, [prompt], sampling, chunk_size=len(prompt))
+
+    sources = range(num_pages)
+    targets = range(num_pages, 0, -1)  # other pages than the sender's
+    first = _step(prefill, prompt, 0, sources, sampling)
+
+    def hand_over() -> None:
+        pages = prefill.layout.num_pages(len(prompt))
+        _copy_pages(prefill, decode, sources[:pages], targets[:pages])
+
+    hand_over_ms = wall_ms(hand_over, scale.device, scale.repeats)
+    tokens = [first]
+    while len(tokens) < sampling.max_tokens:
+        position = len(prompt) + len(tokens) - 1
+        tokens.append(_step(decode, tokens[-1:], position, targets, sampling))
+    yield Measurement(
+        name="tokens that differ from those of one engine",
+        value=float(sum(a != b for a, b in zip(alone, tokens, strict=True))),
+        unit="",
+        limit=0.0,
+    )
+    moved = 4 * prefill.layout.num_pages(len(prompt)) * prefill.layout.page_bytes
+    floor = ceilings.ms_to_move(moved)
+    yield above_floor(f"pages of {len(prompt)} tokens", hand_over_ms, floor, times=MAX_RATIO)
+
+
+def _step(
+    runner: ModelRunner,
+    token_ids: Sequence[int],
+    start: int,
+    pages: Sequence[int],
+    sampling: SamplingParams,
+) -> int:
+    """Run tokens of the one sequence; returns the token that is sampled behind them."""
+    row = BatchRow(
+        request_id="",
+        token_ids=token_ids,
+        start=start,
+        page_table=pages,
+        sampling=sampling,
+    )
+    return runner.execute(Batch(rows=(row,))).tokens[0][0]
+
+
+def _copy_pages(
+    source: ModelRunner, target: ModelRunner, from_pages: Sequence[int], to_pages: Sequence[int]
+) -> None:
+    """Gather pages into a staging buffer and scatter it into others."""
+    page_bytes, device = source.layout.page_bytes, source.kv_cache.pool.device
+    whole = PagePart(offset=0, num_layers=1, layer_bytes=page_bytes, run_bytes=page_bytes)
+    gathered, scattered = (
+        torch.tensor(pages, dtype=torch.int32).to(device) for pages in (from_pages, to_pages)
+    )
+    staged = gather_pages(source.kv_cache.pool, gathered, whole)
+    scatter_pages(staged, target.kv_cache.pool, scattered, whole)

@@ -1,0 +1,67 @@
+"""One figure of the check, with the least that it could be and the most that it may be. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from harness.table import ABSENT, markdown_table, number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What was measured."""
+
+    name: str
+    value: float
+    unit: str
+    floor: float | None = None  # what the device's own limits allow, in the same unit
+    limit: float | None = None  # above it the check fails
+
+    @property
+    def ratio(self) -> float | None:
+        return self.value / self.floor if self.floor else None
+
+    @property
+    def passed(self) -> bool | None:
+        """None: nothing is asked of it. What is not a number fails."""
+        return None if self.limit is None else self.value <= self.limit
+
+
+def without_time_goal(measured: Measurement) -> Measurement:
+    """As on a device where times say nothing."""
+    return replace(measured, limit=None) if measured.unit == "ms" else measured
+
+
+def above_floor(
+    name: str, value: float, floor: float, *, unit: str = "ms", times: float
+) -> Measurement:
+    """A figure that may be so many times its floor."""
+    return Measurement(name=name, value=value, unit=unit, floor=floor, limit=floor * times)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result of a check, as `StageRuns.result` makes it, as one table in Markdown."""
+    rows: list[Sequence[str]] = []
+    for stage in result["stages"]:
+        measurements = [Measurement(**each) for each in stage["measurements"]]
+        rows.extend(_row(stage["name"], each) for each in measurements)
+        if stage["error"]:
+            rows.append((stage["name"], stage["error"], ABSENT, ABSENT, ABSENT, "failed"))
+    header = ("stage", "what", "value", "floor", "ratio", "pass")
+    return f"Device: {result['device']}\n\n{markdown_table(header, rows)}"
+
+
+def _row(stage: str, measured: Measurement) -> Sequence[str]:
+    return (
+        stage,
+        measured.name,
+        f"{_figure(measured.value)} {measured.unit}",
+        _figure(measured.floor),
+        number(measured.ratio, digits=2),
+        {None: ABSENT, True: "yes", False: "NO"}[measured.passed],
+    )
+
+
+def _figure(value: float | None) -> str:
+    """With three digits, whatever its size."""
+    return ABSENT if value is None else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,81 @@
+"""A model of random weights on a device, made there: what steps cost does not depend on them."""
+
+import torch
+from torch import Tensor
+
+from gpu_stages.eager_recording import capture
+from gpu_stages.scale import Scale
+from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.load import kv_layout
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.models.feed_forward import DenseFeedForward
+from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
+from pagewire.engine.models.rope import inverse_frequencies
+from pagewire.engine.parallel.tensor_parallel import NoFollowers
+from pagewire.kernels.linear import DenseLinear
+from pagewire.kernels.ops import Ops
+from pagewire.kernels.select import Kernels, select_ops
+from pagewire.kernels.triton_ops import TritonOps, find_gpu
+
+
+def random_model(scale: Scale) -> LlamaModel:
+    """The model of `scale`, whose decode steps are recorded: on a CPU by the double of graphs."""
+    torch.manual_seed(0)
+    config = scale.model
+    ops: Ops
+    if scale.device == "cpu":
+        ops = TritonOps(find_gpu("cpu"), capture)
+    else:
+        ops = select_ops(Kernels.TRITON, scale.device).ops
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        weight = torch.empty(rows, columns, dtype=scale.torch_dtype, device=scale.device)
+        return weight.normal_(std=columns**-0.5)
+
+    def norm() -> Tensor:
+        return torch.ones(config.hidden_size, dtype=scale.torch_dtype, device=scale.device)
+
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    heads = config.num_heads * config.head_dim
+    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+    layers = tuple(
+        LayerWeights(
+            input_norm=norm(),
+            qkv=DenseLinear(weight=matrix(qkv, hidden)),
+            q_norm=None,
+            k_norm=None,
+            output=DenseLinear(weight=matrix(hidden, heads)),
+            post_attention_norm=norm(),
+            feed_forward=DenseFeedForward(
+                gate_up=DenseLinear(weight=matrix(2 * ffn, hidden)),
+                down=DenseLinear(weight=matrix(hidden, ffn)),
+                ops=ops,
+            ),
+        )
+        for _ in range(config.num_layers)
+    )
+    weights = LlamaWeights(
+        embedding=matrix(config.vocab_size, hidden),
+        layers=layers,
+        norm=norm(),
+        lm_head=DenseLinear(weight=matrix(config.vocab_size, hidden)),
+    )
+    return LlamaModel(config, weights, inverse_frequencies(config).to(scale.device), ops)
+
+
+def runner_of(model: LlamaModel, scale: Scale, num_pages: int) -> ModelRunner:
+    """An engine with a pool of its own."""
+    layout = kv_layout(model.config, page_size=scale.page_size, dtype=scale.dtype)
+    return ModelRunner(
+        model,
+        KVCache(layout, num_pages, scale.device),
+        layout=layout,
+        followers=NoFollowers(),
+        max_model_len=model.config.max_model_len,
+        digest=b"",
+    )
+
+
+def bytes_of_step(model: LlamaModel) -> int:
+    """Of the weights that a step reads: all but the embedding."""
+    return model.weight_bytes - model.embedding.nbytes
