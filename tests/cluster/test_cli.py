@@ -55,6 +55,8 @@ def test_every_flag_of_serve_is_a_parameter() -> None:
     [
         (("serve", "--transport", "rdma"), "transport (command line) is 'rdma'"),
         (("serve", "--prefill", "0"), "prefill (command line) is 0"),
+        (("serve", "--kernels", "cuda"), "kernels (command line) is 'cuda'"),
+        (("serve", "--speculation", "draft"), "error: draft_model: speculation is draft; name"),
         (("serve", "--config", "absent.yaml"), "absent.yaml"),
         (("serve", "--no-such-flag"), "--no-such-flag"),
         (("serve", "--host", "192.0.2.77"), "--host"),
