@@ -69,7 +69,7 @@ def test_what_comes_late_over_a_session_that_was_replaced_is_dropped() -> None:
         queues: list[asyncio.Queue[pb.WorkerCommand]] = [asyncio.Queue(), asyncio.Queue()]
         before, after = (service.Session(received(queue), Mock()) for queue in queues)
         queues[0].put_nowait(HELLO)
-        first = asyncio.create_task(anext(before))
+        first = asyncio.ensure_future(anext(before))
         await service.wait_opened(ROUTE.sender)
         service.heartbeat(pb.WorkerState())
         await first  # and the next message waits for the network
@@ -83,7 +83,7 @@ def test_what_comes_late_over_a_session_that_was_replaced_is_dropped() -> None:
         await until(lambda: STOP in taken)
         service.close()
         await second
-        await before.aclose()
+        await serve(before)
 
     asyncio.run(run())
     assert taken == [ATTACH, STOP]
