@@ -1,7 +1,7 @@
 """Events on their way to a router: gathered, bounded, in order."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from unittest.mock import Mock
 
 from pagewire.proto import worker_pb2 as pb
@@ -69,8 +69,7 @@ def test_what_comes_late_over_a_session_that_was_replaced_is_dropped() -> None:
         queues: list[asyncio.Queue[pb.WorkerCommand]] = [asyncio.Queue(), asyncio.Queue()]
         before, after = (service.Session(received(queue), Mock()) for queue in queues)
         queues[0].put_nowait(HELLO)
-        assert isinstance(before, AsyncGenerator)
-        first = asyncio.create_task(advance(before))
+        first = asyncio.ensure_future(anext(before))
         await service.wait_opened(ROUTE.sender)
         service.heartbeat(pb.WorkerState())
         await first  # and the next message waits for the network
@@ -84,14 +83,10 @@ def test_what_comes_late_over_a_session_that_was_replaced_is_dropped() -> None:
         await until(lambda: STOP in taken)
         service.close()
         await second
-        await before.aclose()
+        await serve(before)
 
     asyncio.run(run())
     assert taken == [ATTACH, STOP]
-
-
-async def advance(batches: AsyncIterator[pb.WorkerEvents]) -> None:
-    await anext(batches)
 
 
 async def serve(batches: AsyncIterator[pb.WorkerEvents]) -> None:
