@@ -49,8 +49,8 @@ class ForwardSteps:
         buckets = self._recorder.buckets
         largest = bucket_of(max_rows, buckets) or max(buckets)
         for size in reversed(buckets):
-            if size <= largest:
-                self._recorded_of(size, self._padding(size))
+            if size <= largest and self._recorder is not None:
+                self._record(size, self._padding(size))
 
     def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """The logits of a step, as `LlamaModel.forward`; void at the next step."""
@@ -70,21 +70,18 @@ class ForwardSteps:
             return None
         num_rows, buckets = len(inputs.token_ids), self._recorder.buckets
         size = bucket_of(num_rows, buckets)
-        if size is None:
-            return None
-        return self._recorded_of(size, self._padding(size) if buckets else inputs)
+        if size is not None and size not in self._recorded:
+            self._record(size, self._padding(size) if buckets else inputs)
+        return None if size is None else self._recorded.get(size)
 
-    def _recorded_of(self, size: int, like: StepInputs) -> "_RecordedDecode | None":
-        """Decode steps of `size` rows, recorded from a step `like` them if they are not yet."""
-        if size not in self._recorded and self._recorder is not None:
-            try:
-                recorded = _record(self._model, self._pool, like, self._recorder)
-            except NotRecordableError as error:
-                logger.info("decode steps run without recordings: %s", error)
-                self._recorder = None
-            else:
-                self._recorded[size] = recorded
-        return self._recorded.get(size)
+    def _record(self, size: int, like: StepInputs) -> None:
+        """Record decode steps of `size` rows from one that is `like` them; none can be: no more."""
+        assert self._recorder is not None, "who asks has looked"
+        try:
+            self._recorded[size] = _record(self._model, self._pool, like, self._recorder)
+        except NotRecordableError as error:
+            logger.info("decode steps run without recordings: %s", error)
+            self._recorder = None
 
     def _padding(self, num_rows: int) -> StepInputs:
         return padding(
