@@ -9,6 +9,7 @@ GPU it runs tiny sizes, with Triton's interpreter, to show that it works.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ def check(directory: Path) -> bool:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes of the stages
     directory.mkdir(parents=True, exist_ok=True)
-    runs = StageRuns(device=choose_scale().title)
+    runs = StageRuns(device=choose_scale().title, versions=versions())
     run_stages(
         STAGES,
         runs,
@@ -44,6 +45,21 @@ def check(directory: Path) -> bool:
     )
     print(table(runs.result()))
     return runs.passed
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on; a GPU's clocks and power as they were found."""
+    import torch
+    import triton
+
+    found = {"torch": torch.__version__, "triton": triton.__version__}
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        if shutil.which(command[0]):
+            found[query] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return found
 
 
 def _keep(directory: Path, runs: StageRuns, run: StageRun) -> None:

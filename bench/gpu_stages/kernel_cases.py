@@ -10,9 +10,13 @@ from gpu_stages.scale import KernelSizes, Scale
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.models.rope import cosine_and_sine, inverse_frequencies
 from pagewire.kernels import reference
+from pagewire.kernels.gpu.activation_quant import quantize_tokens
+from pagewire.kernels.gpu.fp8_matmul import fp8_matmul
 from pagewire.kernels.gpu.pages import PagePart, gather_pages
+from pagewire.kernels.gpu.sampling import TritonSamplingPlan
+from pagewire.kernels.gpu.w8a8_matmul import w8a8_matmul
 from pagewire.kernels.kv_pool import KVPool
-from pagewire.kernels.ops import Activation, AttentionBatch, Ops
+from pagewire.kernels.ops import Activation, AttentionBatch, Ops, SamplingRows
 from pagewire.kv_transfer.layout import KVLayout
 
 
@@ -22,7 +26,7 @@ class KernelCase:
 
     name: str
     run: Callable[[], Activation]
-    expected: Callable[[], Tensor]  # float64, or bytes that must be the same
+    expected: Callable[[], Tensor]  # float64, or integers that must be the same
     num_bytes: float  # that must be read and written
     flops: float  # of its matrix products
     max_ratio: float  # to the floor
@@ -36,6 +40,11 @@ def kernel_cases(scale: Scale, sizes: KernelSizes, ops: Ops) -> Iterator[KernelC
     yield _rms_norm(scale, ops, sizes.num_tokens)
     yield _silu_mul(scale, ops, sizes.num_tokens)
     yield _gather(scale, sizes.num_pages)
+    yield _sampling(scale, sizes.num_rows)
+    # Against the rate of 16 bits, of which they must be so many times.
+    yield _matmul(scale, sizes.num_tokens, torch.int8, faster=1.3)
+    if scale.device == "cuda":
+        yield _matmul(scale, sizes.num_tokens, torch.float8_e4m3fn, faster=1.6)
 
 
 def _randn(scale: Scale, *shape: int) -> Tensor:
@@ -165,4 +174,52 @@ def _gather(scale: Scale, num_pages: int) -> KernelCase:
         num_bytes=2 * num_pages * page_bytes,
         flops=0,
         max_ratio=1.2,
+    )
+
+
+def _sampling(scale: Scale, num_rows: int) -> KernelCase:
+    """Of the one token that top-k leaves, by every pass that a draw among many takes."""
+    vocab_size, device = scale.model.vocab_size, scale.device
+    logits = torch.randn(num_rows, vocab_size, device=device)
+    ones = torch.ones(num_rows, device=device)
+    rows = SamplingRows(
+        temperature=ones,
+        top_k=ones.long(),
+        top_p=0.9 * ones.double(),
+        min_p=0 * ones,
+        vocab_size=vocab_size,
+    )
+    plan = TritonSamplingPlan(rows)
+    uniform = torch.rand(num_rows, dtype=torch.float64, device=device)
+    return KernelCase(
+        name="sampling",
+        run=lambda: plan.choose(logits, uniform),
+        expected=lambda: logits.cpu().argmax(dim=-1),
+        num_bytes=logits.nbytes,
+        flops=0,
+        max_ratio=2.0,
+    )
+
+
+def _matmul(scale: Scale, num_tokens: int, dtype: torch.dtype, *, faster: float) -> KernelCase:
+    """The products of the gate and up matrix in 8 bits, with activations that already are so."""
+    num_inputs, num_outputs = scale.model.hidden_size, 2 * scale.model.intermediate_size
+    x, x_scales = quantize_tokens(_randn(scale, num_tokens, num_inputs), dtype)
+    weight, weight_scales = quantize_tokens(_randn(scale, num_outputs, num_inputs), dtype)
+
+    def run() -> Tensor:
+        if dtype is torch.int8:
+            return w8a8_matmul(x, x_scales, weight, weight_scales, scale.torch_dtype)
+        return fp8_matmul(x, x_scales, weight, weight_scales)
+
+    def restored(values: Tensor, scales: Tensor) -> Tensor:
+        return values.cpu().double() * scales.cpu().double()[:, None]
+
+    return KernelCase(
+        name=f"matrix product in {str(dtype).removeprefix('torch.')}",
+        run=run,
+        expected=lambda: restored(x, x_scales) @ restored(weight, weight_scales).T,
+        num_bytes=x.nbytes + weight.nbytes,
+        flops=2 * num_tokens * num_inputs * num_outputs,
+        max_ratio=1 / faster,
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from gpu_stages import casts
 from gpu_stages.kernel_cases import kernel_cases
 from gpu_stages.measurement import Measurement
 from gpu_stages.scale import Scale
@@ -25,8 +26,9 @@ def measure(scale: Scale) -> Iterator[Measurement]:
             name=f"{case.name}, error",
             value=float(error),
             unit="",
-            limit=0.0 if expected.dtype is torch.uint8 else TOLERANCE[scale.torch_dtype],
+            limit=TOLERANCE[scale.torch_dtype] if expected.is_floating_point() else 0.0,
         )
+    yield from casts.measure(scale)
     if scale.device == "cuda":
         yield from _compiled()
 

@@ -3,7 +3,7 @@
 A stage that fails or takes too long is noted, and the next begins.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ class StageRuns:
     """The whole check as far as it has come."""
 
     device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
     runs: list[StageRun] = field(default_factory=list)
 
     @property
@@ -69,6 +70,7 @@ class StageRuns:
         """As JSON holds it."""
         return {
             "device": self.device,
+            "versions": dict(self.versions),
             "passed": self.passed,
             "stages": [
                 {"name": run.name, "seconds": round(run.seconds, 1), **asdict(run.outcome)}

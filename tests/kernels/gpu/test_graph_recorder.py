@@ -13,6 +13,7 @@ from tiny_models import make_model
 from torch import Tensor
 
 from gpu_stages.eager_recording import capture
+from pagewire.engine import forward_steps
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
@@ -110,6 +111,16 @@ def test_steps_are_recorded_before_there_are_any(tmp_path: Path) -> None:
     runner.forward(decode(0, 0, 0))
     runner.forward(decode(1))
     assert captures.count == 3
+
+
+def test_a_step_that_is_recorded_makes_no_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path, num_hidden_layers=1)
+    runner = load(tmp_path, "float32", Captures())
+    runner.warm_up(2)
+    monkeypatch.setattr(forward_steps, "padding", None)
+    runner.forward(decode(0, 0))
 
 
 def test_more_rows_than_any_recording_has_run_without(tmp_path: Path) -> None:
