@@ -1,9 +1,9 @@
 """One check for one GPU, within 600 seconds: are the kernels right, and how near to its limits?
 
 Every stage is a process of its own with a time limit, so one that fails or hangs costs itself
-alone. What was measured is written after every stage. Needs torch, triton, safetensors,
-transformers, protobuf and msgpack, and of this project the checkout with PYTHONPATH=src. Without a
-GPU it runs tiny sizes, with Triton's interpreter, to show that it works.
+alone. What was measured is written after every stage. Needs torch, triton and transformers, and of
+this project the checkout with PYTHONPATH=src. Without a GPU it runs tiny sizes, with Triton's
+interpreter, to show that it works.
 """
 
 import argparse

@@ -1,0 +1,61 @@
+"""Decode steps on a GPU, from CUDA graphs and without: `TRITON_INTERPRET=0 pytest -m gpu`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.load import load_engine
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.gpu
+PAGE_SIZE, NUM_PAGES = 16, 40
+
+
+def engine(path: Path) -> ModelRunner:
+    runner = load_engine(
+        path,
+        dtype="float16",
+        device="cuda",
+        page_size=PAGE_SIZE,
+        num_pages=NUM_PAGES,
+        max_model_len=400,
+    )
+    runner.kv_cache.pool.zero_()
+    return runner
+
+
+def rows(starts: list[int], step: int) -> tuple[BatchRow, ...]:
+    return tuple(
+        BatchRow(
+            request_id=str(index),
+            token_ids=[(7 * index + step) % 190],
+            start=start,
+            page_table=range(index, NUM_PAGES - 1, 3)[: start // PAGE_SIZE + 1],
+            sampling=SamplingParams(),
+        )
+        for index, start in enumerate(starts)
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3 moe"])  # the second waits, and runs without
+def test_graphs_give_the_logits_of_steps_without(
+    kind: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model(kind)
+    recorded, plain = engine(tmp_path), engine(tmp_path)
+    recorded.warm_up(3)
+    # What samples nothing is no row of a recorded step.
+    extra = BatchRow(
+        request_id="extra", token_ids=[1], start=0, page_table=[NUM_PAGES - 1], sampling=None
+    )
+    for step in range(40):
+        starts = [[step], [14 + step, 3 + step], [2 * step, step, 30 + step]][step % 3]
+        batch = rows(starts, step)
+        expected = plain.forward(Batch(rows=(*batch, extra)))
+        logits = recorded.forward(Batch(rows=batch))
+        torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
