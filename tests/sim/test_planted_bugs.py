@@ -1,6 +1,7 @@
 """Does the simulator see? Faults that are planted in the cores must be caught."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
 from pagewire.engine.batch import Batch
 from pagewire.engine.page_pool import PagePool
-from pagewire.kv_transfer.messages import Message, RefuseReason
+from pagewire.kv_transfer.messages import Frame, Message, RefuseReason
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.prefill_worker.sender import Sender, SenderState
 from pagewire.prefill_worker.sequence import PrefillSequence
@@ -61,6 +62,16 @@ def the_last_page_is_not_released(patch: pytest.MonkeyPatch) -> None:
 
 def promises_are_not_given_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PagePool, "cancel", lambda pool, reservation: None)
+
+
+def what_has_begun_to_land_is_kept(patch: pytest.MonkeyPatch) -> None:
+    on_landing = Receiver.on_landing
+
+    def receive(receiver: Receiver, frame: Frame) -> None:
+        on_landing(receiver, frame)
+        receiver._received = receiver._covered.copy()
+
+    patch.setattr(Receiver, "on_landing", receive)
 
 
 def the_log_accepts_anything(patch: pytest.MonkeyPatch) -> None:
@@ -217,10 +228,30 @@ def crowded_scenario(seed: int) -> Scenario:
     )
 
 
+def interrupted_scenario(seed: int) -> Scenario:
+    """Hand-offs end while frames land, and those that follow begin with the same pages."""
+    scenario = random_scenario(
+        seed, faults=Faults(connection_losses=2), cancel_probability=0.4, deadline_s=10.0
+    )
+    return replace(scenario, costs=SLOW_WIRE, num_decode=1, shared_prefix_probability=1.0)
+
+
 @pytest.mark.parametrize("costs", [SLOW_WIRE, SLOW_STEPS])
 def test_without_a_bug_nothing_is_noticed(costs: Costs) -> None:
     for seed in range(3):
         World(busy_scenario(seed, costs)).run()
+
+
+def test_hand_offs_that_end_while_frames_land_leave_no_wrong_page() -> None:
+    for seed in range(10):
+        World(interrupted_scenario(seed)).run()
+
+
+def test_a_page_that_is_kept_before_it_is_here_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    what_has_begun_to_land_is_kept(monkeypatch)
+    with pytest.raises(InvariantViolation, match="wrong token"):
+        for seed in range(MAX_RUNS):
+            World(interrupted_scenario(seed)).run()
 
 
 @pytest.mark.parametrize(
