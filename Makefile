@@ -16,9 +16,6 @@ KERNELS := $(VENV)/.kernels
 comma := ,
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-# For registries whose torch for Linux is the CUDA build only: it demands another Triton than tests do.
-TORCH_CPU := https://download.pytorch.org/whl/cpu
-
 # UCX is published for Linux only; elsewhere KV pages go over TCP.
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),ucx$(comma))dev
 
@@ -34,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than Python 3.11; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch (step 1 of 3)"
-	$(PIP) torch || $(PIP) --extra-index-url $(TORCH_CPU) torch
+	$(PIP) torch
 	@echo "installing Pagewire and its dependencies (step 2 of 3)"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@echo "installing the default model, 98 MB (step 3 of 3)"

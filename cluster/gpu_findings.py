@@ -7,7 +7,7 @@ from pagewire.cluster.gpu_inventory import Gpu, GpuInventory, PeerPath, TorchCud
 
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16, and the oldest that kernels are compiled for
 _UCX_ON_GPUS = ("cuda_copy", "cuda_ipc", "gdr_copy")  # its transports for GPU memory
-_TORCH_INSTALL = "pip install 'torch>=2.11,<2.14' --index-url https://download.pytorch.org/whl/"
+_TORCH_INSTALL = "install torch>=2.11,<2.14 from PyTorch's index for "
 _GIB = 1 << 30
 
 
