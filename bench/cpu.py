@@ -219,21 +219,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, help=f"default {Plan().rounds}, {QUICK.rounds} if quick"
     )
+    parser.add_argument(
+        "--requests-per-stream",
+        type=int,
+        default=Plan().requests_per_stream,
+        metavar="N",
+        help="of each load; 1, the default: all prompts arrive together and nothing follows them",
+    )
     parser.add_argument("--no-starts", action="store_true", help="measure no cold and warm starts")
     arguments = parser.parse_args()
     chosen = QUICK_PEERS if arguments.quick else names
     arguments.peers = arguments.peers.split(",") if arguments.peers else list(chosen)
     if unknown := set(arguments.peers) - set(names):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
-    if arguments.rounds is not None and arguments.rounds < 1:
-        parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
+    for name in ("rounds", "requests_per_stream"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     return arguments
 
 
 def main() -> None:
     arguments = parse()
     plan = QUICK if arguments.quick else Plan()
-    plan = replace(plan, rounds=arguments.rounds or plan.rounds)
+    plan = replace(
+        plan,
+        rounds=arguments.rounds or plan.rounds,
+        requests_per_stream=arguments.requests_per_stream,
+    )
     workspace = Workspace(model=resolve_model(None))
     peers, skipped = select(arguments.peers, workspace)
     starts = {} if arguments.quick or arguments.no_starts else measure_starts(workspace)

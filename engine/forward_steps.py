@@ -42,6 +42,7 @@ class ForwardSteps:
         # The sums of several ranks are no operations of ours, so recordings would leave them out.
         self._recorder = model.ops.recorder if model.group.size == 1 else None
         self._recorded: dict[int, _RecordedStep] = {}  # by number of tokens, those of padding too
+        self.between_layers: Callable[[], None] | None = None
 
     def warm_up(self, max_rows: int) -> None:
         """Record the steps of up to so many rows that can be recorded before there are any.
@@ -69,7 +70,11 @@ class ForwardSteps:
         if size is not None and size in self._recorded:
             return self._recorded[size].replay(inputs)
         return self._model.forward(
-            inputs.token_ids, inputs.attention, self._pool, inputs.logits_of, on_layer
+            inputs.token_ids,
+            inputs.attention,
+            self._pool,
+            inputs.logits_of,
+            _one_after_the_other(on_layer, self.between_layers),
         )
 
     def _recordable_size(self, inputs: StepInputs) -> int | None:
@@ -111,6 +116,19 @@ class ForwardSteps:
             page_size=self._pool.values.shape[4],
             device=self._model.device,
         )
+
+
+def _one_after_the_other(
+    on_layer: Callable[[int], None] | None, between_layers: Callable[[], None] | None
+) -> Callable[[int], None] | None:
+    if on_layer is None or between_layers is None:
+        return on_layer or (None if between_layers is None else lambda _: between_layers())
+
+    def both(num_layers: int) -> None:
+        on_layer(num_layers)
+        between_layers()
+
+    return both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

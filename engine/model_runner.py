@@ -1,6 +1,6 @@
 """Runs one Batch: lays its rows out as tensors, calls the model, samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,10 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
+
+    def call_between_layers(self, function: Callable[[], None]) -> None:
+        """From now on, in the thread that runs a step: not in recorded steps, which are short."""
+        self._steps.between_layers = function
 
     @torch.inference_mode()
     def warm_up(self, max_batch_size: int) -> None:

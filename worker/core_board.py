@@ -1,8 +1,9 @@
 """How the workers of one machine share its cores: whoever works alone has all of them.
 
 The board is a small file that all of them map, one number a worker: its process id while it has
-steps to run, else 0. A worker writes its own number and reads the others before every step, so
-cores are oversubscribed for one step at most, when somebody wakes up in the middle of it.
+steps to run, else 0. A worker writes its own number and reads the others before every step and
+between the layers of a long one, so cores are oversubscribed for one layer or one short step at
+most, when somebody wakes up in the middle of it.
 """
 
 import mmap
@@ -57,7 +58,7 @@ class CoreBoard:
         self.close()
 
     def claim(self) -> int:
-        """The number of threads for a step that starts now."""
+        """The number of threads for a step or layer that starts now."""
         # First of all: of two that start at once, each then sees the other.
         self._pids[self._slot] = os.getpid()
         working = [

@@ -140,6 +140,8 @@ class WorkerShell(Handler, Generic[Core]):
                         num_cores=self._config.num_threads,
                     )
                 )
+                if self._config.tensor_parallel_size == 1:  # ranks agree on a number once a step
+                    self._runner.call_between_layers(self._share_cores)
             stack.push_async_callback(self._close_threads)
             self._links = Links(
                 transports=transports,
@@ -301,10 +303,13 @@ class WorkerShell(Handler, Generic[Core]):
 
     def _execute(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
         """Run a step, in the model's thread: the number of OpenMP threads belongs to that one."""
+        self._share_cores()
+        return self._run_batch(batch, on_layers_done)
+
+    def _share_cores(self) -> None:
         if self._board is not None:
             size = self._config.tensor_parallel_size
             torch.set_num_threads(max(1, self._board.claim() // size))
-        return self._run_batch(batch, on_layers_done)
 
     def _run_batch(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
         return self._runner.execute(batch, on_layers_done)

@@ -21,6 +21,7 @@ class Plan:
     """How much is measured."""
 
     streams: tuple[int, ...] = (1, 8, 32)
+    requests_per_stream: int = 1  # with 1, all prompts arrive together and nothing follows them
     rounds: int = 5
     prompt_tokens: int = 128
     max_tokens: int = 64
@@ -67,7 +68,9 @@ def make_round(plan: Plan, source: PromptSource) -> RoundInput:
     """Prompts that nobody has seen."""
     return RoundInput(
         load={
-            count: source.take(max(count, MIN_REQUESTS), plan.prompt_tokens)
+            count: source.take(
+                max(count * plan.requests_per_stream, MIN_REQUESTS), plan.prompt_tokens
+            )
             for count in plan.streams
         },
         long=source.take(plan.num_long_prompts, plan.long_prompt_tokens),

@@ -52,7 +52,7 @@ struct Step {
     float scale;
     float* parts;    // [num_parts, num_kv_heads, part_size]
     float* scratch;  // [num_threads, thread_size]
-    int64_t num_threads;
+    int64_t num_threads;  // at most
     int64_t part_size;
     int64_t thread_size;
     int64_t tiles_only;  // sums of few query rows have the order of those of many
@@ -160,7 +160,9 @@ PAGEWIRE_EXPORT void paged_attention(const void* prepared, const void* q, int64_
         using T = std::remove_pointer_t<decltype(type)>;
         using KV = std::remove_pointer_t<decltype(kv_type)>;
         const int64_t kv_heads = step->num_kv_heads;
-#pragma omp parallel num_threads(step->num_threads) if (step->num_threads > 1)
+        const int num_threads =
+            std::min(static_cast<int>(step->num_threads), omp_get_max_threads());
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
         {
             float* scratch = step->scratch + omp_get_thread_num() * step->thread_size;
             // Items are sorted by their cost: whoever is free takes the largest that is left.

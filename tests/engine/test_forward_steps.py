@@ -89,6 +89,39 @@ def test_rows_of_several_tokens_share_recordings_with_others(
         assert torch.equal(recorded.forward(batch), without_recordings(plain, batch))
 
 
+def test_threads_may_change_between_the_layers_of_a_step(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model("llama")
+    plain, runner = engine(tmp_path), engine(tmp_path)
+    prompt = BatchRow(
+        request_id="prompt",
+        token_ids=[7 * index % 190 for index in range(300)],
+        start=0,
+        page_table=list(range(20)),
+        sampling=SamplingParams(),
+    )
+    counts: list[int] = []
+
+    def change() -> None:
+        counts.append(torch.get_num_threads())
+        torch.set_num_threads(3 - counts[-1])
+
+    runner.call_between_layers(change)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = runner.forward(Batch(rows=(prompt,))).clone()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(logits, plain.forward(Batch(rows=(prompt,))))
+    assert counts == [2, 1, 2, 1][: runner.model.config.num_layers]
+
+    runner.forward(decode([5], 0))
+    runner.forward(decode([6], 1))
+    assert len(counts) <= 2 * runner.model.config.num_layers, "a recorded step changed them"
+
+
 def test_a_model_that_cannot_be_recorded_runs_all_the_same(
     make_model: Callable[..., PreTrainedModel],
     tmp_path: Path,
