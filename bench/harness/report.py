@@ -48,7 +48,7 @@ class PeerReport:
     pss_mb: float  # all processes together, after the load
     pss_mb_by_command: Mapping[str, float]
     load: Mapping[int, LoadFigures]  # by number of streams
-    decode_of_bound: Mapping[int, float]  # the bound's step time by the median TPOT
+    decode_of_bound: Mapping[int, float]  # the bound's step time by the median step's
     prefill: PrefillFigures | None
     interference: InterferenceFigures | None
 
@@ -94,7 +94,9 @@ def _itl_p99_ms(streams: Sequence[StreamTimes]) -> float:
 
 def load_by_streams(record: Record) -> dict[int, LoadFigures]:
     """The figures of every load that the engine was put under."""
-    return {count: load_figures(rounds) for count, rounds in record.load.items()}
+    return {
+        count: load_figures(rounds, num_concurrent=count) for count, rounds in record.load.items()
+    }
 
 
 def decode_of_bound(
@@ -104,9 +106,9 @@ def decode_of_bound(
     context = plan.prompt_tokens + plan.max_tokens // 2
     return {
         count: machine.decode_bound_ms(traits.weights, batch=count, context=context)
-        / figures.tpot_p50_ms
+        / figures.step_p50_ms
         for count, figures in load.items()
-        if figures.tpot_p50_ms
+        if figures.step_p50_ms
     }
 
 

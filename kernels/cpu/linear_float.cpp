@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "functions.h"
+#include "parts.h"
 #include "unroll.h"
 
 namespace pagewire {
@@ -143,15 +144,6 @@ void multiply_tile(const Matrix<W>& matrix, const Tile<T>& tile, Features block,
         });
 }
 
-// The rows of x in tiles of even sizes, at most kRows.
-struct Tiles {
-    int64_t rows;
-
-    int64_t count() const { return (rows + kRows - 1) / kRows; }
-    int64_t start(int64_t tile) const { return rows * tile / count(); }
-    int64_t size(int64_t tile) const { return start(tile + 1) - start(tile); }
-};
-
 inline float to_float(float value) { return value; }
 
 inline float to_float(BFloat16 value) {
@@ -172,49 +164,48 @@ void pack_tile(const W* x, int64_t depth, float* to) {
 template <int64_t R, typename W, typename T>
 void multiply_panels(const Matrix<W>& matrix, const Tile<T>& tile, Features block, int64_t panel,
                      int64_t num_panels) {
-    for (int64_t lane = 0; lane < kHalf; lane += kLanes) {
-        if (num_panels == panels_of(R))
-            multiply_tile<R, panels_of(R)>(matrix, tile, block, panel, lane);
-        else
-            for (int64_t p = panel; p < panel + num_panels; ++p)
-                multiply_tile<R, 1>(matrix, tile, block, p, lane);
-    }
+    for_each_tile<panels_of(R)>(panel, panel + num_panels, [&](int64_t first, auto count) {
+        for (int64_t lane = 0; lane < kHalf; lane += kLanes)
+            multiply_tile<R, count()>(matrix, tile, block, first, lane);
+    });
 }
 
 template <typename W, typename T>
 void multiply(const Matrix<W>& matrix, const W* x, int64_t rows, T* out) {
-    const int64_t depth = matrix.in_features, num_panels = matrix.num_panels();
-    const Tiles tiles{rows};
-    const int64_t num_tiles = tiles.count(), step = panels_of(tiles.size(0));
+    const int64_t depth = matrix.in_features;
+    const Parts tiles = parts_of(rows, kRows);
     // One tile reads every weight once, so there is nothing to keep in a cache.
-    const int64_t num_blocks = num_tiles > 1 ? (depth + kBlockDepth - 1) / kBlockDepth : 1;
-    const int64_t block_tiles = std::max<int64_t>(1, kBlockSize * num_blocks / (kRows * depth));
+    const Parts blocks = tiles.count > 1 ? parts_of(depth, kBlockDepth) : Parts{depth, 1};
+    const Parts groups = parts_of(
+        tiles.count, std::max<int64_t>(1, kBlockSize * blocks.count / (kRows * depth)));
+    const int64_t products = rows * depth * matrix.out_features;
+    const Parts strips = parts_for_threads(matrix.num_panels(), products / groups.count);
     const std::unique_ptr<float[]> packed(new float[rows * depth]);
     const std::unique_ptr<float[]> sums(
-        new float[num_blocks > 1 ? rows * matrix.num_channels() : 0]);
-#pragma omp parallel if (rows * depth * matrix.out_features > kSerialProducts)
+        new float[blocks.count > 1 ? rows * matrix.num_channels() : 0]);
+#pragma omp parallel if (products > kSerialProducts)
     {
 #pragma omp for
-        for (int64_t tile = 0; tile < num_tiles; ++tile)
+        for (int64_t tile = 0; tile < tiles.count; ++tile)
             with_constant<kRows>(tiles.size(tile), [&](auto size) {
                 const int64_t start = tiles.start(tile) * depth;
                 pack_tile<size()>(x + start, depth, packed.get() + start);
             });
-        for (int64_t block = 0; block < num_blocks; ++block) {
-            const Features features{depth * block / num_blocks, depth * (block + 1) / num_blocks};
-#pragma omp for collapse(2)
-            for (int64_t first = 0; first < num_tiles; first += block_tiles)
-                for (int64_t panel = 0; panel < num_panels; panel += step)
-                    for (int64_t tile = first; tile < std::min(first + block_tiles, num_tiles);
-                         ++tile)
+        for (int64_t block = 0; block < blocks.count; ++block) {
+            const Features features{blocks.start(block), blocks.start(block + 1)};
+            // Whoever is free takes the next: a thread may have to share its core for a while.
+#pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t group = 0; group < groups.count; ++group)
+                for (int64_t strip = 0; strip < strips.count; ++strip)
+                    for (int64_t tile = groups.start(group); tile < groups.start(group + 1); ++tile)
                         with_constant<kRows>(tiles.size(tile), [&](auto size) {
                             const int64_t row = tiles.start(tile);
                             multiply_panels<size()>(matrix,
                                                     Tile<T>{packed.get() + row * depth,
                                                             sums.get() + row * matrix.num_channels(),
                                                             out + row * matrix.out_features},
-                                                    features, panel,
-                                                    std::min(step, num_panels - panel));
+                                                    features, strips.start(strip),
+                                                    strips.size(strip));
                         });
         }
     }

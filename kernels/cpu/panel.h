@@ -61,17 +61,4 @@ inline PanelInts dot(PanelInts sums, PanelBytes weights, const int8_t* x) {
 #endif
 }
 
-// Calls body(start, integral_constant) for tiles of up to Max items, as equal as can be, that together
-// cover start .. end: the number of items is then known to the compiler, and their sums stay in
-// registers.
-template <int64_t Max, typename Body>
-inline void for_each_tile(int64_t start, int64_t end, const Body& body) {
-    while (start < end) {
-        const int64_t num_tiles = (end - start + Max - 1) / Max;
-        const int64_t size = (end - start + num_tiles - 1) / num_tiles;
-        with_constant<Max>(size, [&](auto num_items) { body(start, num_items); });
-        start += size;
-    }
-}
-
 }  // namespace pagewire

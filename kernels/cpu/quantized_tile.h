@@ -8,12 +8,13 @@
 
 #include "activation_group.h"
 #include "panel.h"
+#include "parts.h"
 
 namespace pagewire {
 
 constexpr int64_t kSteps = kGroup / kStep;
 constexpr int64_t kAhead = 4;   // groups between what is read and what is fetched into the cache
-constexpr int64_t kStrip = 4;   // panels that a thread takes at a time
+constexpr int64_t kWidest = 4;  // panels of a tile of one row: few sums would wait for one another
 
 // Rows of a tile, at most: with two panels all sums, integer and float, fit in registers.
 #if defined(__AVX512F__)
@@ -128,26 +129,28 @@ void store_tile(const PanelFloats (&totals)[R][P], const Matrix<Weights>& matrix
 template <typename Weights>
 void multiply(int64_t dtype, const Matrix<Weights>& matrix, const void* x, void* out, int64_t rows) {
     const ActivationGroup* groups = static_cast<const ActivationGroup*>(x);
-    const int64_t num_panels = (matrix.out_features + kPanel - 1) / kPanel;
+    const int64_t num_panels = ceil_div(matrix.out_features, kPanel);
     const int64_t products = rows * matrix.num_groups * kGroup * matrix.out_features;
+    const Parts strips = parts_for_threads(ceil_div(num_panels, 2), products);  // of pairs of panels
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T* to = static_cast<T*>(out);
-#pragma omp parallel for if (products > kSerialProducts)
-        for (int64_t strip = 0; strip < num_panels; strip += kStrip) {
-            const int64_t end = std::min(strip + kStrip, num_panels);
+        // Whoever is free takes the next strip: a thread may have to share its core for a while.
+#pragma omp parallel for schedule(dynamic) if (products > kSerialProducts)
+        for (int64_t strip = 0; strip < strips.count; ++strip) {
+            const int64_t start = 2 * strips.start(strip);
+            const int64_t end = std::min(2 * strips.start(strip + 1), num_panels);
             const auto tile = [&](int64_t row, auto num_rows, int64_t panel, auto num_tile_panels) {
                 PanelFloats totals[num_rows()][num_tile_panels()];
                 multiply_tile(totals, matrix, groups + row * matrix.num_groups, panel, row == 0);
                 store_tile(totals, matrix, to + row * matrix.out_features, panel);
             };
-            // One row alone has few sums: more panels hide how long each takes.
             if (rows == 1)
-                for_each_tile<kStrip>(strip, end, [&](int64_t panel, auto num_tile_panels) {
+                for_each_tile<kWidest>(start, end, [&](int64_t panel, auto num_tile_panels) {
                     tile(0, std::integral_constant<int64_t, 1>{}, panel, num_tile_panels);
                 });
             else
-                for_each_tile<2>(strip, end, [&](int64_t panel, auto num_tile_panels) {
+                for_each_tile<2>(start, end, [&](int64_t panel, auto num_tile_panels) {
                     for_each_tile<kRows>(0, rows, [&](int64_t row, auto num_rows) {
                         tile(row, num_rows, panel, num_tile_panels);
                     });

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.figures import load_figures, percentile
+from harness.figures import gaps_of_full_batches, load_figures, percentile
 from harness.prompts import PromptSource
 from harness.sse import StreamEvent, parse_line
 from harness.streams import StreamError, StreamTimes
@@ -28,7 +28,7 @@ def test_tokens_per_output_token_counts_tokens_not_pieces() -> None:
 
 def test_one_token_has_no_tpot() -> None:
     assert times(0.0, 1.0).tpot_s is None
-    figures = load_figures([[times(0.0, 1.0)]])
+    figures = load_figures([[times(0.0, 1.0)]], num_concurrent=1)
     assert figures.tpot_p50_ms is None and figures.itl_p99_ms is None
 
 
@@ -39,9 +39,17 @@ def test_a_stream_without_output_is_an_error() -> None:
 
 def test_throughput_is_the_median_of_rounds() -> None:
     rounds = [[times(0.0, 1.0, end)] for end in (2.0, 4.0, 100.0)]
-    figures = load_figures(rounds)
+    figures = load_figures(rounds, num_concurrent=1)
     assert figures.output_tokens_per_s == 0.5
     assert figures.output_tokens_per_s_of_rounds == (1.0, 0.5, 0.02)
+
+
+def test_a_step_is_timed_while_all_streams_decode() -> None:
+    # The first decodes alone until 3 and the last one from 5 on.
+    streams = [times(0.0, 1.0, 2.0, 3.5, 4.0, 5.0), times(0.0, 3.0, 3.5, 4.0, 5.0, 9.0)]
+    assert gaps_of_full_batches(streams, 2) == [0.5, 1.0, 0.5, 0.5, 1.0]
+    assert gaps_of_full_batches(streams, 3) == []
+    assert load_figures([streams], num_concurrent=3).step_p50_ms is None
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
