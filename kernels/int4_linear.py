@@ -50,6 +50,6 @@ def int4_linear(
 
 def _by_step(quants: Tensor) -> Tensor:
     """Bytes of features i and i + 16 to bytes of features 8 n + i and 8 n + i + 4, i < 4."""
-    features = torch.cat((quants & 15, quants >> 4), dim=2)
-    steps = features.view(*features.shape[:2], 4, 2, 4)
-    return torch.flatten(steps[..., 0, :] | steps[..., 1, :] << 4, 2)
+    runs = quants.view(*quants.shape[:2], 2, 2, 4)  # features 8 n + 4 m + i and 16 later: n, m, i
+    even, odd = runs[..., 0, :], runs[..., 1, :]
+    return torch.cat(((even & 15) | odd << 4, even >> 4 | (odd & 240)), dim=2).flatten(2)

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagewire.kernels.native_library import NativeLibrary
-from pagewire.kernels.native_quantized_linear import NativeQuantizedLinear, packed, padded_bias
+from pagewire.kernels.native_quantized_linear import (
+    NativeQuantizedLinear,
+    padded_bias,
+    quantized_panels,
+)
 from pagewire.kernels.ops import GROUP, Activation, Linear
 from pagewire.kernels.quantized import as_quantized, dequantize
 
@@ -43,13 +47,13 @@ def int8_linear(
 
     weight: [out_features, in_features], of any floating dtype; bias: [out_features].
     """
-    groups = quantize_weight(weight)
     out_features, in_features = weight.shape
     if library is None:
+        groups = quantize_weight(weight)
         return TorchInt8Linear(groups=groups, bias=bias, in_features=in_features, dtype=dtype)
     return NativeQuantizedLinear(
         bits=8,
-        groups=packed(groups.quants, groups.scales, groups.minima),
+        groups=quantized_panels(weight, library),
         bias=padded_bias(bias, out_features),
         in_features=in_features,
         out_features=out_features,
@@ -62,7 +66,8 @@ def quantize_weight(weight: Tensor) -> Int8Groups:
     """Round each weight to one of 256 levels of its group.
 
     The levels lie between the smallest and the largest weight, or symmetrically around 0, whichever
-    loses less: so what a file stores in blocks of Q4_1 or Q8_0 keeps its values.
+    loses less: so what a file stores in blocks of Q4_1 or Q8_0 keeps its values. The reference of
+    `quantized_panels`.
     """
     rows = max(1, _CHUNK // weight.shape[1])
     chunks = [_quantize(chunk) for chunk in torch.split(weight, rows)]
@@ -81,13 +86,21 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     minima = torch.stack((low.half(), symmetric * -128))
     steps, starts = scales.float()[..., None], minima.float()[..., None]
     quants = ((groups - starts) / steps.masked_fill(steps == 0, 1)).round_().clamp_(0, _LEVELS)
-    errors = torch.addcmul(starts, quants, steps).sub_(groups).square_().sum(dim=-1)
-    second = errors[1] < errors[0]
+    first, second = _sum_by_halves(torch.addcmul(starts, quants, steps).sub_(groups).square_())
+    second_is_better = second < first
     return (
-        torch.where(second[..., None], quants[1], quants[0]).to(torch.uint8),
-        torch.where(second, scales[1], scales[0]),
-        torch.where(second, minima[1], minima[0]),
+        torch.where(second_is_better[..., None], quants[1], quants[0]).to(torch.uint8),
+        torch.where(second_is_better, scales[1], scales[0]),
+        torch.where(second_is_better, minima[1], minima[0]),
     )
+
+
+def _sum_by_halves(values: Tensor) -> Tensor:
+    """Over the last dimension, of a power of 2, in an order of additions that C++ has as well."""
+    while values.shape[-1] > 1:
+        low, high = values.chunk(2, dim=-1)
+        values = low + high
+    return values[..., 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -61,6 +61,8 @@ SIGNATURES = {
     # dtype, x, weights, bias, out, rows, num_groups, out_features
     "linear_int8": (_I, _P, _P, _P, _P, _I, _I, _I),
     "linear_int4": (_I, _P, _P, _P, _P, _I, _I, _I),
+    # dtype, weight, groups, out_features, in_features
+    "quantize_weight": (_I, _P, _P, _I, _I),
     # name, run
     "recordable": (ctypes.c_char_p, _P),
     # calls, count

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagewire.kernels.native_library import DTYPE_CODES, NativeLibrary
-from pagewire.kernels.ops import Activation
+from pagewire.kernels.ops import GROUP, Activation
 from pagewire.kernels.quantized import as_quantized
 
 _PANEL = 16  # output channels
-_STEP = 4  # input features that the kernels multiply in one instruction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,15 +65,32 @@ def packed(quants: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
     halves (4 bits) a step; scales and minima: float16 [out_features, num_groups]. Returns uint8
     [num_panels, num_groups, 16 * bytes + 64].
     """
-    padding = -len(scales) % _PANEL
-    num_groups = scales.shape[1]
-    rows = F.pad(quants, (0, 0, 0, 0, 0, padding))
-    by_step = rows.view(-1, _PANEL, num_groups, quants.shape[2] // _STEP, _STEP)
-    parts = [by_step.permute(0, 2, 3, 1, 4).flatten(2)]
-    for halves in (scales, minima):
-        channels = F.pad(halves.view(torch.int16), (0, 0, 0, padding)).view(-1, _PANEL, num_groups)
-        parts.append(channels.transpose(1, 2).contiguous().view(torch.uint8))
-    return torch.cat(parts, dim=2)
+    steps = quants.contiguous().view(torch.int32)  # [out_features, num_groups, bytes / 4]
+    parts = (steps, scales[..., None], minima[..., None])
+    return torch.cat([_in_panels(part).view(torch.uint8) for part in parts], dim=2)
+
+
+def quantized_panels(weight: Tensor, library: NativeLibrary) -> Tensor:
+    """Quantise a matrix to 8 bits, in the layout of `packed`.
+
+    weight: [out_features, in_features], of a dtype of DTYPE_CODES.
+    """
+    out_features, in_features = weight.shape
+    num_panels, num_groups = -(-out_features // _PANEL), -(-in_features // GROUP)
+    groups = torch.empty(num_panels, num_groups, _PANEL * (GROUP + 4), dtype=torch.uint8)
+    weight = weight.contiguous()
+    library.functions.quantize_weight(
+        DTYPE_CODES[weight.dtype], weight.data_ptr(), groups.data_ptr(), out_features, in_features
+    )
+    return groups
+
+
+def _in_panels(parts: Tensor) -> Tensor:
+    """[out_features, num_groups, n] to [num_panels, num_groups, n * 16], filled up with 0."""
+    padding = -len(parts) % _PANEL
+    if padding:
+        parts = F.pad(parts, (0, 0, 0, 0, 0, padding))
+    return parts.view(-1, _PANEL, *parts.shape[1:]).permute(0, 2, 3, 1).contiguous().flatten(2)
 
 
 def padded_bias(bias: Tensor | None, out_features: int) -> Tensor:

@@ -1,21 +1,6 @@
 // W8A8: weights in 8 bits, activations in 8 bits.
 #include "functions.h"
-#include "quantized_tile.h"
-
-namespace pagewire {
-namespace {
-
-// One group of a panel.
-struct Int8Weights {
-    uint8_t quants[kSteps][kPanel * kStep];
-    Float16 scale[kPanel];
-    Float16 minimum[kPanel];
-
-    PanelBytes bytes(int64_t step) const { return load_bytes(quants[step]); }
-};
-
-}  // namespace
-}  // namespace pagewire
+#include "int8_weights.h"
 
 using namespace pagewire;
 

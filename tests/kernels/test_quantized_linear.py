@@ -14,7 +14,13 @@ from pagewire.kernels.cpu_flags import cpu_flags
 from pagewire.kernels.instruction_sets import runnable_sets
 from pagewire.kernels.int4_linear import Int4Blocks, concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear, quantize_weight
-from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, load_library
+from pagewire.kernels.native_library import (
+    NativeLibrary,
+    NativeLibraryError,
+    find_library,
+    load_library,
+)
+from pagewire.kernels.native_quantized_linear import packed, quantized_panels
 from pagewire.kernels.ops import GROUP, Linear, QuantizedActivation
 from pagewire.kernels.quantized import dequantize, quantize
 
@@ -132,6 +138,52 @@ def test_int8_is_within_one_step(scale: float, offset: float, seed: int) -> None
     error = (groups.dequantized()[:, :70] - weight).abs()
     steps = groups.scales.float().repeat_interleave(GROUP, dim=1)[:, :70]
     assert (error <= steps + 255 * SMALLEST_FLOAT16).all()
+
+
+def panels_in_torch(weight: Tensor) -> Tensor:
+    """What `quantized_panels` has to give."""
+    groups = quantize_weight(weight)
+    by_step = groups.quants.view(*groups.scales.shape, GROUP // 4, 4)
+    return packed(by_step.flatten(2), groups.scales, groups.minima)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_weights_are_quantised_as_in_torch(dtype: torch.dtype, library: NativeLibrary) -> None:
+    """To the bit: around whole panels and groups, with large, small and equal weights."""
+    for out_features, in_features in (*SHAPES, (17, 45), (1, 1), (200, 576)):
+        weight = (
+            torch.randn(out_features, in_features) * torch.logspace(-9, 4, out_features)[:, None]
+        )
+        weight[0] = 0
+        weight[:, ::7] += 3
+        weight[-1] = weight[-1, 0]
+        weight = weight.to(dtype)
+        assert torch.equal(quantized_panels(weight, library), panels_in_torch(weight))
+
+
+@settings(max_examples=50)
+@given(
+    rows=st.lists(
+        st.lists(st.floats(-65504, 65504, width=16), min_size=33, max_size=33),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_any_weights_are_quantised_as_in_torch(rows: list[list[float]]) -> None:
+    """On the fastest build: hypothesis and parameters of fixtures do not go together."""
+    try:
+        library = find_library()
+    except NativeLibraryError as error:
+        pytest.skip(str(error))
+    weight = torch.tensor(rows) + 0.0  # a group of 0 and -0 has either for its minimum
+    assert torch.equal(quantized_panels(weight, library), panels_in_torch(weight))
+
+
+def test_damaged_weights_are_not_hidden(library: NativeLibrary) -> None:
+    weight = torch.randn(16, 64)
+    weight[3, 40] = torch.nan
+    result = int8_linear(weight, None, dtype=torch.float32, library=library)(activations(1, 64))
+    assert result[0].isnan().nonzero().flatten().tolist() == [3]
 
 
 def test_channels_and_tokens_of_zeros(library: NativeLibrary) -> None:
