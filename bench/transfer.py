@@ -4,9 +4,10 @@ Every transport of Pagewire runs beside the bare way under it: a copy into share
 of it, sockets with sendmsg and recv_into, gloo and UCX without headers, order or an event loop.
 "pages" is what workers do: frames of pages over tcp, with header and checksum, into the pages of
 the receiver; "bare pages" are the same bytes in the same memory over the same transport. Each of
-the two processes has one core. All take turns in one run, so that a busy machine slows all of them;
-the figures are medians over the rounds. What aborts and replays cost is counted at the end, with
-the real cores of workers under virtual time.
+the two processes has half of the cores. All take turns in every round, so that a busy machine slows
+all of them; rates are medians over the rounds, and so are ratios, of two lanes in the same round.
+Processor time is of both ends, per frame: other work on the machine changes it less. What aborts
+and replays cost is counted at the end, with the real cores of workers under virtual time.
 """
 
 import argparse
@@ -20,11 +21,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
+from harness.checksum_rate import checksum_rates
 from harness.handoff_safety import describe_safety, measure_safety
 from harness.page_lane import (
     FRAME_BYTES,
@@ -329,57 +333,110 @@ LANES: dict[str, tuple[Callable[[str], Lane], Callable[[], None]]] = {
 }
 
 
-def give_each_end_a_core(receivers: list[int]) -> None:
-    """One for this process and one for those of `receivers`, by pid, where there are as many."""
+def give_each_end_half(receivers: list[int]) -> None:
+    """Half of the cores for this process and half for those of `receivers`, by pid."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) > 1:
-        os.sched_setaffinity(0, {cores[0]})
+    if half := len(cores) // 2:
+        os.sched_setaffinity(0, cores[:half])
         for pid in receivers:
-            os.sched_setaffinity(pid, {cores[1]})
+            os.sched_setaffinity(pid, cores[half : 2 * half])
 
 
-def measure(names: list[str], num_rounds: int, num_frames: int) -> dict[str, list[float]]:
-    """GB/s of every round, by lane."""
+@dataclass(slots=True, kw_only=True)
+class LaneTimes:
+    """What one lane took, round by round."""
+
+    seconds: list[float] = field(default_factory=list)
+    sender_cpu_s: list[float] = field(default_factory=list)
+    receiver_cpu_s: list[float] = field(default_factory=list)
+
+    def measure(self, lane: Lane, receiver: psutil.Process, num_frames: int) -> None:
+        """Add one round."""
+        cpu_before, receiver_before = time.process_time(), _cpu_seconds(receiver)
+        started = time.perf_counter()
+        lane.send(num_frames)
+        self.seconds.append(time.perf_counter() - started)
+        self.sender_cpu_s.append(time.process_time() - cpu_before)
+        self.receiver_cpu_s.append(_cpu_seconds(receiver) - receiver_before)
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def measure(names: list[str], num_rounds: int, num_frames: int) -> dict[str, LaneTimes]:
+    """Every lane in every round."""
     receivers = [
         subprocess.Popen([sys.executable, __file__, "--receive", name], stdout=subprocess.PIPE)
         for name in names
     ]
-    give_each_end_a_core([receiver.pid for receiver in receivers])
+    give_each_end_half([receiver.pid for receiver in receivers])
     lanes: list[Lane] = []
     for name, receiver in zip(names, receivers, strict=True):
         assert receiver.stdout is not None
         lanes.append(LANES[name][0](receiver.stdout.readline().decode().strip()))
-    rates: dict[str, list[float]] = {name: [] for name in names}
+    processes = [psutil.Process(receiver.pid) for receiver in receivers]
+    times = {name: LaneTimes() for name in names}
     for lane in lanes:
         lane.send(num_frames)  # warms up both ends
     for _ in range(num_rounds):
-        for name, lane in zip(names, lanes, strict=True):
-            started = time.perf_counter()
-            lane.send(num_frames)
-            seconds = time.perf_counter() - started
-            rates[name].append(num_frames * FRAME_BYTES / seconds / 1e9)
+        for name, lane, process in zip(names, lanes, processes, strict=True):
+            times[name].measure(lane, process, num_frames)
     for lane, receiver in zip(lanes, receivers, strict=True):
         lane.close()
         receiver.communicate()
-    return rates
+    return times
 
 
-def report(rates: dict[str, list[float]], num_frames: int) -> dict[str, Any]:
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+def report(times: dict[str, LaneTimes], num_frames: int) -> dict[str, Any]:
+    num_bytes = num_frames * FRAME_BYTES
     return {
         "frame_bytes": FRAME_BYTES,
         "frames_per_round": num_frames,
         "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
         "gb_per_s": {
-            name: {"median": medians[name], "min": min(values), "max": max(values)}
-            for name, values in rates.items()
+            name: {
+                "median": num_bytes / statistics.median(lane.seconds) / 1e9,
+                "min": num_bytes / max(lane.seconds) / 1e9,
+                "max": num_bytes / min(lane.seconds) / 1e9,
+            }
+            for name, lane in times.items()
         },
         "ratio_to_baseline": {
-            name: medians[name] / medians[bare]
+            name: statistics.median(
+                base / own
+                for base, own in zip(times[bare].seconds, times[name].seconds, strict=True)
+            )
             for name, bare in BASELINES.items()
-            if {name, bare} <= rates.keys()
+            if {name, bare} <= times.keys()
         },
+        "cpu_ms_per_frame": {
+            name: {
+                "sender": statistics.mean(lane.sender_cpu_s) / num_frames * 1e3,
+                "receiver": statistics.mean(lane.receiver_cpu_s) / num_frames * 1e3,
+            }
+            for name, lane in times.items()
+        },
+        "checksum_gb_per_s": checksum_rates(),
     }
+
+
+def describe(figures: dict[str, Any]) -> Iterator[str]:
+    """Lines for a person to read."""
+    for name, rate in figures["gb_per_s"].items():
+        cpu = figures["cpu_ms_per_frame"][name]
+        yield (
+            f"{name:12} {rate['median']:6.2f} GB/s  ({rate['min']:.2f} to {rate['max']:.2f})  "
+            f"processor time {cpu['sender']:.2f} and {cpu['receiver']:.2f} ms a frame"
+        )
+    for name, ratio in figures["ratio_to_baseline"].items():
+        yield f"{name} / {BASELINES[name]}: {ratio:.2f}"
+    rates = figures["checksum_gb_per_s"]
+    yield f"checksum: {rates['from_memory']:.1f} GB/s from memory, {rates['in_cache']:.1f} in cache"
+    if "pages" in figures["ratio_to_baseline"]:
+        share = 1 / figures["ratio_to_baseline"]["pages"] - 1
+        yield f"header, checksum and scatter: {share:.1%} of the transfer time on tcp"
 
 
 def main() -> None:
@@ -402,13 +459,7 @@ def main() -> None:
     num_aborts, num_recorded = (300, 20) if arguments.quick else (10_000, 500)
     if not arguments.lanes:
         figures |= measure_safety(num_aborts=num_aborts, num_recorded=num_recorded)
-    for name, rate in figures["gb_per_s"].items():
-        print(f"{name:12} {rate['median']:6.2f} GB/s  ({rate['min']:.2f} to {rate['max']:.2f})")
-    for name, ratio in figures["ratio_to_baseline"].items():
-        print(f"{name} / {BASELINES[name]}: {ratio:.2f}")
-    if "pages" in figures["ratio_to_baseline"]:
-        share = 1 / figures["ratio_to_baseline"]["pages"] - 1
-        print(f"header, checksum and scatter: {share:.1%} of the transfer time on tcp")
+    print(*describe(figures), sep="\n")
     if not arguments.lanes:
         print(*describe_safety(figures), sep="\n")
     if arguments.json:

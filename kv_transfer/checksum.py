@@ -5,10 +5,11 @@ twice. Neither stops an attacker.
 """
 
 import hashlib
+import socket
 from collections.abc import Iterable
 from functools import reduce
 
-from pagewire.kernels.crc32 import crc32, implementation
+from pagewire.kernels.crc32 import crc32, implementation, receive_crc32
 
 IMPLEMENTATION = implementation()
 """Whose CRC-32 this process computes: "C++" or "zlib"."""
@@ -28,6 +29,16 @@ def checksum(*buffers: bytes | bytearray | memoryview) -> int:
 def extend_checksum(value: int, buffer: bytes | bytearray | memoryview) -> int:
     """The checksum of what had `value`, followed by `buffer`. Other threads run meanwhile."""
     return crc32(buffer, value)
+
+
+def receive_checked(sock: socket.socket, target: memoryview, value: int) -> tuple[int, int]:
+    """Take what has arrived at `sock`, which does not block, to `target`.
+
+    Returns the number of bytes, 0 when the peer has closed, and the checksum of what had `value`,
+    followed by them. Other threads run meanwhile. Raises BlockingIOError when nothing has arrived,
+    and OSError when the connection has failed.
+    """
+    return receive_crc32(sock, target, value)
 
 
 def digest_of(frame_checksums: Iterable[int]) -> int:

@@ -4,9 +4,10 @@ Whoever brings bytes there does so piece by piece and says so: each piece is the
 of the CPU, which is when a checksum of it costs least.
 """
 
+import socket
 from collections import deque
 
-from pagewire.kv_transfer.checksum import extend_checksum
+from pagewire.kv_transfer.checksum import extend_checksum, receive_checked
 
 # Two of them are in the cache of a core at once, where a piece is copied from one to the other.
 PIECE_BYTES = 512 * 1024
@@ -39,6 +40,16 @@ class Landing:
         if not self._rest[0]:
             self._rest.popleft()
 
+    def receive(self, sock: socket.socket, limit: int) -> int:
+        """Take at most `limit` bytes that have arrived at `sock`, which does not block, there.
+
+        Returns how many, 0 when the peer has closed. Raises BlockingIOError when none have arrived,
+        OSError when the connection has failed, and IndexError when full.
+        """
+        count = sock.recv_into(self.next_piece(limit))
+        self.advance(count)
+        return count
+
     def write(self, data: memoryview) -> None:
         """Copy `data`, no longer than what is left, to where the next bytes belong."""
         while data:
@@ -58,6 +69,12 @@ class CheckedLanding(Landing):
     def advance(self, num_bytes: int) -> None:
         self._checksum = extend_checksum(self._checksum, self.next_piece(num_bytes))
         super().advance(num_bytes)
+
+    def receive(self, sock: socket.socket, limit: int) -> int:
+        piece = self.next_piece(limit)
+        count, self._checksum = receive_checked(sock, piece, self._checksum)
+        super().advance(count)
+        return count
 
     def checksum(self) -> int:
         """The checksum of the whole payload, once it has landed.

@@ -5,7 +5,7 @@ only the declared fields with their declared types and ranges: these bytes come 
 """
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import Field, astuple, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -189,6 +189,10 @@ _TYPES: dict[int, type[Message]] = {
     kind.code: kind
     for kind in (Open, Grant, Frame, FrameAck, Seal, Committed, Refused, Closed, Accepted, Renew)
 }
+# Those behind the id, in order.
+_FIELDS: dict[int, tuple[Field[Any], ...]] = {
+    code: tuple(item for item in fields(kind) if item.name != "id") for code, kind in _TYPES.items()
+}
 
 
 def encode(message: Message) -> bytes:
@@ -200,7 +204,7 @@ def encode(message: Message) -> bytes:
         message.id.sender,
         message.id.receiver,
     ]
-    values = (getattr(message, item.name) for item in fields(message) if item.name != "id")
+    values = (getattr(message, item.name) for item in _FIELDS[message.code])
     body.extend(astuple(value) if isinstance(value, KVLayout) else value for value in values)
     packed: bytes = msgpack.packb(body)
     return packed
@@ -233,7 +237,7 @@ def decode(header: bytes | memoryview) -> Message:
     _check_uint("attempt", attempt, 2**32)
     _check_bytes("sender", sender, ID_BYTES)
     _check_bytes("receiver", receiver, ID_BYTES)
-    items = [item for item in fields(kind) if item.name != "id"]
+    items = _FIELDS[code]
     if len(values) != len(items):
         raise MessageError(f"{kind.__name__} has {len(values)} fields instead of {len(items)}")
     arguments: dict[str, Any] = {}

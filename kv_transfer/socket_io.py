@@ -6,8 +6,12 @@ import ssl
 from collections import deque
 from itertools import islice
 
+from pagewire.kv_transfer.landing import Landing
+
 PEER_CLOSED = "the peer closed the connection"
-_TURN_BYTES = 512 * 1024  # copied before everything else on the loop gets its turn
+_TURN_BYTES = 1024 * 1024  # copied before everything else on the loop gets its turn
+# So many are waited for: not for every segment that arrives, as a wake-up costs as much as 50 KiB.
+_WAKE_UP_BYTES = 512 * 1024
 _MAX_RECORD_BYTES = (1 << 14) + 512  # of TLS
 _MAX_PARTS = 1024  # of one system call, on Linux as elsewhere
 
@@ -39,8 +43,7 @@ async def receive_into(sock: socket.socket, buffer: bytearray | memoryview) -> N
             try:
                 count = sock.recv_into(rest[:_TURN_BYTES])
             except BlockingIOError:
-                # Not for every segment that arrives: one wake-up costs as much as 50 KiB.
-                _wake_up_at(sock, min(len(rest), _TURN_BYTES))
+                _wake_up_at(sock, min(len(rest), _WAKE_UP_BYTES))
                 await readable(sock)
                 continue
             if count == 0:
@@ -48,6 +51,23 @@ async def receive_into(sock: socket.socket, buffer: bytearray | memoryview) -> N
             rest = rest[count:]
             if rest:
                 await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
+    finally:
+        _wake_up_at(sock, 1)
+
+
+async def receive_to(sock: socket.socket, landing: Landing) -> None:
+    """Fill `landing`. Raises like receive_into."""
+    try:
+        while not landing.is_full:
+            try:
+                count = landing.receive(sock, _TURN_BYTES)
+            except BlockingIOError:
+                _wake_up_at(sock, len(landing.next_piece(_WAKE_UP_BYTES)))
+                await readable(sock)
+                continue
+            if count == 0:
+                raise ConnectionResetError(PEER_CLOSED)
+            await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
     finally:
         _wake_up_at(sock, 1)
 

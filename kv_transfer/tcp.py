@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pagewire.kv_transfer.framing import PREFIX_BYTES, Decoder, Encoder, FramingError, Kind
 from pagewire.kv_transfer.handshake import Hello
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
-from pagewire.kv_transfer.socket_io import receive, receive_into, send, why_ended
+from pagewire.kv_transfer.socket_io import receive, receive_into, receive_to, send, why_ended
 from pagewire.kv_transfer.socket_transport import SocketTransport
 from pagewire.kv_transfer.tls import Tls
 from pagewire.kv_transfer.transport import (
@@ -106,11 +106,7 @@ class TcpConnection:
         if landing is None:
             await self._discard(num_bytes)
             return False
-        while not landing.is_full:
-            piece = landing.next_piece()
-            await receive_into(self._sock, piece)
-            landing.advance(len(piece))
-            await asyncio.sleep(0)  # while bytes are there, receiving never waits by itself
+        await receive_to(self._sock, landing)
         self._stats.receive_seconds += time.perf_counter() - started
         self._stats.bytes_received += num_bytes
         return True

@@ -146,11 +146,19 @@ class UcxLink:
         asleep = self._worker.arm()
         if not asleep and self._num_idle_turns < _NUM_BUSY_TURNS:
             self._run_soon()
-        elif (self._transfers or not asleep) and self._poll is None:
+        elif self._transfers or not asleep:
+            self._rest(asleep=asleep)
+
+    def _rest(self, *, asleep: bool) -> None:
+        """Let the event loop go on without this link for a while."""
+        if not asleep:  # its descriptor stays readable, and would call again without end
+            self._loop.remove_reader(self._descriptor)
+        if self._poll is None:
             self._poll = self._loop.call_later(_POLL_S, self._on_poll)
 
     def _on_poll(self) -> None:
         self._poll = None
+        self._loop.add_reader(self._descriptor, self._run_turn)
         self._run_turn()
 
     def _advance(self) -> bool:

@@ -4,8 +4,11 @@
 // After Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction"
 // (Intel, 2009). What is left after folding, 16 bytes and the end, goes through a table.
 #include <immintrin.h>
+#include <sys/socket.h>
 
+#include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstdint>
 
 #define PAGEWIRE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -16,6 +19,7 @@ constexpr uint32_t kPolynomial = 0xedb88320;  // bits reflected
 constexpr int kLanes = 4;  // independent sums, so that multiplications need not wait for each other
 constexpr int64_t kBlock = kLanes * sizeof(__m128i);
 constexpr int64_t kWideBlock = kLanes * sizeof(__m512i);
+constexpr int64_t kReceiveStep = 128 * 1024;  // bytes; with as much of the kernel's, half a cache
 constexpr int64_t kAhead = 4096;  // bytes; the CPU itself prefetches no further than its page
 
 constexpr std::array<uint32_t, 256> make_table() {
@@ -143,4 +147,21 @@ PAGEWIRE_EXPORT uint32_t pagewire_crc32(uint32_t value, const uint8_t* data, int
         size -= folded;
     }
     return ~add_bytes(state, data, size);
+}
+
+// Takes up to `size` bytes that have arrived at a socket to `data`, and brings `value` up to date
+// with each step while that is still in a cache. The number of bytes; 0 when the peer has closed;
+// when none are there, or the connection has failed, the negative error number.
+PAGEWIRE_EXPORT int64_t pagewire_receive_crc32(int32_t socket, uint8_t* data, int64_t size,
+                                               uint32_t* value) {
+    int64_t done = 0;
+    while (done < size) {
+        const int64_t step = std::min(size - done, kReceiveStep);
+        const int64_t count = recv(socket, data + done, step, MSG_DONTWAIT);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return done > 0 ? done : count < 0 ? -errno : 0;
+        *value = pagewire_crc32(*value, data + done, count);
+        done += count;
+    }
+    return done;
 }

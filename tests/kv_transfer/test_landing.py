@@ -1,5 +1,7 @@
 """A Landing: whatever the parts and the pieces, each byte goes to its place and is checksummed."""
 
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +46,26 @@ def test_a_payload_is_written_in_any_two_halves(sizes: list[int], first: int) ->
     assert landing.is_full
     assert b"".join(parts) == payload
     assert landing.checksum() == checksum(payload)
+
+
+@pytest.mark.parametrize("kind", [Landing, CheckedLanding])
+@given(sizes=Sizes, limits=st.data())
+def test_a_payload_is_received_from_a_socket(
+    kind: type[Landing], sizes: list[int], limits: st.DataObject
+) -> None:
+    parts = make_parts(sizes)
+    landing = kind(*views(parts))
+    payload = bytes(number % 251 + 1 for number in range(sum(sizes)))
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        receiver.setblocking(False)
+        sender.sendall(payload)
+        while not landing.is_full:
+            limit = limits.draw(st.integers(1, 50))
+            assert 0 < landing.receive(receiver, limit) <= limit
+    assert b"".join(parts) == payload
+    if isinstance(landing, CheckedLanding):
+        assert landing.checksum() == checksum(payload)
 
 
 @given(sizes=Sizes, told=st.integers(0, 40))
