@@ -184,6 +184,9 @@ class ServeConfig(BaseSettings):
         description="URL of an OpenTelemetry collector that gets traces, over HTTP",
     )
     start_timeout_s: float = Field(default=300.0, gt=0, description="for all workers to be ready")
+    hang_timeout_s: float = Field(
+        default=30.0, gt=0, description="a worker that says nothing for so long is replaced"
+    )
     stop_timeout_s: float = Field(
         default=5.0, gt=0, description="for a stopped worker to end by itself"
     )

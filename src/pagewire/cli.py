@@ -140,6 +140,9 @@ def serve(
     max_waiting_handoffs: Annotated[
         int | None, typer.Option(help="hand-offs that a full decode worker lets wait")
     ] = None,
+    hang_timeout_s: Annotated[
+        float | None, typer.Option(help="after so long without a word a worker is replaced")
+    ] = None,
     launcher: Annotated[str | None, typer.Option(help="ray or subprocess")] = None,
     config: ConfigFile = None,
 ) -> None:
@@ -184,6 +187,7 @@ def serve(
         "lease_s": lease_s,
         "max_parked_share": max_parked_share,
         "max_waiting_handoffs": max_waiting_handoffs,
+        "hang_timeout_s": hang_timeout_s,
         "launcher": launcher,
     }
     from pagewire.cluster.config import load_config
