@@ -164,12 +164,29 @@ class ServeConfig(BaseSettings):
     request_timeout_s: float = Field(
         default=600.0, gt=0, description="a request that runs longer fails"
     )
+    lease_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="a prompt, or the room for it, is kept so long when its hand-off has failed",
+    )
+    max_parked_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="of a prefill worker's pages: with more that wait for room no prompt starts",
+    )
+    max_waiting_handoffs: int = Field(
+        default=16, ge=0, description="that a full decode worker lets wait; it refuses the others"
+    )
     otlp_endpoint: str | None = Field(
         default=None,
         pattern="^https?://[^/]",
         description="URL of an OpenTelemetry collector that gets traces, over HTTP",
     )
     start_timeout_s: float = Field(default=300.0, gt=0, description="for all workers to be ready")
+    hang_timeout_s: float = Field(
+        default=30.0, gt=0, description="a worker that says nothing for so long is replaced"
+    )
     stop_timeout_s: float = Field(
         default=5.0, gt=0, description="for a stopped worker to end by itself"
     )

@@ -29,6 +29,9 @@ class WorkerHandle(Protocol):
     async def stop(self, grace_s: float) -> None:
         """Ask the process to end, kill it after `grace_s` seconds; return when it is gone."""
 
+    async def kill(self) -> None:
+        """End a process that does not answer, stopped ones too; return when it is gone."""
+
 
 class Launcher(Protocol):
     """Starts worker processes."""

@@ -59,8 +59,13 @@ class RayHandle:
         try:
             await asyncio.wait_for(self.wait(), grace_s)
         except TimeoutError:
-            ray.kill(self._actor)
-            await self.wait()
+            await self.kill()
+
+    async def kill(self) -> None:
+        ray.kill(self._actor)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(self._pid).kill()  # Ray asks the process itself, which may be stopped
+        await self.wait()
 
     async def _watch(self, run: "ray.ObjectRef[None]") -> WorkerExit:
         try:

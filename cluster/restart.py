@@ -40,6 +40,7 @@ class RestartPolicy:
 class Phase(StrEnum):
     NEW = "new"
     RUNNING = "running"
+    KILLING = "killing"  # it hung
     WAITING = "waiting"  # dead, until its backoff is over
     STOPPING = "stopping"
     ENDED = "ended"
@@ -49,6 +50,7 @@ class Event(Enum):
     BEGIN = auto()
     EXITED = auto()  # the process ended, or could not be started
     WAITED = auto()  # the time of a Wait is over
+    HUNG = auto()  # the process runs, but does nothing
     STOP = auto()
 
 
@@ -63,7 +65,7 @@ class Supervision:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start the process; it EXITED, or STOP, comes next."""
+    """Start the process; it EXITED, HUNG or STOP comes next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +81,16 @@ class Terminate:
 
 
 @dataclass(frozen=True, slots=True)
+class Kill:
+    """End the process, which would not do it itself; it EXITED comes next."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Nothing comes next."""
 
 
-Action = Launch | Wait | Terminate | Finish
+Action = Launch | Wait | Terminate | Kill | Finish
 
 
 class Decision(NamedTuple):
@@ -96,11 +103,13 @@ def decide(policy: RestartPolicy, state: Supervision, event: Event, now: float) 
     match state.phase, event:
         case (Phase.NEW, Event.BEGIN) | (Phase.WAITING, Event.WAITED):
             return Decision(replace(state, phase=Phase.RUNNING, started_at=now), Launch())
-        case Phase.RUNNING, Event.EXITED:
+        case Phase.RUNNING | Phase.KILLING, Event.EXITED:
             lived_s = now - state.started_at
             deaths = 1 if lived_s >= policy.stable_s else state.deaths + 1
             waiting = replace(state, phase=Phase.WAITING, deaths=deaths)
             return Decision(waiting, Wait(delay_s=policy.delay_s(deaths)))
+        case Phase.RUNNING, Event.HUNG:
+            return Decision(replace(state, phase=Phase.KILLING), Kill())
         case Phase.RUNNING, Event.STOP:
             return Decision(replace(state, phase=Phase.STOPPING), Terminate())
         case (Phase.STOPPING, Event.EXITED) | (Phase.NEW | Phase.WAITING, Event.STOP):

@@ -20,6 +20,7 @@ from pagewire.cluster.api import build_app, tokenizer_of
 from pagewire.cluster.config import ServeConfig
 from pagewire.cluster.draft_tokenizer import require_same_tokens
 from pagewire.cluster.errors import StartError
+from pagewire.cluster.hang import HangPolicy
 from pagewire.cluster.http_server import HttpServer
 from pagewire.cluster.launcher import Launcher, WorkerExit
 from pagewire.cluster.local_ray import LocalRay
@@ -87,7 +88,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                 dtype=default_dtype("cpu", config.kernels),
                 prefix_cache_secret=secret.hex() if secret else None,
             )
-            exits = await _launch(stack, base.launcher, workers, config)
+            exits = await _launch(stack, base.launcher, workers, config, control)
             stack.push_async_callback(control.stop)
             with terminal.step(f"starting {', '.join(worker.name for worker in workers)}"):
                 views = await _all_registered(control, len(workers), exits, config.start_timeout_s)
@@ -148,6 +149,7 @@ async def _launch(
     launcher: Launcher,
     workers: Sequence[WorkerConfig],
     config: ServeConfig,
+    control: RouterControl,
 ) -> Exits:
     exits: Exits = asyncio.Queue()
     await stack.enter_async_context(
@@ -155,6 +157,8 @@ async def _launch(
             launcher,
             workers,
             on_exit=lambda name, end: exits.put_nowait((name, end)),
+            is_heard=control.has_worker,
+            hang_policy=HangPolicy(start_s=config.start_timeout_s, silence_s=config.hang_timeout_s),
             grace_s=config.stop_timeout_s,
         )
     )

@@ -61,8 +61,11 @@ class SubprocessHandle:
         try:
             await asyncio.wait_for(self.wait(), grace_s)
         except TimeoutError:
-            self._signal(signal.SIGKILL)
-            await self.wait()
+            await self.kill()
+
+    async def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        await self.wait()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.returncode is None:

@@ -1,7 +1,7 @@
 """Keeps the workers of an instance running: starts each again when it ends, until told to stop.
 
-A thin shell around `restart`. Every start is a new process, which gives itself a new incarnation;
-what an earlier one held is gone with it.
+One that hangs is killed first. A thin shell around `restart` and `hang`. Every start is a new
+process, which gives itself a new incarnation; what an earlier one held is gone with it.
 """
 
 import asyncio
@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterable
 
 from pagewire.cluster.errors import LaunchError
+from pagewire.cluster.hang import HangPolicy, HangWatch
 from pagewire.cluster.launcher import Launcher, WorkerExit, WorkerHandle
 from pagewire.cluster.restart import (
     Action,
     Event,
     Finish,
+    Kill,
     Launch,
     RestartPolicy,
     Supervision,
@@ -28,6 +30,8 @@ class Supervisor:
     """Runs `configs` on `launcher` while its context is open, each restarted when it ends.
 
     `on_exit` is called with the worker's name for every process that ended without being asked.
+    `is_heard` says whether a router hears of the worker of a name: without a word for the time of
+    `hang_policy` it is killed, and started again.
     Leaving the context stops all workers, those that do not end in `grace_s` seconds by force.
     """
 
@@ -37,14 +41,18 @@ class Supervisor:
         configs: Iterable[WorkerConfig],
         *,
         on_exit: Callable[[str, WorkerExit], None],
+        is_heard: Callable[[str], bool],
         policy: RestartPolicy | None = None,
+        hang_policy: HangPolicy | None = None,
         grace_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._launcher = launcher
         self._configs = tuple(configs)
         self._on_exit = on_exit
+        self._is_heard = is_heard
         self._policy = policy or RestartPolicy()
+        self._hang_policy = hang_policy or HangPolicy()
         self._grace_s = grace_s
         self._clock = clock
         self._stop = asyncio.Event()
@@ -59,7 +67,15 @@ class Supervisor:
         await asyncio.gather(*self._tasks)
 
     async def _supervise(self, config: WorkerConfig) -> None:
-        worker = _Worker(self._launcher, config, self._stop, self._on_exit, self._grace_s)
+        worker = _Worker(
+            self._launcher,
+            config,
+            stop=self._stop,
+            on_exit=self._on_exit,
+            is_heard=lambda: self._is_heard(config.name),
+            hang_policy=self._hang_policy,
+            grace_s=self._grace_s,
+        )
         state, action = decide(self._policy, Supervision(), Event.BEGIN, self._clock())
         while not isinstance(action, Finish):
             event = await worker.carry_out(action)
@@ -73,14 +89,19 @@ class _Worker:
         self,
         launcher: Launcher,
         config: WorkerConfig,
+        *,
         stop: asyncio.Event,
         on_exit: Callable[[str, WorkerExit], None],
+        is_heard: Callable[[], bool],
+        hang_policy: HangPolicy,
         grace_s: float,
     ) -> None:
         self._launcher = launcher
         self._config = config
         self._stop = stop
         self._on_exit = on_exit
+        self._is_heard = is_heard
+        self._hang_policy = hang_policy
         self._grace_s = grace_s
         self._handle: WorkerHandle | None = None
 
@@ -94,11 +115,13 @@ class _Worker:
                 if self._handle is not None:
                     await self._handle.stop(self._grace_s)
                 return Event.EXITED
+            case Kill():
+                return await self._kill()
             case Finish():
                 raise ValueError("nothing follows Finish")
 
     async def _launch(self) -> Event:
-        """Start the process and stay with it until it ends or all shall stop."""
+        """Start the process and stay with it until it ends or hangs, or all shall stop."""
         try:
             self._handle = await self._launcher.launch(self._config)
         except LaunchError as error:
@@ -107,13 +130,27 @@ class _Worker:
             return Event.EXITED
         end = asyncio.create_task(self._handle.wait())
         stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({end, stop}, return_when=asyncio.FIRST_COMPLETED)
+        hang = asyncio.create_task(self._hang())
+        await asyncio.wait({end, stop, hang}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
+        hang.cancel()
         if not end.done():
             end.cancel()
-            return Event.STOP
+            return Event.STOP if self._stop.is_set() else Event.HUNG
         if not self._stop.is_set():
             self._on_exit(self._config.name, end.result())
+        return Event.EXITED
+
+    async def _hang(self) -> None:
+        """Return when the process has hung."""
+        watch = HangWatch(self._hang_policy)
+        while not watch.look(self._is_heard()):
+            await asyncio.sleep(self._hang_policy.look_s)
+
+    async def _kill(self) -> Event:
+        if self._handle is not None:
+            await self._handle.kill()
+        self._on_exit(self._config.name, WorkerExit(reason="it did not answer and was killed"))
         return Event.EXITED
 
     async def _wait(self, delay_s: float) -> Event:

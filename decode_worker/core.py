@@ -5,11 +5,11 @@ batch and tells the router their tokens. The shell (`pagewire.worker.shell`) car
 and reports back; the simulator drives the very same class.
 """
 
-from collections import deque
 from collections.abc import Collection, Iterable
 
 from google.protobuf.message import DecodeError
 
+from pagewire.decode_worker.admission import Admission
 from pagewire.decode_worker.drafting import Drafting, Speculation
 from pagewire.decode_worker.frame_place import FramePlace
 from pagewire.decode_worker.page_copies import PageCopies
@@ -55,6 +55,16 @@ from pagewire.worker.identity import (
 )
 from pagewire.worker.ledger import EndedAttempts
 from pagewire.worker.orphans import OrphanedPages
+from pagewire.worker.standstill import Standstill
+
+_NO_ROOM = (
+    pb.FAILURE_CODE_FULL,
+    "the decode worker is full, and as many hand-offs as may wait there for room",
+)
+_REJECTED = (
+    pb.FAILURE_CODE_INTEGRITY,
+    "the decode worker rejected a hand-off that failed its checks",
+)
 
 
 class DecodeCore:
@@ -74,12 +84,16 @@ class DecodeCore:
         hasher: PageHasher | None = None,
         speculation: Speculation | None = None,
         max_slots_per_handoff: int = 4,
+        max_waiting_handoffs: int = 16,
         closing_s: float = 5.0,
         renew_s: float = 1.0,
+        lease_s: float = 10.0,
     ) -> None:
         """`closing_s` bounds the wait for the sender of a hand-off that was given up.
 
-        `renew_s` is how often the sender of one that is under way is told that it is.
+        `renew_s` is how often the sender of one that is under way is told that it is, `lease_s` how
+        long the Reservation of one that has lost its sender is held for another attempt. While
+        `max_waiting_handoffs` wait for room, those that come are refused.
 
         Without a `hasher` nothing is cached, without `speculation` nothing is drafted.
         """
@@ -100,7 +114,13 @@ class DecodeCore:
         self._closing_since: dict[SlotHolder, float] = {}  # ended, may still write their slots
         self._scheduler = DecodeScheduler(max_batch_size)
         self._requests: dict[AttemptKey, DecodeRequest] = {}
-        self._waiting: deque[DecodeRequest] = deque()  # opened, not reserved yet
+        self._admission = Admission(
+            pool=pool,
+            cache=self.cache,
+            page_size=layout.page_size,
+            max_waiting=max_waiting_handoffs,
+            lease_s=lease_s,
+        )
         self._receiving: dict[AttemptKey, DecodeRequest] = {}
         self._copies = PageCopies(pool)
         self._batch: list[DecodeSequence] = []  # the step that runs now
@@ -108,6 +128,7 @@ class DecodeCore:
         self._orphans = OrphanedPages(pool)
         self._written = WrittenPages(pool)
         self._ended = EndedAttempts()
+        self._standstill = Standstill()
         self._num_generated_tokens = 0
         self._num_drafted_tokens = 0
         self._num_accepted_tokens = 0
@@ -122,7 +143,7 @@ class DecodeCore:
             return []
         match command.WhichOneof("body"):
             case "attach":
-                return self._on_attach(key, command)
+                return self._on_attach(key, command, now)
             case "abort":
                 return self._on_abort(key, command.route.sender)
             case "stop_choice":
@@ -136,25 +157,41 @@ class DecodeCore:
     def on_session_lost(self, router: bytes) -> list[Effect]:
         """The router is gone: so is everybody who waits for its requests."""
         self._reports.forget(router)
-        return [
+        for request in self._admission.held_for(router):
+            self._drop_held(request)
+        effects = [
             effect
             for request in list(self._requests.values())
             if request.route.sender == router
             for effect in self._end(request)
         ]
+        return [*effects, *self._admit_waiting()]
 
-    def _on_attach(self, key: AttemptKey, command: pb.WorkerCommand) -> list[Effect]:
+    def _on_attach(self, key: AttemptKey, command: pb.WorkerCommand, now: float) -> list[Effect]:
         if key in self._requests or key in self._ended:
             self._num_dropped += 1
             return []
         try:
-            self._requests[key] = self._read_attach(key, command)
+            request = self._read_attach(key, command)
         except CommandError as error:
             self._ended.add(key)
             return [failed(command.route, str(error))]
-        return [
-            Emit(event=pb.WorkerEvent(route=reply_route(command.route), attached=pb.Attached()))
-        ]
+        self._requests[key] = request
+        held = AttemptKey(key.request_id, command.attach.held_attempt)
+        attached = pb.WorkerEvent(route=reply_route(command.route), attached=pb.Attached())
+        return [*self._take_over(request, held, now), Emit(event=attached)]
+
+    def _take_over(self, request: DecodeRequest, key: AttemptKey, now: float) -> list[Effect]:
+        """Give an attempt what an earlier one was promised, whose prefill worker is lost.
+
+        The router may know of that first: then the earlier hand-off ends here.
+        """
+        predecessor = self._requests.get(key) or self._admission.held(key)
+        if predecessor is None or predecessor.route.sender != request.route.sender:
+            return []
+        effects = self._leave(predecessor) if key in self._requests else []
+        self._admission.take_over(request, predecessor, now)
+        return [*effects, *self._admit_waiting()]
 
     def _read_attach(self, key: AttemptKey, command: pb.WorkerCommand) -> DecodeRequest:
         body = command.attach
@@ -214,10 +251,14 @@ class DecodeCore:
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         request = self._requests.get(key)
-        if request is None:
-            self._ended.add(key)
+        if request is not None:
+            return self._end(request) if request.route.sender == router else []
+        self._ended.add(key)
+        held = self._admission.held(key)
+        if held is None or held.route.sender != router:
             return []
-        return self._end(request) if request.route.sender == router else []
+        self._drop_held(held)
+        return self._admit_waiting()
 
     def _on_stop_choice(self, key: AttemptKey, command: pb.WorkerCommand) -> list[Effect]:
         request = self._requests.get(key)
@@ -292,15 +333,19 @@ class DecodeCore:
         return [ack, *self._start_if_ready(request, now), *self._grant_slots()]
 
     def on_peer_lost(self, peer: bytes, now: float) -> list[Effect]:
-        """A prefill worker is gone, or cannot be reached; nothing writes its slots any more."""
+        """A prefill worker is gone, or cannot be reached; nothing writes its slots any more.
+
+        What its hand-offs were promised is held for the attempts that follow.
+        """
         self._written.unpin(self.slots.reclaim_peer(peer))
         effects: list[Effect] = []
         for request in list(self._requests.values()):
             receiver = request.receiver
             if receiver.id.receiver == peer and receiver.is_open and receiver.needs_sender:
                 self._cache_received(request)
-                receiver.close()
-                effects += self._end(request)
+                receiver.close()  # first: there is nobody to be refused
+                effects += self._leave(request)
+                self._admission.hold(request, now)
                 effects.append(
                     failed(
                         request.route,
@@ -323,8 +368,11 @@ class DecodeCore:
             return [Send(message=Refused(id=message.id.reply(), reason=reason))]
         if reason is not None:
             return self._fail_handoff(request, reason)
-        self._waiting.append(request)
-        return self._admit_waiting()
+        self._admission.wait(request)
+        effects = self._admit_waiting()
+        if self._admission.is_refused(request):
+            return [*effects, *self._fail_handoff(request, RefuseReason.FULL)]
+        return effects
 
     def _on_frame(self, frame: Frame) -> list[Effect]:
         holder = SlotHolder(AttemptKey.of(frame.id), frame.id.sender)
@@ -397,24 +445,9 @@ class DecodeCore:
     # --- Capacity ---------------------------------------------------------------------------------
 
     def _admit_waiting(self) -> list[Effect]:
-        """Reserve for those who wait, first come, first served: the sum never exceeds the pool.
-
-        Pages of the prompt that are cached here need no room, and are not sent. Of smaller pages
-        than the sender's so many are used that they make whole ones of it: frames are whole pages,
-        and must not write into one that is shared.
-        """
+        """Let those begin for whom there is room."""
         effects: list[Effect] = []
-        while self._waiting:
-            request = self._waiting[0]
-            num_pages = request.demand.num_pages(self.layout.page_size)
-            unit = request.receiver.hit_unit
-            reserved = self.cache.reserve(request.page_keys, num_pages, unit=unit)
-            if reserved is None:
-                break
-            self._waiting.popleft()
-            request.pages = list(reserved.hits)
-            request.reservation = reserved.reservation
-            num_hit_pages = request.receiver.on_reserved(len(reserved.hits))
+        for request, num_hit_pages in self._admission.admit():
             self._receiving[request.key] = request
             accepted = Accepted(id=request.receiver.id, num_hit_pages=num_hit_pages)
             effects.append(Send(message=accepted))
@@ -610,8 +643,11 @@ class DecodeCore:
 
         Slots are not freed by a time-out: the end of the connection frees them.
         """
+        standstill = self._standstill.on_tick(now)
+        self._admission.forgive(standstill, now)
+        self._admission.expire(now)
         self._closing_since = {
-            holder: self._closing_since.get(holder, now)
+            holder: min(self._closing_since.get(holder, now) + standstill, now)
             for holder in self.slots.holders_awaited()
             if holder.key not in self._requests
         }
@@ -620,12 +656,16 @@ class DecodeCore:
             for holder, since in self._closing_since.items()
             if now - since > self._closing_s
         }
-        return [*self._renew(now), *(Disconnect(peer=peer) for peer in overdue)]
+        return [
+            *self._admit_waiting(),
+            *self._renew(now),
+            *(Disconnect(peer=peer) for peer in overdue),
+        ]
 
     def _renew(self, now: float) -> list[Effect]:
         """Tell the senders that this worker waits for room, or for their frames."""
         effects: list[Effect] = []
-        for request in (*self._waiting, *self._receiving.values()):
+        for request in (*self._admission.waiting, *self._receiving.values()):
             if now - request.renewed_at >= self._renew_s:
                 request.renewed_at = now
                 effects.append(Send(message=Renew(id=request.receiver.id)))
@@ -637,8 +677,11 @@ class DecodeCore:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left: no attempt, no step, no slot that a frame may still reach."""
-        return not (self._requests or self._batch) and self.slots.num_free == self.slots.num_slots
+        """Whether nothing is left: no attempt, no promise to one, no step, and no slot that a frame
+        may still reach.
+        """
+        is_empty = not (self._requests or self._admission.num_held or self._batch)
+        return is_empty and self.slots.num_free == self.slots.num_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""
@@ -648,11 +691,12 @@ class DecodeCore:
 
     def state(self) -> pb.WorkerState:
         """Counts as of now."""
+        num_waiting = len(self._admission.waiting)
         return pb.WorkerState(
             pages=page_counts(self.pool),
-            queued=len(self._waiting) + self._scheduler.num_waiting,
+            queued=num_waiting + self._scheduler.num_waiting,
             running=self._scheduler.num_running,
-            handoffs=len(self._waiting) + len(self._receiving),
+            handoffs=num_waiting + len(self._receiving),
             generated_tokens=self._num_generated_tokens,
             drafted_tokens=self._num_drafted_tokens,
             accepted_tokens=self._num_accepted_tokens,
@@ -662,39 +706,45 @@ class DecodeCore:
     # --- Shared -----------------------------------------------------------------------------------
 
     def _fail_handoff(self, request: DecodeRequest, reason: RefuseReason) -> list[Effect]:
-        """What arrived cannot be used: tell the sender why, and the router."""
+        """What was offered cannot be used: tell the sender why, and the router."""
         request.receiver.close()
-        refusal = Refused(id=request.receiver.id, reason=reason)
-        text = "the decode worker rejected a hand-off that failed its checks"
+        code, text = _NO_ROOM if reason is RefuseReason.FULL else _REJECTED
         return [
-            Send(message=refusal),
-            failed(request.route, text, pb.FAILURE_CODE_INTEGRITY),
+            Send(message=Refused(id=request.receiver.id, reason=reason)),
+            failed(request.route, text, code),
             *self._end(request),
         ]
 
     def _end(self, request: DecodeRequest) -> list[Effect]:
-        """Forget a request and release what it holds; what is in use becomes quarantined.
+        """Forget a request and release what it holds; what is in use becomes quarantined."""
+        effects = self._leave(request)
+        self._admission.give_back(request)
+        return [*effects, *self._admit_waiting()]
+
+    def _leave(self, request: DecodeRequest) -> list[Effect]:
+        """Forget a request, but not what its hand-off was promised and has brought.
 
         Slots that the sender may still write to stay out of use until it answers with Closed.
         """
         del self._requests[request.key]
         self._ended.add(request.key)
         self._receiving.pop(request.key, None)
-        if request in self._waiting:
-            self._waiting.remove(request)
+        self._admission.leave(request)
         for sequence in request.sequences:
             self._release(sequence)
         request.sequences = []
         self._cache_received(request)
-        self.pool.release(request.pages)
-        if request.reservation is not None:
-            self.pool.cancel(request.reservation)
         effects: list[Effect] = []
         if request.receiver.is_open:
             refusal = Refused(id=request.receiver.id, reason=RefuseReason.ABORTED)
             effects.append(Send(message=refusal))
         request.receiver.close()
-        return [*effects, *self._admit_waiting()]
+        return effects
+
+    def _drop_held(self, request: DecodeRequest) -> None:
+        """No attempt will take over what was promised to this one."""
+        self._admission.leave(request)
+        self._admission.give_back(request)
 
     def _end_choice(self, request: DecodeRequest, sequence: DecodeSequence) -> list[Effect]:
         """Forget one sequence of a request, and the request with its last one."""

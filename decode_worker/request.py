@@ -28,7 +28,9 @@ class DecodeRequest:
     receiver: Receiver
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
     sequences: list[DecodeSequence] = field(default_factory=list)  # those that have not ended
-    reservation: Reservation | None = None  # from Open on; the sequences take their parts of it
+    # From Open on, or before that an earlier attempt's; the sequences take their parts of it.
+    reservation: Reservation | None = None
+    held_until: float | None = None  # while the Reservation waits for a hand-off to begin
     pages: list[int] = field(default_factory=list)  # of the prompt, until the hand-off is complete
     renewed_at: float = 0.0  # seconds on the worker's clock, when the sender was told to go on
     sealed_at: float = 0.0  # seconds on the worker's clock, once the Seal was here

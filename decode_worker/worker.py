@@ -55,6 +55,8 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             speculation=speculation,
             slot_bytes=config.slot_bytes,
             hasher=config.page_hasher,
+            lease_s=config.lease_s,
+            max_waiting_handoffs=config.max_waiting_handoffs,
         )
         super().__init__(
             config=config,

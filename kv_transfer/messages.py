@@ -31,6 +31,7 @@ class RefuseReason(StrEnum):
     PREFIX = "prefix"
     ABORTED = "aborted"
     INTEGRITY = "integrity"
+    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

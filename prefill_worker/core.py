@@ -47,9 +47,17 @@ from pagewire.worker.identity import (
 from pagewire.worker.interval import Interval
 from pagewire.worker.ledger import EndedAttempts
 from pagewire.worker.orphans import OrphanedPages
+from pagewire.worker.standstill import Standstill
 
 # After these the same pages may be of use to another decode worker, or to this one.
-_PASSING = frozenset({RefuseReason.UNKNOWN_TICKET, RefuseReason.INTEGRITY, RefuseReason.ABORTED})
+_PASSING = frozenset(
+    {
+        RefuseReason.UNKNOWN_TICKET,
+        RefuseReason.INTEGRITY,
+        RefuseReason.ABORTED,
+        RefuseReason.FULL,
+    }
+)
 
 _REFUSALS = {
     RefuseReason.UNKNOWN_TICKET: (  # it was expected there, so it was given up there
@@ -72,6 +80,10 @@ _REFUSALS = {
     RefuseReason.ABORTED: (
         pb.FAILURE_CODE_PEER_LOST,
         "the decode worker gave the request up",
+    ),
+    RefuseReason.FULL: (
+        pb.FAILURE_CODE_FULL,
+        "the decode worker has no room, and lets no more hand-offs wait for some",
     ),
 }
 
@@ -124,6 +136,7 @@ class PrefillCore:
         self._orphans = OrphanedPages(pool)
         self._sending: dict[tuple[AttemptKey, int], tuple[Sender, tuple[int, ...]]] = {}
         self._ended = EndedAttempts()
+        self._standstill = Standstill()
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_dropped = 0
@@ -502,8 +515,9 @@ class PrefillCore:
 
     def tick(self, now: float) -> list[Effect]:
         """Park what has stalled, give up the connections on which it has, and end what is parked
-        when its lease runs out.
+        when its lease runs out. Time in which this process stood still does not count.
         """
+        self._forgive(self._standstill.on_tick(now), now)
         effects: list[Effect] = []
         stalled: dict[bytes, None] = {}  # peers, in order
         for sequence in list(self._sequences.values()):
@@ -517,6 +531,16 @@ class PrefillCore:
             if self._is_stalled(sender, now):
                 stalled[sender.id.receiver] = None
         return [*effects, *(Disconnect(peer=peer) for peer in stalled)]
+
+    def _forgive(self, seconds: float, now: float) -> None:
+        """This process stood still for so long: no decode worker and no router could reach it."""
+        senders = {sender for sender, _ in self._sending.values()}
+        for sequence in self._sequences.values():
+            senders.add(sequence.sender)
+            if sequence.lease_until is not None:
+                sequence.lease_until = min(sequence.lease_until + seconds, now + self._lease_s)
+        for sender in senders:
+            sender.forgive(seconds, now)
 
     def _expire(self, sequence: PrefillSequence) -> list[Effect]:
         text = "no decode worker took the prompt over before its lease ran out"

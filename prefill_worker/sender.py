@@ -188,6 +188,10 @@ class Sender:
         if self.state is SenderState.STREAMING and not self._unacked:
             self._progress_at = now
 
+    def forgive(self, seconds: float, now: float) -> None:
+        """This process stood still for so long: what the peer has sent may wait to be read."""
+        self._progress_at = min(self._progress_at + seconds, now)
+
     def on_committed(self) -> None:
         if self.state is SenderState.SEALED:
             self.state = SenderState.RELEASED

@@ -83,6 +83,8 @@ class _FailureCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureCo
     """a fault of the worker"""
     FAILURE_CODE_NOT_PARKED: _FailureCode.ValueType  # 6
     """the pages of the prompt are not here, or not any more"""
+    FAILURE_CODE_FULL: _FailureCode.ValueType  # 7
+    """there is no room, and too many wait for some"""
 
 class FailureCode(_FailureCode, metaclass=_FailureCodeEnumTypeWrapper):
     """Why a worker could not do what it was asked."""
@@ -100,6 +102,8 @@ FAILURE_CODE_INTERNAL: FailureCode.ValueType  # 5
 """a fault of the worker"""
 FAILURE_CODE_NOT_PARKED: FailureCode.ValueType  # 6
 """the pages of the prompt are not here, or not any more"""
+FAILURE_CODE_FULL: FailureCode.ValueType  # 7
+"""there is no room, and too many wait for some"""
 Global___FailureCode: _TypeAlias = FailureCode  # noqa: Y015
 
 @_typing.final
@@ -651,7 +655,9 @@ Global___Prefill: _TypeAlias = Prefill  # noqa: Y015
 
 @_typing.final
 class Attach(_message.Message):
-    """Expect a hand-off. Nothing is reserved until the prefill worker opens it."""
+    """Expect a hand-off. Nothing is reserved until the prefill worker opens it, but what an earlier
+    attempt was promised and has lost its prefill worker over.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -663,6 +669,7 @@ class Attach(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    HELD_ATTEMPT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     prefill: _builtins.bytes
     """incarnation of the prefill worker that may use the ticket"""
@@ -674,6 +681,8 @@ class Attach(_message.Message):
     """as in Prefill"""
     num_output_tokens: _builtins.int
     """as in Prefill"""
+    held_attempt: _builtins.int
+    """whose Reservation this one takes over, if it is still held; 0: none"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -689,10 +698,11 @@ class Attach(_message.Message):
         priority: _builtins.int = ...,
         n: _builtins.int | None = ...,
         num_output_tokens: _builtins.int = ...,
+        held_attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "n", b"n", "num_output_tokens", b"num_output_tokens", "prefill", b"prefill", "priority", b"priority", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "held_attempt", b"held_attempt", "n", b"n", "num_output_tokens", b"num_output_tokens", "prefill", b"prefill", "priority", b"priority", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015

@@ -22,8 +22,13 @@ class Assignment:
     ticket: bytes  # 16 random bytes
 
 
-def attach(request: Request, assignment: Assignment, output: Sequence[int]) -> pb.Attach:
-    """For the decode worker, which learns of the hand-off first."""
+def attach(
+    request: Request, assignment: Assignment, output: Sequence[int], held_attempt: int
+) -> pb.Attach:
+    """For the decode worker, which learns of the hand-off first.
+
+    `held_attempt` is the one whose Reservation it may hold; 0: none.
+    """
     return pb.Attach(
         token_ids=(*request.token_ids, *output),
         num_output_tokens=len(output),
@@ -33,6 +38,7 @@ def attach(request: Request, assignment: Assignment, output: Sequence[int]) -> p
         priority=request.priority,
         cache_salt=request.cache_salt,
         n=request.n,
+        held_attempt=held_attempt,
     )
 
 

@@ -138,6 +138,10 @@ class RouterControl:
         """Tokens, prompt plus output, that every registered worker takes; 0 without any."""
         return min((member.info.max_model_len for member in self._core.members), default=0)
 
+    def has_worker(self, name: str) -> bool:
+        """Whether a worker of this name is registered, and has been heard lately."""
+        return self._core.members.named(name) is not None
+
     async def inspect(self) -> list[WorkerView]:
         members = sorted(self._core.members, key=lambda member: member.info.name)
         return list(await asyncio.gather(*(self._inspect(member) for member in members)))
@@ -266,6 +270,11 @@ class _Session:
             return await self._stub.Inspect(pb.InspectRequest(), timeout=_INSPECT_TIMEOUT_S)
         except grpc.aio.AioRpcError:
             return None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return None  # the call alone was cancelled: its session has ended meanwhile
 
     async def _run(self) -> None:
         reason = "the session ended"

@@ -7,7 +7,7 @@ effects out; the simulator drives the very same class.
 
 from bisect import insort_left, insort_right
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pagewire.proto import worker_pb2 as pb
@@ -17,7 +17,7 @@ from pagewire.router.cached_pages import NO_HASHES, PageHashes
 from pagewire.router.commands import Assignment
 from pagewire.router.lifecycle import Effect, Lifecycle, SendCommand, State
 from pagewire.router.members import HEARTBEAT_S, Member, Members
-from pagewire.router.policy import choose_pair, choose_successor
+from pagewire.router.policy import Pair, choose_pair, choose_successor
 from pagewire.router.request import Request, RequestFailed
 from pagewire.router.retry_budget import RetryBudget
 
@@ -165,7 +165,7 @@ class DispatchCore:
             return []
         effects: list[Effect] = []
         for lifecycle in list(self._live.values()):
-            if lifecycle.assignment is None:
+            if not lifecycle.counts_on(incarnation):
                 continue
             lost = lifecycle.on_worker_lost(incarnation)
             if lifecycle.state is State.RETRYING:
@@ -189,7 +189,7 @@ class DispatchCore:
         lifecycle = self._live.get(event.route.request_id)
         if lifecycle is None:
             self.num_dropped += 1
-            return []
+            return [self._release(event.route)] if event.HasField("parked") else []
         had_no_decode = lifecycle.state is State.PARKED
         effects = lifecycle.on_event(event, now)
         if lifecycle.state is State.RETRYING:
@@ -205,7 +205,7 @@ class DispatchCore:
         pause = 0.0 if self._ticked_at is None else now - self._ticked_at
         self._ticked_at = now
         if pause > HEARTBEAT_S:  # this process stood still: heartbeats wait to be read
-            self.members.forgive(pause)
+            self.members.forgive(pause, now)
         for member in self.members.silent(now):
             effects += self.on_worker_lost(member.incarnation, now)
         for lifecycle in list(self._live.values()):
@@ -215,7 +215,7 @@ class DispatchCore:
             elif lifecycle.state is State.QUEUED and now > lifecycle.queue_deadline:
                 error = lifecycle.error or _timed_out("waiting for room")
                 effects += self._after(lifecycle, lifecycle.fail(error))
-        return [*effects, *self._repoint_parked(may_repeat=True)]
+        return [*effects, *self._repeat_parked(now)]
 
     # --- Shared -----------------------------------------------------------------------------------
 
@@ -228,42 +228,69 @@ class DispatchCore:
         insort_left(self._queue, lifecycle, key=_priority)
         return []
 
+    def _release(self, route: pb.Route) -> SendCommand:
+        """To a prefill worker that parks the prompt of a request which is over."""
+        return SendCommand(
+            command=pb.WorkerCommand(
+                route=pb.Route(
+                    request_id=route.request_id,
+                    attempt=route.attempt,
+                    sender=self.incarnation,
+                    receiver=route.sender,
+                ),
+                abort=pb.Abort(reason="the request is over"),
+            )
+        )
+
     def _dispatch_waiting(self) -> list[Effect]:
         """Fill the room there is: what is parked holds memory, so it goes first."""
         if self._is_stopping:
             return []
         return [*self._repoint_parked(), *self._dispatch_queued()]
 
-    def _repoint_parked(self, *, may_repeat: bool = False) -> list[Effect]:
+    def _repoint_parked(self) -> list[Effect]:
         """Send what is parked to decode workers that have not failed it already.
 
-        With `may_repeat` also to those that have: if they are lost this is known by then. What
-        finds none waits until one comes, or its lease at the prefill worker has run out.
+        What finds none waits until one comes or it is repeated, or until its lease at the prefill
+        worker has run out. So does what a decode worker holds a Reservation for: in all likelihood
+        the prefill worker is about to be found lost, and the Reservation is for its successor.
         """
         effects: list[Effect] = []
         for lifecycle in list(self._parked.values()):
-            failed = lifecycle.failed_decodes
-            member = self._choose_successor(lifecycle, failed)
-            if member is None and may_repeat:
-                member = self._choose_successor(lifecycle, ())
-            if member is not None:
-                del self._parked[lifecycle.request.request_id]
-                effects += self._repoint(lifecycle, member)
+            if lifecycle.held is None:
+                effects += self._repoint_if_possible(lifecycle)
         return effects
 
-    def _choose_successor(self, lifecycle: Lifecycle, avoided: Collection[bytes]) -> Member | None:
-        return choose_successor(
+    def _repeat_parked(self, now: float) -> list[Effect]:
+        """Send what is still parked to any decode worker; those that have failed it come last.
+
+        Were they lost, this would be known by now. One that was full may have room.
+        """
+        effects: list[Effect] = []
+        for lifecycle in list(self._parked.values()):
+            if now < lifecycle.repeat_at:
+                continue
+            repointed = self._repoint_if_possible(lifecycle)
+            if not repointed:
+                lifecycle.failed_decodes.clear()
+                repointed = self._repoint_if_possible(lifecycle)
+            effects += repointed
+        return effects
+
+    def _repoint_if_possible(self, lifecycle: Lifecycle) -> list[Effect]:
+        """To a decode worker that has not failed it; nothing without one."""
+        assert lifecycle.assignment is not None, "what is parked is parked at a worker"
+        decode = choose_successor(
             self.members.of_role(pb.ROLE_DECODE),
             demand=lifecycle.page_demand,
             page_hashes=lifecycle.page_hashes,
-            avoided=avoided,
+            avoided=lifecycle.failed_decodes,
         )
-
-    def _repoint(self, lifecycle: Lifecycle, decode: Member) -> list[Effect]:
-        assert lifecycle.assignment is not None, "what is parked is parked at a worker"
-        prefill = lifecycle.assignment.prefill
+        if decode is None:
+            return []
+        del self._parked[lifecycle.request.request_id]
         self.retries["repoint"] += 1
-        return lifecycle.repoint(self._assign(lifecycle, prefill, decode))
+        return lifecycle.repoint(self._assign(lifecycle, lifecycle.assignment.prefill, decode))
 
     def _dispatch_queued(self) -> list[Effect]:
         """Send queued requests out, in the order of the queue, while a pair has room.
@@ -272,12 +299,7 @@ class DispatchCore:
         """
         effects: list[Effect] = []
         for lifecycle in list(self._queue):
-            pair = choose_pair(
-                self.members.of_role(pb.ROLE_PREFILL),
-                self.members.of_role(pb.ROLE_DECODE),
-                demand=lifecycle.page_demand,
-                page_hashes=lifecycle.page_hashes,
-            )
+            pair = self._choose_pair(lifecycle)
             if pair is not None:
                 self._queue.remove(lifecycle)
                 num_tokens = pair.num_uncached_tokens
@@ -289,6 +311,17 @@ class DispatchCore:
             elif self._fits(lifecycle.page_demand):
                 break
         return effects
+
+    def _choose_pair(self, lifecycle: Lifecycle) -> Pair | None:
+        """With the decode worker that holds a Reservation for it, which is counted already."""
+        held = lifecycle.held
+        return choose_pair(
+            self.members.of_role(pb.ROLE_PREFILL),
+            self.members.of_role(pb.ROLE_DECODE),
+            demand=lifecycle.page_demand,
+            page_hashes=lifecycle.page_hashes,
+            reserved=None if held is None else self.members.get(held.decode),
+        )
 
     def _page_hashes(self, request: Request) -> PageHashes:
         """For every page size that a worker has now; one that joins later counts as empty."""
@@ -316,6 +349,7 @@ class DispatchCore:
         )
 
     def _assign(self, lifecycle: Lifecycle, prefill: bytes, decode: Member) -> Assignment:
+        self._settle_decode(lifecycle)  # of the attempt whose Reservation is held
         demand = lifecycle.page_demand.num_pages(decode.page_size)
         num_pages = min(demand, decode.num_unpromised_pages)  # for the rest it waits there
         decode.num_projected_pages += num_pages
@@ -331,13 +365,15 @@ class DispatchCore:
 
     def _after(self, lifecycle: Lifecycle, effects: list[Effect]) -> list[Effect]:
         """Give back what a request no longer needs, and fill the room."""
-        if lifecycle.state is State.PARKED and lifecycle.num_attempts >= MAX_ATTEMPTS:
+        num_failed = lifecycle.num_attempts - lifecycle.num_refused
+        if lifecycle.state is State.PARKED and num_failed >= MAX_ATTEMPTS:
             effects += _give_up(lifecycle)
         if not lifecycle.awaits_first_token:
             self._settle_prefill(lifecycle)
         if lifecycle.decode is not None and lifecycle.is_live:
             return effects
-        self._settle_decode(lifecycle)
+        if lifecycle.held is None:
+            self._settle_decode(lifecycle)
         request_id = lifecycle.request.request_id
         if lifecycle.state is State.PARKED:
             self._parked.setdefault(request_id, lifecycle)

@@ -5,7 +5,7 @@
     QUEUED      a pair has room                PREFILLING   Attach to D
     PREFILLING  Attached                       PREFILLING   Prefill to P
     PREFILLING  FirstToken                     HANDOFF      delivers token 0
-    PREFILLING  FirstToken, all finished       DONE         delivers token 0, Abort to D
+    PREFILLING  FirstToken, all finished       DONE         delivers token 0, Abort to both
     PREFILLING  Ready or Tokens                DECODING     delivers the tokens, token 0 among them
     HANDOFF     Ready or Tokens                DECODING     delivers the tokens
     DECODING    Tokens                         DECODING     delivers them
@@ -24,12 +24,17 @@ loss of D, when D says so (for a reason that may pass), and when P says so (Park
     PARKED               there is another D           PREFILLING  Attach to it; HANDOFF if token 0
                                                                   is known
     PREFILLING, HANDOFF  Attached, P has the prompt   the same    Repoint to P
+    PREFILLING, HANDOFF  D says that P is lost        PARKED      nothing: D holds the Reservation
+    PARKED               Parked                       PARKED      Abort to D if it holds one
     PARKED               FirstToken                   PARKED      delivers token 0
     PREFILLING, HANDOFF  it fails, P knows nothing    RETRYING    Abort to both
     not DECODING         P says: not parked           RETRYING    Abort to D
-    not DECODING         P lost before Sealed         RETRYING    Abort to D
+    not DECODING         P lost before Sealed         RETRYING    nothing: D holds the Reservation
     DECODING             D lost                       RETRYING    Abort to P
     RETRYING             enqueue                      QUEUED
+
+The attempt after the loss of P takes the Reservation over with its Attach. Where it goes to another
+D, or there is none, the D that holds it gets an Abort.
 
 A retry of one choice continues behind the tokens that its client has; one of several begins anew,
 and what is told again is not delivered.
@@ -72,8 +77,15 @@ _HANDOFF_PARTS = frozenset({Part.GRANT_WAIT, Part.GATHER, Part.WIRE, Part.SCATTE
 
 # Why a decode worker may fail a hand-off that goes well at another try.
 _PASSING = frozenset(
-    {pb.FAILURE_CODE_PEER_LOST, pb.FAILURE_CODE_STALLED, pb.FAILURE_CODE_INTEGRITY}
+    {
+        pb.FAILURE_CODE_PEER_LOST,
+        pb.FAILURE_CODE_STALLED,
+        pb.FAILURE_CODE_INTEGRITY,
+        pb.FAILURE_CODE_FULL,
+    }
 )
+
+_FULL_PAUSE_S = 1.0  # until a decode worker that was full is asked again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +120,14 @@ _FINISH = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldReservation:
+    """What a decode worker was promised to an attempt that has lost its prefill worker."""
+
+    decode: bytes  # incarnation
+    attempt: int
+
+
 class Lifecycle:
     """One request. The methods return what is to be done."""
 
@@ -120,9 +140,12 @@ class Lifecycle:
         self.state = State.ADMITTED
         self.assignment: Assignment | None = None  # of the attempt that goes on
         self.decode: bytes | None = None  # the decode worker that it counts on, if there is one
+        self.held: HeldReservation | None = None  # that the next attempt may take over
         self.num_attempts = 0
+        self.num_refused = 0  # of them, those that found a decode worker full
         self.num_dispatches = 0  # attempts that began with the prompt, not with a Repoint
         self.failed_decodes: set[bytes] = set()  # decode workers to which a hand-off has failed
+        self.repeat_at = 0.0  # seconds on the router's clock: before that it is of no use to them
         self.error: RequestFailed | None = None  # why it is PARKED or RETRYING
         self.queue_deadline = request.queue_deadline  # seconds on the router's clock
         self.logs = tuple(TokenLog() for _ in range(request.n))  # by choice
@@ -140,6 +163,12 @@ class Lifecycle:
     @property
     def is_live(self) -> bool:
         return self.state not in TERMINAL
+
+    def counts_on(self, worker: bytes) -> bool:
+        """Whether it concerns this request when `worker`, an incarnation, is lost."""
+        assigned = self.assignment
+        is_assigned = assigned is not None and worker in (assigned.prefill, assigned.decode)
+        return is_assigned or (self.held is not None and self.held.decode == worker)
 
     @property
     def awaits_first_token(self) -> bool:
@@ -218,9 +247,9 @@ class Lifecycle:
                     tokens.finish_reason,
                 )
             case "parked" if is_handing_off:
-                return self._on_parked(assigned, worker_failure(event.parked))
+                return self._on_parked(assigned, event.parked, now)
             case "failed" if is_decode:
-                return self._on_decode_failed(event.failed)
+                return self._on_decode_failed(event.failed, now)
             case "failed" if is_prefill and self.state is not State.DECODING:
                 return self._on_prefill_failed(event.failed)
             case _:
@@ -228,6 +257,8 @@ class Lifecycle:
 
     def on_worker_lost(self, incarnation: bytes) -> list[Effect]:
         """A worker's process is gone, or is believed to be."""
+        if self.held is not None and self.held.decode == incarnation:
+            self.held = None
         if not self.is_live or self.assignment is None:
             return []
         if incarnation == self.decode:
@@ -237,6 +268,9 @@ class Lifecycle:
         if self.state is State.DECODING or self._is_sealed:
             self._held_attempt = None
             return []
+        if self.decode is not None:
+            self.held = HeldReservation(decode=self.decode, attempt=self.assignment.attempt)
+            self.decode = None
         return self._retry(_worker_lost(), gone=incarnation)
 
     def cancel(self, reason: str) -> list[Effect]:
@@ -244,7 +278,7 @@ class Lifecycle:
         if not self.is_live:
             return []
         self.state = State.CANCELLED
-        return self._aborts(reason)
+        return [*self._aborts(reason), *self._drop_held(reason)]
 
     def stop_choice(self, choice: int) -> list[Effect]:
         """The client does not want more of one choice. Idempotent; the last cancels the request."""
@@ -262,6 +296,7 @@ class Lifecycle:
         self.state = State.FAILED
         return [
             *self._aborts(error.code, gone),
+            *self._drop_held(error.code),
             Fail(request_id=self.request.request_id, error=error),
         ]
 
@@ -273,10 +308,16 @@ class Lifecycle:
         self.assignment = assignment
         self.decode = assignment.decode
         self._is_sealed = False
-        attach = commands.attach(self.request, assignment, self._output)
+        held, effects = 0, []
+        if self.held is not None and self.held.decode == assignment.decode:
+            held, self.held = self.held.attempt, None
+        else:
+            effects = self._drop_held("another decode worker was chosen")
+        attach = commands.attach(self.request, assignment, self._output, held)
         route = self._route(assignment.decode, assignment.attempt)
         ended = sorted(set(range(self.request.n)) - self._unfinished)
         return [
+            *effects,
             SendCommand(command=pb.WorkerCommand(route=route, attach=attach)),
             *(self._stop_choice(assignment.decode, choice) for choice in ended),
         ]
@@ -293,17 +334,33 @@ class Lifecycle:
         prefill = commands.prefill(self.request, assigned, self._output, now)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
 
-    def _on_parked(self, assigned: Assignment, error: RequestFailed) -> list[Effect]:
+    def _on_parked(self, assigned: Assignment, parked: pb.Parked, now: float) -> list[Effect]:
         """The prefill worker says that a hand-off has failed, and keeps the pages."""
         if self.state is State.DECODING:
             return [self._abort_prefill(assigned, "the decode worker has the prompt")]
-        return self._fail_handoff(error) if self.state is not State.PARKED else []
+        if self.state is State.PARKED:  # the prefill worker lives, so there is nothing to wait for
+            return self._drop_held("the prefill worker keeps the prompt")
+        return self._on_refused(parked, now)
 
-    def _on_decode_failed(self, failed: pb.Failed) -> list[Effect]:
-        error = worker_failure(failed)
+    def _on_decode_failed(self, failed: pb.Failed, now: float) -> list[Effect]:
+        """Where it has lost the prefill worker, it holds what it has promised to this attempt."""
+        assert self.assignment is not None and self.decode is not None, "it was told of the request"
         if self.state is State.DECODING or failed.code not in _PASSING:
-            return self.fail(error, gone=self.decode)
-        return self._fail_handoff(error, gone=self.decode)
+            return self.fail(worker_failure(failed), gone=self.decode)
+        held = HeldReservation(decode=self.decode, attempt=self.assignment.attempt)
+        effects = self._on_refused(failed, now, gone=self.decode)
+        if failed.code == pb.FAILURE_CODE_PEER_LOST:
+            self.held = held
+        return effects
+
+    def _on_refused(
+        self, failed: pb.Failed | pb.Parked, now: float, gone: bytes | None = None
+    ) -> list[Effect]:
+        """One of the workers says that the hand-off has failed, and why."""
+        if failed.code == pb.FAILURE_CODE_FULL:
+            self.num_refused += 1
+            self.repeat_at = now + _FULL_PAUSE_S
+        return self._fail_handoff(worker_failure(failed), gone)
 
     def _on_prefill_failed(self, failed: pb.Failed) -> list[Effect]:
         assert self.assignment is not None, "somebody was told of the request"
@@ -397,14 +454,16 @@ class Lifecycle:
                 Deliver(request_id=self.request.request_id, update=update, is_last=is_last)
             )
         if not self._unfinished:
-            effects += self._end_with_token_0() if self.state is State.HANDOFF else []
+            effects += self._end_with_token_0() if self.state is not State.DECODING else []
             self.state = State.DONE
         return effects
 
     def _end_with_token_0(self) -> list[Effect]:
-        """There is no hand-off: the decode worker does not know, the prefill worker does."""
-        assert self.assignment is not None, "tokens come from workers"
-        return [self._abort_decode(self.assignment, "finished at token 0")]
+        """There is no hand-off. The decode worker does not know that, and the prefill worker not if
+        it waits for a choice that was stopped.
+        """
+        reason = "finished at token 0"
+        return [*self._aborts(reason), *self._drop_held(reason)]
 
     def _on_times(self, times: pb.TimeParts) -> None:
         """What a worker has measured. A part that was reported before adds nothing."""
@@ -419,6 +478,14 @@ class Lifecycle:
             self._times[part] = self._times.get(part, 0.0) + seconds
 
     # --- Commands ---------------------------------------------------------------------------------
+
+    def _drop_held(self, reason: str) -> list[Effect]:
+        """Nobody will take over what a decode worker holds for this request."""
+        if self.held is None:
+            return []
+        route = self._route(self.held.decode, self.held.attempt)
+        self.held = None
+        return [SendCommand(command=pb.WorkerCommand(route=route, abort=pb.Abort(reason=reason)))]
 
     def _aborts(self, reason: str, gone: bytes | None = None) -> list[Effect]:
         """To all that take part, but `gone`."""
@@ -481,6 +548,14 @@ def _stream_broken() -> RequestFailed:
 def worker_failure(failed: pb.Failed | pb.Parked) -> RequestFailed:
     """What a worker's failure means for the client."""
     match failed.code:
+        case pb.FAILURE_CODE_FULL:
+            return RequestFailed(
+                f"{failed.message}; retry later",
+                status=503,
+                kind="server_error",
+                code="overloaded",
+                retry_after_s=1,
+            )
         case pb.FAILURE_CODE_PEER_LOST | pb.FAILURE_CODE_STALLED | pb.FAILURE_CODE_NOT_PARKED:
             return RequestFailed(
                 f"{failed.message}; send the request again",

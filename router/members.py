@@ -104,10 +104,10 @@ class Members:
     def named(self, name: str) -> Member | None:
         return next((item for item in self._members.values() if item.info.name == name), None)
 
-    def forgive(self, seconds: float) -> None:
+    def forgive(self, seconds: float, now: float) -> None:
         """Nobody could be heard for so long, for a reason of the router's own."""
         for member in self._members.values():
-            member.last_seen += seconds
+            member.last_seen = min(member.last_seen + seconds, now)
 
     def silent(self, now: float) -> list[Member]:
         """Those that have missed their heartbeats."""

@@ -22,8 +22,11 @@ def choose_pair(
     *,
     demand: PageDemand,
     page_hashes: PageHashes = NO_HASHES,
+    reserved: Member | None = None,
 ) -> Pair | None:
     """The least loaded pair that can hold the request; None while all are full.
+
+    With `reserved`, a decode worker that has room for it already, only the other is chosen.
 
     A prefill worker whose prompts already wait for decode workers counts as full.
 
@@ -42,7 +45,7 @@ def choose_pair(
         if member.may_start_prompts
         and member.num_pages(demand.num_prompt_tokens) <= member.info.num_pages
     ]
-    chosen = _least_loaded(
+    chosen = reserved or _least_loaded(
         (
             member
             for member in decode

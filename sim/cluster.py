@@ -128,6 +128,7 @@ class Cluster:
             max_batch_size=scenario.max_batch_size,
             slot_bytes=scenario.slot_bytes,
             hasher=_HASHER,
+            max_waiting_handoffs=scenario.max_waiting_handoffs,
         )
         worker = SimDecodeWorker(
             process=self._process(name),

@@ -22,6 +22,7 @@ class Scenario:
     max_batch_size: int = 4
     slot_bytes: int = 2 * LAYOUT.page_bytes
     num_slots: int = 4
+    max_waiting_handoffs: int = 16
     num_requests: int = 20
     arrival_s: float = 4.0  # requests and faults come in this time
     max_prompt_tokens: int = 96
@@ -70,4 +71,5 @@ def random_scenario(
         queue_deadline_s=deadline_s / 2,
         costs=random.choice((BALANCED, SLOW_STEPS, SLOW_FRAMES)),
         faults=faults,
+        max_waiting_handoffs=random.choice((0, 1, 16)),
     )

@@ -43,8 +43,9 @@ class WorkerConfig:
     kernels: str = "auto"  # auto, native, torch or triton
     deterministic: bool = False  # logits are the same to the bit in every batch
     max_batch_tokens: int = 512  # prompt tokens that one prefill step runs
-    lease_s: float = 10.0  # how long a prefill worker keeps a prompt whose hand-off has failed
-    max_parked_share: float = 0.5  # of its pages, beyond which it starts no prompt
+    lease_s: float = 10.0  # how long a prompt, or the room for it, outlives a failed hand-off
+    max_parked_share: float = 0.5  # of a prefill worker's pages, beyond which it starts no prompt
+    max_waiting_handoffs: int = 16  # that wait for room at a decode worker
     max_batch_size: int = 32  # sequences that one decode step runs
     max_draft_tokens: int = 0  # that a decode step checks beside its rows; 0: no speculation
     draft_model: str | None = None  # as `model`; None: drafts are looked up in the text

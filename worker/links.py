@@ -156,27 +156,34 @@ class _Link:
     async def _drain(self) -> None:
         while self._queue and not self._is_closed:
             item = self._queue.popleft()
+            connection = self._links.connections.get(self._peer)
             try:
-                await self._carry_out(item)
+                await self._carry_out(item, connection)
             except TransportError as error:
                 logger.warning("cannot reach %s: %s", self._peer.hex()[:8], error)
-                self._on_error()
+                self._on_error(connection)
 
-    def _on_error(self) -> None:
-        """Where a connection broke, its transport reports the loss, once nothing uses it."""
+    def _on_error(self, connection: Connection | None) -> None:
+        """Where `connection` broke, its transport reports the loss, once nothing uses it.
+
+        If the pair has moved to another connection meanwhile, no hand-off was under way: what could
+        not be sent over the one before is of no more use, and the rest goes over the new one.
+        """
         if self._is_closed:
             return
-        if self._links.connections.get(self._peer) is not None:
-            self._links.connections.close(self._peer)
-        else:
+        current = self._links.connections.get(self._peer)
+        if current is None:
             self._links.report_unreachable(self._peer, self)
+        elif current is not connection:
+            return
+        else:
+            self._links.connections.close(self._peer)
         self.close()
 
-    async def _carry_out(self, item: _Queued) -> None:
+    async def _carry_out(self, item: _Queued, connection: Connection | None) -> None:
         if isinstance(item, Connect):
             await self._links.connections.connect(self._peer, item.addresses)
             return
-        connection = self._links.connections.get(self._peer)
         if isinstance(item, QueuedFrame):
             await self._links.send_frame(connection, item)
         elif connection is not None:

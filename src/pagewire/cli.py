@@ -130,6 +130,19 @@ def serve(
     otlp_endpoint: Annotated[
         str | None, typer.Option(help="URL of an OpenTelemetry collector that gets traces")
     ] = None,
+    lease_s: Annotated[
+        float | None, typer.Option(help="how long a failed hand-off keeps its pages")
+    ] = None,
+    max_parked_share: Annotated[
+        float | None,
+        typer.Option(help="of prefill pages that may wait for decode workers, above 0 to 1"),
+    ] = None,
+    max_waiting_handoffs: Annotated[
+        int | None, typer.Option(help="hand-offs that a full decode worker lets wait")
+    ] = None,
+    hang_timeout_s: Annotated[
+        float | None, typer.Option(help="after so long without a word a worker is replaced")
+    ] = None,
     launcher: Annotated[str | None, typer.Option(help="ray or subprocess")] = None,
     config: ConfigFile = None,
 ) -> None:
@@ -171,6 +184,10 @@ def serve(
         "draft_model": draft_model,
         "draft_quantization": draft_quantization,
         "otlp_endpoint": otlp_endpoint,
+        "lease_s": lease_s,
+        "max_parked_share": max_parked_share,
+        "max_waiting_handoffs": max_waiting_handoffs,
+        "hang_timeout_s": hang_timeout_s,
         "launcher": launcher,
     }
     from pagewire.cluster.config import load_config

@@ -81,6 +81,14 @@ def test_parameters_reach_the_worker() -> None:
     assert WorkerConfig.from_json(worker.to_json()) == worker
 
 
+def test_limits_of_failed_hand_offs_reach_the_workers() -> None:
+    config = ServeConfig(lease_s=4.0, max_parked_share=0.25, max_waiting_handoffs=3)
+    for worker in place(config, 1):
+        assert (worker.lease_s, worker.max_parked_share) == (4.0, 0.25)
+        assert worker.max_waiting_handoffs == 3
+        assert WorkerConfig.from_json(worker.to_json()) == worker
+
+
 def test_decode_workers_may_have_other_pages() -> None:
     config = ServeConfig(
         page_size=128, decode_page_size=32, decode_kv_cache_dtype=KVCacheDtype.INT8

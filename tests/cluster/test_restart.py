@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pagewire.cluster.restart import (
     Event,
     Finish,
+    Kill,
     Launch,
     Phase,
     RestartPolicy,
@@ -63,6 +64,14 @@ def test_stop_ends_a_running_worker_and_waits_for_its_end() -> None:
     assert action == Terminate()
     state, action = decide(POLICY, state, Event.EXITED, 2)
     assert (state.phase, action) == (Phase.ENDED, Finish())
+
+
+def test_a_worker_that_hangs_is_killed_and_counts_as_dead() -> None:
+    state, _ = decide(POLICY, Supervision(), Event.BEGIN, 0)
+    state, action = decide(POLICY, state, Event.HUNG, 100)
+    assert (state.phase, action) == (Phase.KILLING, Kill())
+    state, action = decide(POLICY, state, Event.EXITED, 101)
+    assert (state.phase, state.deaths, action) == (Phase.WAITING, 1, Wait(delay_s=0.0))
 
 
 def test_stop_ends_a_wait() -> None:

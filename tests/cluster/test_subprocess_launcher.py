@@ -77,6 +77,18 @@ def test_kill_is_noticed_and_named(tmp_path: Path) -> None:
     run(scenario)
 
 
+def test_a_stopped_process_can_be_killed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        handle = await launcher("wait", tmp_path).launch(CONFIG)
+        await appear(tmp_path / "ready")
+        os.kill(handle.pid, signal.SIGSTOP)
+        await handle.kill()
+        assert (await handle.wait()).reason == "killed by SIGKILL"
+        await handle.kill()  # of an ended process: nothing happens
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("program", ["wait", "deaf"])
 def test_stop_returns_when_the_process_is_gone(tmp_path: Path, program: str) -> None:
     async def scenario() -> None:

@@ -1,15 +1,37 @@
 """The supervisor against a scripted launcher: what ends is started again, until all is stopped."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 from pagewire.cluster.errors import LaunchError
-from pagewire.cluster.launcher import WorkerExit
+from pagewire.cluster.hang import HangPolicy
+from pagewire.cluster.launcher import Launcher, WorkerExit
 from pagewire.cluster.restart import RestartPolicy
 from pagewire.cluster.supervisor import Supervisor
 from pagewire.worker.config import Role, WorkerConfig
 
 TIMEOUT_S = 10.0
+
+
+def supervisor(
+    launcher: Launcher,
+    names: Sequence[str],
+    *,
+    on_exit: Callable[[str, WorkerExit], None] = lambda *_: None,
+    is_heard: Callable[[str], bool] = lambda _: True,
+    policy: RestartPolicy | None = None,
+    hang_policy: HangPolicy | None = None,
+    grace_s: float = 5.0,
+) -> Supervisor:
+    return Supervisor(
+        launcher,
+        [config(name) for name in names],
+        on_exit=on_exit,
+        is_heard=is_heard,
+        policy=policy,
+        hang_policy=hang_policy,
+        grace_s=grace_s,
+    )
 
 
 def config(name: str) -> WorkerConfig:
@@ -24,6 +46,7 @@ class FakeHandle:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.grace_s: float | None = None
+        self.was_killed = False
         self._exit: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
 
     def die(self, reason: str) -> None:
@@ -35,6 +58,10 @@ class FakeHandle:
     async def stop(self, grace_s: float) -> None:
         self.grace_s = grace_s
         self.die("stopped")
+
+    async def kill(self) -> None:
+        self.was_killed = True
+        self.die("killed")
 
 
 class FakeLauncher:
@@ -63,8 +90,8 @@ def test_a_worker_that_ends_is_started_again_and_reported() -> None:
     async def scenario() -> None:
         launcher = FakeLauncher()
         exits: list[tuple[str, WorkerExit]] = []
-        async with Supervisor(
-            launcher, [config("decode-0")], on_exit=lambda name, end: exits.append((name, end))
+        async with supervisor(
+            launcher, ["decode-0"], on_exit=lambda name, end: exits.append((name, end))
         ):
             for reason in ("first", "second"):
                 _, handle = await launcher.launched.get()
@@ -82,7 +109,7 @@ def test_workers_are_independent() -> None:
     async def scenario() -> None:
         launcher = FakeLauncher()
         names = ["prefill-0", "decode-0"]
-        async with Supervisor(launcher, [config(name) for name in names], on_exit=lambda *_: None):
+        async with supervisor(launcher, names):
             started = dict([await launcher.launched.get(), await launcher.launched.get()])
             assert sorted(started) == sorted(names)
             started["decode-0"].die("killed")
@@ -97,8 +124,8 @@ def test_leaving_stops_what_runs_with_the_grace_and_reports_nothing() -> None:
     async def scenario() -> None:
         launcher = FakeLauncher()
         exits: list[str] = []
-        async with Supervisor(
-            launcher, [config("decode-0")], on_exit=lambda name, _: exits.append(name), grace_s=7.0
+        async with supervisor(
+            launcher, ["decode-0"], on_exit=lambda name, _: exits.append(name), grace_s=7.0
         ):
             _, handle = await launcher.launched.get()
         assert handle.grace_s == 7.0
@@ -112,9 +139,7 @@ def test_leaving_ends_a_backoff_at_once() -> None:
         launcher = FakeLauncher()
         policy = RestartPolicy(quick_restarts=0, backoff_s=3600, max_backoff_s=3600)
         died = asyncio.Event()
-        async with Supervisor(
-            launcher, [config("decode-0")], on_exit=lambda *_: died.set(), policy=policy
-        ):
+        async with supervisor(launcher, ["decode-0"], on_exit=lambda *_: died.set(), policy=policy):
             _, handle = await launcher.launched.get()
             handle.die("killed")
             await died.wait()
@@ -126,7 +151,7 @@ def test_leaving_ends_a_backoff_at_once() -> None:
 def test_nothing_is_started_once_all_shall_stop() -> None:
     async def scenario() -> None:
         launcher = FakeLauncher()
-        async with Supervisor(launcher, [config("decode-0")], on_exit=lambda *_: None):
+        async with supervisor(launcher, ["decode-0"]):
             _, handle = await launcher.launched.get()
             handle.die("killed at the very end")
         assert len(launcher.running) == 1
@@ -138,10 +163,58 @@ def test_a_launch_that_fails_is_reported_and_tried_again() -> None:
     async def scenario() -> None:
         launcher = FakeLauncher(refusals=2)
         reasons: list[str] = []
-        async with Supervisor(
-            launcher, [config("decode-0")], on_exit=lambda _, end: reasons.append(end.reason)
+        async with supervisor(
+            launcher, ["decode-0"], on_exit=lambda _, end: reasons.append(end.reason)
         ):
             await launcher.launched.get()
         assert reasons == ["no room for decode-0"] * 2
+
+    run(scenario)
+
+
+def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        heard = {"decode-0": True, "decode-1": True}
+        looked: set[str] = set()
+
+        def is_heard(name: str) -> bool:
+            looked.add(name)
+            return heard[name]
+
+        exits: list[tuple[str, str]] = []
+        async with supervisor(
+            launcher,
+            list(heard),
+            on_exit=lambda name, end: exits.append((name, end.reason)),
+            is_heard=is_heard,
+            hang_policy=HangPolicy(start_s=1e6, silence_s=0.003, look_s=0.001),
+        ):
+            started = dict([await launcher.launched.get(), await launcher.launched.get()])
+            while "decode-0" not in looked:
+                await asyncio.sleep(0)
+            heard["decode-0"] = False
+            name, _ = await launcher.launched.get()
+            heard["decode-0"] = True
+            assert name == "decode-0"
+            assert started["decode-0"].was_killed and not started["decode-1"].was_killed
+        assert exits == [("decode-0", "it did not answer and was killed")]
+
+    run(scenario)
+
+
+def test_a_worker_that_loads_its_model_has_time() -> None:
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        async with supervisor(
+            launcher,
+            ["decode-0"],
+            is_heard=lambda _: False,
+            hang_policy=HangPolicy(start_s=1e6, silence_s=0.001, look_s=0.001),
+        ):
+            _, handle = await launcher.launched.get()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not handle.was_killed
 
     run(scenario)

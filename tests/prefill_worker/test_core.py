@@ -11,6 +11,7 @@ from handoff_pair import (
     TICKET,
     abort_command,
     attach_command,
+    pass_time,
     prefill_command,
     prefill_core,
     sampling,
@@ -328,6 +329,30 @@ def test_a_handoff_without_progress_is_parked() -> None:
     assert message_types(effects) == [Closed]
     assert effects[-1] == Disconnect(peer=DECODE)
     assert core.state().parked_pages == 2
+
+
+def test_a_pause_of_this_process_is_no_stall() -> None:
+    """The acknowledgement may be there, unread, when a machine wakes up."""
+    core = computed()
+    (effect,) = core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 1.0)
+    assert isinstance(effect, SendFrame)
+    core.on_frame_sent(effect.frame, 5, 1.0)
+    core.tick(1.0)
+    assert core.tick(3600.0) == []
+    assert pass_time(core, 3600.25, 3604.0) == []
+    effects = pass_time(core, 3604.25, 3606.0)
+    assert event(effects).parked.code == pb.FAILURE_CODE_STALLED
+
+
+def test_a_pause_puts_nothing_off_that_began_after_it() -> None:
+    core = computed()
+    core.tick(1.0)
+    (effect,) = core.on_message(DECODE, Grant(id=ID, slot=0, slot_generation=0), 3600.0)
+    assert isinstance(effect, SendFrame)
+    core.on_frame_sent(effect.frame, 5, 3600.0)
+    core.tick(3600.0)  # the first after the pause
+    assert pass_time(core, 3600.25, 3605.0) == []
+    assert event(core.tick(3605.1)).parked.code == pb.FAILURE_CODE_STALLED
 
 
 def test_a_send_that_never_ends_costs_the_connection() -> None:

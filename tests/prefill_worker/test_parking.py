@@ -7,6 +7,7 @@ from handoff_pair import (
     DECODE,
     PREFILL,
     abort_command,
+    pass_time,
     prefill_command,
     prefill_core,
     route,
@@ -215,12 +216,33 @@ def test_a_lease_that_runs_out_frees_the_pages() -> None:
     assert core.on_command(repoint_command(), 16.0) == []
 
 
+def test_a_refusal_for_want_of_room_parks_the_prompt() -> None:
+    core = started(prefill_core(max_batch_tokens=64))
+    refusal = Refused(id=OLD_ID, reason=RefuseReason.FULL)
+    (event,) = [
+        effect.event for effect in core.on_message(DECODE, refusal, 0.0) if isinstance(effect, Emit)
+    ]
+    assert event.parked.code == pb.FAILURE_CODE_FULL
+    assert events(core.on_batch_done(StepResult(tokens=((7,),)), 0.0)) == ["first_token"]
+    assert sent(core.on_command(repoint_command(), 1.0)) == ["Open 2"]
+    assert finish_handoff(core) == 3
+    check_nothing_is_left(core)
+
+
+def test_a_lease_does_not_run_while_the_process_stands_still() -> None:
+    core = parked()
+    core.tick(0.5)
+    assert core.tick(600.0) == []
+    assert pass_time(core, 600.25, 608.0) == []
+    assert failure(pass_time(core, 608.25, 611.0)) == pb.FAILURE_CODE_NOT_PARKED
+
+
 def test_a_repoint_ends_the_lease() -> None:
     core = parked()
     core.on_command(repoint_command(), 9.0)
     assert core.tick(14.0) == []
     assert events(core.tick(14.1)) == ["parked"]  # the successor has said nothing
-    assert core.tick(24.1) == []
+    assert pass_time(core, 14.2, 24.1) == []
     assert failure(core.tick(24.2)) == pb.FAILURE_CODE_NOT_PARKED
 
 

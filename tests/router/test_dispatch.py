@@ -228,11 +228,8 @@ def test_requests_of_a_lost_worker_wait_for_another(info: pb.RegisterRequest) ->
     core = running_core()
     core.submit(make_request(), 0.0)
     effects = core.on_worker_lost(info.incarnation, 1.0)
-    other = D if info is P else P
-    assert (commands(effects), failures(effects)) == (
-        [("abort", "request", other.incarnation)],
-        {},
-    )
+    aborts = [] if info is P else [("abort", "request", P.incarnation)]  # D holds the Reservation
+    assert (commands(effects), failures(effects)) == (aborts, {})
     assert core.on_worker_lost(info.incarnation, 1.0) == []
     assert core.counts()["queued"] == 1
     successor = registration(info.name, info.role, incarnation=b"n" * 16)
@@ -608,3 +605,166 @@ def test_a_retry_that_has_outgrown_the_prefill_workers_stands_aside() -> None:
     core.on_worker_lost(D.incarnation, 1.0)
     assert core.counts()["queued"] == 1
     assert commands(core.submit(make_request("short"), 1.0)) == [("attach", "short", E.incarnation)]
+
+
+Q = registration("prefill-1", pb.ROLE_PREFILL)
+
+
+def held_core() -> DispatchCore:
+    """A request whose prefill worker is lost; its decode worker, of two, holds the Reservation."""
+    core = handing_off_core()
+    assert commands(core.on_worker_lost(P.incarnation, 1.0)) == []
+    return core
+
+
+def test_the_next_attempt_takes_the_reservation_over() -> None:
+    core = held_core()
+    assert pages_promised(core) == {"decode-0": 2, "decode-1": 0}
+    (attach,) = bodies(core.on_registered(Q, 2.0))
+    assert (attach.route.receiver, attach.attach.held_attempt) == (D.incarnation, 1)
+    assert attach.attach.prefill == Q.incarnation
+    assert pages_promised(core) == {"decode-0": 2, "decode-1": 0}
+    core.on_event(attached(D.incarnation, attempt=2), 2.0)
+    core.on_event(ready(D.incarnation, attempt=2), 2.0)
+    assert commands(core.cancel("request", "test")) == [
+        ("abort", "request", Q.incarnation),
+        ("abort", "request", D.incarnation),
+    ]
+    assert pages_promised(core) == {"decode-0": 0, "decode-1": 0}
+
+
+def test_the_room_that_is_held_is_promised_to_nobody_else() -> None:
+    """Though the other decode worker is empty, the request goes where its Reservation is."""
+    core = running_core(max_queued=10)
+    core.submit(make_request("held", num_prompt_tokens=140), 0.0)
+    core.on_event(attached(D.incarnation, "held"), 0.0)
+    core.on_registered(Q, 0.5)
+    (attach,) = bodies(core.on_worker_lost(P.incarnation, 1.0))
+    assert (attach.route.receiver, attach.attach.held_attempt) == (D.incarnation, 1)
+    core.on_worker_lost(Q.incarnation, 2.0)
+    core.on_registered(P, 3.0)
+    assert pages_promised(core) == {"decode-0": 9}
+    assert core.submit(make_request("newcomer", num_prompt_tokens=40), 4.0) == []
+
+
+def test_what_is_held_is_given_back_when_the_request_ends() -> None:
+    core = held_core()
+    assert commands(core.cancel("request", "test")) == [("abort", "request", D.incarnation)]
+    assert pages_promised(core) == {"decode-0": 0, "decode-1": 0}
+
+
+def test_a_decode_worker_that_is_lost_holds_nothing() -> None:
+    core = held_core()
+    assert commands(core.on_worker_lost(D.incarnation, 2.0)) == []
+    (attach,) = bodies(core.on_registered(Q, 3.0))
+    assert (attach.route.receiver, attach.attach.held_attempt) == (E.incarnation, 0)
+
+
+def test_a_decode_worker_may_know_of_the_loss_first() -> None:
+    """What it holds is not given away before the prefill worker had time to be found lost."""
+    core = handing_off_core()
+    core.on_registered(Q, 0.5)
+    lost = failed(D.incarnation, pb.FAILURE_CODE_PEER_LOST)
+    assert core.on_event(lost, 1.0) == []
+    (attach,) = bodies(core.on_worker_lost(P.incarnation, 1.01))
+    assert (attach.route.receiver, attach.attach.held_attempt) == (D.incarnation, 1)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_prefill_worker_that_lives_is_sent_to_another_decode_worker(says_so: bool) -> None:
+    """Only the connection was lost."""
+    core = handing_off_core()
+    core.on_event(failed(D.incarnation, pb.FAILURE_CODE_PEER_LOST), 1.0)
+    effects = core.on_event(parked_event(P.incarnation), 1.0) if says_so else core.tick(1.25)
+    assert commands(effects) == [
+        ("abort", "request", D.incarnation),
+        ("attach", "request", E.incarnation),
+    ]
+    assert pages_promised(core) == {"decode-0": 0, "decode-1": 2}
+
+
+def test_the_only_decode_worker_gets_the_prompt_again_for_the_room_that_it_holds() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    core.on_event(failed(D.incarnation, pb.FAILURE_CODE_PEER_LOST), 1.0)
+    (attach,) = bodies(core.tick(1.25))
+    assert (attach.route.receiver, attach.attach.held_attempt) == (D.incarnation, 1)
+    (repoint,) = bodies(core.on_event(attached(D.incarnation, attempt=2), 1.3))
+    assert repoint.repoint.held_attempt == 1
+
+
+def refuse(core: DispatchCore, decode: pb.RegisterRequest, attempt: int, now: float) -> list[bytes]:
+    """It attaches, then has no room; returns which decode workers are asked next."""
+    core.on_event(attached(decode.incarnation, attempt=attempt), now)
+    full = failed(decode.incarnation, pb.FAILURE_CODE_FULL, attempt=attempt)
+    effects = core.on_event(full, now)
+    effects += core.on_event(parked_event(P.incarnation, full.failed.code, attempt=attempt), now)
+    return [command.route.receiver for command in bodies(effects) if command.HasField("attach")]
+
+
+def ticks(core: DispatchCore, now: float, until: float) -> list[bytes]:
+    """The decode workers that are asked meanwhile."""
+    asked = []
+    while now < until:
+        for info in (P, D, E):
+            core.on_event(heartbeat(info.incarnation), now)
+        asked += [command.route.receiver for command in bodies(core.tick(now))]
+        now += 0.25
+    return asked
+
+
+def test_where_all_are_full_each_is_asked_once_a_second() -> None:
+    core = handing_off_core()
+    attempt, now = 1, 1.0
+    for _ in range(20):  # far more than the attempts that a request has
+        assert refuse(core, D, attempt, now) == [E.incarnation]
+        assert refuse(core, E, attempt + 1, now) == []
+        assert ticks(core, now + 0.25, now + 1.0) == []
+        attempt, now = attempt + 2, now + 1.0
+        assert ticks(core, now, now + 0.25) == [D.incarnation]
+    assert core.counts()["handoff"] + core.counts()["prefilling"] == 1
+    assert failures(core.tick(61.0)) == {"request": "timeout"}
+
+
+def test_a_decode_worker_that_joins_is_asked_at_once() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    assert refuse(core, D, 1, 1.0) == []
+    assert commands(core.on_registered(E, 1.1)) == [("attach", "request", E.incarnation)]
+
+
+def test_what_is_parked_for_nobody_is_released() -> None:
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(tokens(D.incarnation, finish=pb.FINISH_REASON_STOP), 1.0)
+    assert commands(core.on_event(parked_event(P.incarnation), 1.0)) == [
+        ("abort", "request", P.incarnation)
+    ]
+
+
+def test_a_hand_off_for_choices_that_were_stopped_is_ended_at_both_workers() -> None:
+    core = running_core()
+    core.submit(make_request(n=2), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    core.stop_choice("request", 1)
+    effects = core.on_event(first_token(P.incarnation, finish=pb.FINISH_REASON_STOP), 1.0)
+    assert commands(effects) == [
+        ("abort", "request", P.incarnation),
+        ("abort", "request", D.incarnation),
+    ]
+
+
+def test_what_was_read_before_a_pause_is_noticed_counts_from_then_on() -> None:
+    """A worker whose heartbeat came right after the pause has not been heard in the future."""
+    core = running_core()
+    core.tick(0.0)
+    core.on_event(heartbeat(P.incarnation), 60.0)
+    core.on_event(heartbeat(D.incarnation), 60.0)
+    core.tick(60.0)
+    for now in (61.0, 62.0, 63.0):
+        core.on_event(heartbeat(D.incarnation), now)
+        assert core.members.get(P.incarnation) is not None
+        core.tick(now)
+    core.tick(63.1)
+    assert core.members.get(P.incarnation) is None

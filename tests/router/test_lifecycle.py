@@ -84,6 +84,12 @@ def parked_while_computing() -> Lifecycle:
     return lifecycle
 
 
+def parked_and_held() -> Lifecycle:
+    lifecycle = handing_off()
+    lifecycle.on_event(failed(D, pb.FAILURE_CODE_PEER_LOST), 0.0)
+    return lifecycle
+
+
 def retrying() -> Lifecycle:
     lifecycle = handing_off()
     lifecycle.on_worker_lost(P)
@@ -135,6 +141,7 @@ EVENTS: dict[str, Happen] = {
     "Not parked": event(failed(P, pb.FAILURE_CODE_NOT_PARKED)),
     "Failed by D": event(failed(D)),
     "Hand-off failed by D": event(failed(D, pb.FAILURE_CODE_PEER_LOST)),
+    "Full, says D": event(failed(D, pb.FAILURE_CODE_FULL)),
     "P lost": lambda lifecycle: lifecycle.on_worker_lost(P),
     "D lost": lambda lifecycle: lifecycle.on_worker_lost(D),
     "deadline": lambda lifecycle: lifecycle.fail(
@@ -146,6 +153,8 @@ EVENTS: dict[str, Happen] = {
 
 PARKED = (State.PARKED, ["Abort to D"])
 PARKED_BY_D: tuple[State, list[str]] = (State.PARKED, [])
+PARKED_AND_HELD = PARKED_BY_D
+RETRYING_AND_HELD: tuple[State, list[str]] = (State.RETRYING, [])
 RETRYING_BY_P = (State.RETRYING, ["Abort to D"])
 RETRYING_BY_D = (State.RETRYING, ["Abort to P"])
 FAILED_BY_P = (State.FAILED, ["Abort to D", "Fail"])
@@ -161,14 +170,15 @@ BEFORE_P_IS_TOLD: dict[str, tuple[State, list[str]]] = {
     "Tokens, finished": (State.DONE, ["Deliver [5, 6] stop"]),
     "Failed by D": FAILED_BY_D,
     "Hand-off failed by D": RETRYING_BY_D,
-    "P lost": RETRYING_BY_P,
+    "Full, says D": RETRYING_BY_D,
+    "P lost": RETRYING_AND_HELD,
     "D lost": RETRYING_BY_D,
     "deadline": FAILED_ON_TIME,
     "cancel": CANCELLED,
     "the only choice stopped": CANCELLED,
 }
 IN_HANDOFF: dict[str, tuple[State, list[str]]] = {
-    "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to D"]),
+    "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to P", "Abort to D"]),
     "Ready": (State.DECODING, []),
     "Tokens": (State.DECODING, ["Deliver [6]"]),
     "Tokens, finished": (State.DONE, ["Deliver [6] stop"]),
@@ -176,8 +186,9 @@ IN_HANDOFF: dict[str, tuple[State, list[str]]] = {
     "Failed by P": FAILED_BY_P,
     "Not parked": RETRYING_BY_P,
     "Failed by D": FAILED_BY_D,
-    "Hand-off failed by D": PARKED_BY_D,
-    "P lost": RETRYING_BY_P,
+    "Hand-off failed by D": PARKED_AND_HELD,
+    "Full, says D": PARKED_BY_D,
+    "P lost": RETRYING_AND_HELD,
     "D lost": PARKED_BY_D,
     "deadline": FAILED_ON_TIME,
     "cancel": CANCELLED,
@@ -198,14 +209,14 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
     prefill_sent: {
         **IN_HANDOFF,
         "FirstToken": (State.HANDOFF, ["Deliver [5]"]),
-        "FirstToken, finished": (State.DONE, ["Deliver [5] stop", "Abort to D"]),
+        "FirstToken, finished": (State.DONE, ["Deliver [5] stop", "Abort to P", "Abort to D"]),
         "Tokens": (State.DECODING, ["Deliver [5, 6]"]),
         "Tokens, finished": (State.DONE, ["Deliver [5, 6] stop"]),
     },
     handing_off: IN_HANDOFF,
     handed_over: {name: cell for name, cell in IN_HANDOFF.items() if name != "P lost"},
     parked: {
-        "FirstToken, finished": (State.DONE, ["Deliver [] stop"]),
+        "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to P"]),
         "Failed by P": (State.FAILED, ["Fail"]),
         "Not parked": (State.RETRYING, []),
         "P lost": (State.RETRYING, []),
@@ -215,7 +226,7 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
     },
     parked_while_computing: {
         "FirstToken": (State.PARKED, ["Deliver [5]"]),
-        "FirstToken, finished": (State.DONE, ["Deliver [5] stop"]),
+        "FirstToken, finished": (State.DONE, ["Deliver [5] stop", "Abort to P"]),
         "Failed by P": (State.FAILED, ["Fail"]),
         "Not parked": (State.RETRYING, []),
         "P lost": (State.RETRYING, []),
@@ -230,15 +241,26 @@ TABLE: dict[Make, dict[str, tuple[State, list[str]]]] = {
         "Parked": (State.DECODING, ["Abort to P"]),
         "Failed by D": FAILED_BY_D,
         "Hand-off failed by D": FAILED_BY_D,
+        "Full, says D": FAILED_BY_D,
         "D lost": RETRYING_BY_D,
         "deadline": FAILED_ON_TIME,
         "cancel": CANCELLED,
         "the only choice stopped": CANCELLED,
     },
     retrying: {
-        "deadline": (State.FAILED, ["Fail"]),
-        "cancel": (State.CANCELLED, []),
-        "the only choice stopped": (State.CANCELLED, []),
+        "deadline": (State.FAILED, ["Abort to D", "Fail"]),
+        "cancel": (State.CANCELLED, ["Abort to D"]),
+        "the only choice stopped": (State.CANCELLED, ["Abort to D"]),
+    },
+    parked_and_held: {
+        "FirstToken, finished": (State.DONE, ["Deliver [] stop", "Abort to P", "Abort to D"]),
+        "Parked": (State.PARKED, ["Abort to D"]),
+        "Failed by P": FAILED_BY_P,
+        "Not parked": RETRYING_AND_HELD,
+        "P lost": RETRYING_AND_HELD,
+        "deadline": FAILED_ON_TIME,
+        "cancel": CANCELLED,
+        "the only choice stopped": CANCELLED,
     },
     done: {},
     cancelled: {},
@@ -384,6 +406,7 @@ def test_the_last_update_says_why() -> None:
         (pb.FAILURE_CODE_PEER_LOST, 503, "worker_lost"),
         (pb.FAILURE_CODE_STALLED, 503, "worker_lost"),
         (pb.FAILURE_CODE_NOT_PARKED, 503, "worker_lost"),
+        (pb.FAILURE_CODE_FULL, 503, "overloaded"),
         (pb.FAILURE_CODE_INTEGRITY, 500, "handoff_corrupt"),
         (pb.FAILURE_CODE_INVALID, 500, "worker_error"),
         (pb.FAILURE_CODE_INTERNAL, 500, "worker_error"),

@@ -123,6 +123,7 @@ def decode_core(
     hasher: PageHasher | None = None,
     speculation: Speculation | None = None,
     layout: KVLayout = LAYOUT,
+    max_waiting_handoffs: int = 16,
 ) -> DecodeCore:
     return DecodeCore(
         incarnation=DECODE,
@@ -135,7 +136,17 @@ def decode_core(
         slot_bytes=slot_bytes,
         hasher=hasher,
         speculation=speculation,
+        max_waiting_handoffs=max_waiting_handoffs,
     )
+
+
+def pass_time(core: PrefillCore | DecodeCore, now: float, until: float) -> list[Effect]:
+    """Tick from `now` to `until`, as often as a shell does; what came of it."""
+    effects: list[Effect] = []
+    while now < until:
+        effects += core.tick(now)
+        now += 0.25
+    return [*effects, *core.tick(until)]
 
 
 class HandoffPair:

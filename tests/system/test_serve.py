@@ -273,6 +273,7 @@ def larger_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         tmp_path_factory.mktemp("larger"),
         *("--launcher", "subprocess", "--transport", "tcp", "--dtype", "float32"),
         *("--prefill", "2", "--decode", "2", "--num-pages", "64", "--served-model", "small"),
+        *("--hang-timeout-s", "3"),
         failpoint="decode-1:Frame:1",
     )
     yield running
@@ -318,6 +319,19 @@ def test_a_decode_worker_that_dies_in_a_handoff_costs_no_second_prefill(
 
     wait_for(new_worker, RESTART_TIMEOUT_S, "new decode-1")
     assert complete()[0] == text
+
+
+def test_a_worker_that_hangs_is_replaced(larger_server: Server) -> None:
+    hung = larger_server.workers()["decode-0"]
+    os.kill(hung["pid"], signal.SIGSTOP)
+
+    def successor() -> dict[str, Any] | None:
+        worker = larger_server.workers().get("decode-0")
+        return worker if worker and worker["pid"] != hung["pid"] else None
+
+    assert wait_for(successor, RESTART_TIMEOUT_S, "new decode-0")
+    assert not psutil.pid_exists(hung["pid"])
+    assert "Paris" in larger_server.ask()
 
 
 def test_workers_end_with_an_instance_that_is_killed(larger_server: Server) -> None:
