@@ -66,6 +66,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             model_thread=model_thread,
             on_state=on_state,
             failpoint=failpoint,
+            overlap_steps=config.overlaps_steps and runner.runs_ahead and speculation is None,
         )
         self._draft_model = draft_model
         runner.warm_up(config.max_batch_size)

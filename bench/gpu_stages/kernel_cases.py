@@ -193,7 +193,7 @@ def _sampling(scale: Scale, num_rows: int) -> KernelCase:
     uniform = torch.rand(num_rows, dtype=torch.float64, device=device)
     return KernelCase(
         name="sampling",
-        run=lambda: plan.choose(logits, uniform),
+        run=lambda: plan.run(logits, uniform),
         expected=lambda: logits.cpu().argmax(dim=-1),
         num_bytes=logits.nbytes,
         flops=0,
