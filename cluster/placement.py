@@ -50,7 +50,7 @@ def worker_configs(
 
     `router` is host:port of the router's Membership service. On a CPU `cores` are shared out
     step by step, on the board `core_board`, unless the number of threads was chosen; with `device`
-    cuda each worker has a GPU of its own, and a thread beside it.
+    cuda each worker has a GPU of its own, and cores only load its model.
     `dtype` is what auto means, the same for all.
     `prefix_cache_secret` is hexadecimal; without it nothing is cached.
     """
@@ -77,7 +77,7 @@ def worker_configs(
             page_size=_page_size(config, role),
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,
-            num_threads=config.num_threads or (cores if on_cpu else 1),
+            num_threads=config.num_threads or cores,
             core_board=str(core_board) if on_cpu and not config.num_threads else None,
             core_board_slot=slot,
             kernels=config.kernels,
