@@ -25,7 +25,7 @@ def test_pages_go_from_one_pool_to_another_behind_the_step_that_fills_them() -> 
     sender, receiver, copies = cache(), cache(), CudaCopyStream("cuda")
     payload = copies.host_memory(PART.num_bytes(LAYOUT))
     untouched = receiver.pool.clone()
-    torch.cuda._sleep(100_000_000)  # a step: the copy would read too early
+    _compute(100_000_000)  # a step: without it the copy would read too early
     sender.pages.values.fill_(2.5)
     DevicePages(sender, copies).gather(PART, SOURCES, payload, after=copies.mark()).wait()
     DevicePages(receiver, copies).write(payload.numpy(), PART, LAYOUT, TARGETS)
@@ -38,11 +38,11 @@ def test_copies_do_not_wait_for_steps_that_they_were_not_told_of() -> None:
     pages, copies = cache(), CudaCopyStream("cuda")
     payload = copies.host_memory(PART.num_bytes(LAYOUT))
     computed = copies.mark()
-    torch.cuda._sleep(2_000_000_000)
+    _compute(2_000_000_000)
     step = torch.cuda.Event()  # type: ignore[no-untyped-call]
     step.record()
     DevicePages(pages, copies).gather(PART, SOURCES, payload, after=computed).wait()
-    assert not step.query()
+    assert not step.query()  # type: ignore[no-untyped-call]
     step.synchronize()
 
 
@@ -61,3 +61,8 @@ def test_pages_of_another_size_or_dtype_are_converted_on_the_gpu(page_size: int)
             DevicePages(each, copies).write(payload.numpy(), PART, LAYOUT, table)
         on_gpu, on_cpu = (each.pages.values.float().cpu() for each in caches)
         assert torch.equal(on_gpu, on_cpu)
+
+
+def _compute(num_cycles: int) -> None:
+    """Keep the GPU busy in the stream of steps."""
+    torch.cuda._sleep(num_cycles)  # type: ignore[no-untyped-call]
