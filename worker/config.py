@@ -32,7 +32,8 @@ class WorkerConfig:
     dtype: str = "bfloat16"
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
-    device: str = "cpu"
+    device: str = "cpu"  # or cuda
+    gpu: int | None = None  # of those that its launcher may use, its own; None: on a CPU
     tensor_parallel_size: int = 1  # ranks that compute the model together, a process each
     page_size: int = 64  # as the dtype of the KV cache, it may differ between the roles
     num_pages: int | None = None  # None: sized from the memory that is free
@@ -55,7 +56,7 @@ class WorkerConfig:
     draft_quantization: Quantization = Quantization.NONE
     stream_layers: bool = True  # the KV of a prompt's last chunk leaves while its step runs
     slot_bytes: int = 4 << 20  # a staging slot, and so the largest frame
-    num_slots: int = 16  # staging slots of a decode worker
+    num_slots: int = 16  # staging slots of a decode worker, and of a prefill worker on a GPU
     prefix_cache_secret: str | None = None  # hexadecimal, the same for all; None: nothing is cached
 
     @property
