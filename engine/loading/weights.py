@@ -76,7 +76,7 @@ def load_model(
     held = checkpoint.quantized_as
     logger.info("matrices: %s%s", linears.explanation, f"; the files hold {held}" if held else "")
     weights = _Loader(linears, checkpoint.config, shard.vocabulary, selected).weights()
-    linears.check_used()
+    linears.finish()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
     return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops, group)
 
