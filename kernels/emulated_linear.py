@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pagewire.kernels import w8a8
 from pagewire.kernels.linear import floating
-from pagewire.kernels.ops import Activation
+from pagewire.kernels.ops import Activation, Linear
 from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
 
@@ -58,6 +58,10 @@ class EmulatedLinears:
     dtypes: tuple[torch.dtype, ...]
 
     @property
+    def expert_dtypes(self) -> tuple[torch.dtype, ...]:
+        return self.dtypes
+
+    @property
     def emulated(self) -> bool:
         return True
 
@@ -65,3 +69,6 @@ class EmulatedLinears:
         self, matrices: Sequence[QuantizedMatrix], bias: Tensor | None, dtype: torch.dtype
     ) -> EmulatedLinear:
         return EmulatedLinear(matrices=tuple(matrices), bias=bias, dtype=dtype)
+
+    def experts(self, gate_up: Sequence[Linear], down: Sequence[Linear]) -> None:
+        """One after another they are as slow."""

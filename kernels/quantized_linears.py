@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels import w4a16, w8a8
+from pagewire.kernels.experts import Experts
 from pagewire.kernels.ops import Linear
 from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
@@ -19,6 +20,10 @@ class QuantizedLinears(Protocol):
         """Of the numbers of matrices that it makes: int8, float8_e4m3fn or, for 4 bits, uint8."""
 
     @property
+    def expert_dtypes(self) -> Sequence[torch.dtype]:
+        """Those of `dtypes` that matrices of experts may have."""
+
+    @property
     def emulated(self) -> bool:
         """Whether they are slower than matrices in floating point."""
 
@@ -29,6 +34,9 @@ class QuantizedLinears(Protocol):
 
         All have numbers of one of `dtypes`, and `has_form` is true of each. bias: [out_features].
         """
+
+    def experts(self, gate_up: Sequence[Linear], down: Sequence[Linear]) -> Experts | None:
+        """All experts of a layer in one product, of what `linear` made; None: there is none."""
 
 
 def has_form(matrix: QuantizedMatrix) -> bool:

@@ -4,21 +4,24 @@ Every tensor is converted straight into its place in a fused matrix, one after a
 loading takes little more memory than the model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pagewire.engine.emulation import no_kernels
-from pagewire.engine.errors import ModelError
+from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint, Storage
 from pagewire.engine.loading.quantized_matrices import NUMBERS, QuantizedMatrices
 from pagewire.engine.quantization import Quantization
+from pagewire.kernels.experts import Experts
 from pagewire.kernels.float_linear import choose_float_kernel, float_linear
 from pagewire.kernels.int4_linear import concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear
+from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Linear
 from pagewire.kernels.select import SelectedOps
+from pagewire.kernels.sorted_experts import SortedExperts
 
 
 class LinearLoader:
@@ -110,6 +113,16 @@ class LinearLoader:
             return self._int4([module], None, torch.float32)
         return self._from_weight(embedding, None, storage, torch.float32)
 
+    def experts(self, gate_up: Sequence[Linear], down: Sequence[Linear]) -> Experts:
+        """All experts of a layer, of what `linear` made; in one product where there is one."""
+        selected, together = self._selected, None
+        dense = [each.weight for each in (*gate_up, *down) if isinstance(each, DenseLinear)]
+        if self._quantized is not None and selected.quantized_linears is not None:
+            together = selected.quantized_linears.experts(gate_up, down)
+        elif selected.group_experts is not None and len(dense) == 2 * len(down):
+            together = selected.group_experts(dense[: len(down)], dense[len(down) :])
+        return together or SortedExperts(gate_up=tuple(gate_up), down=tuple(down), ops=selected.ops)
+
     def finish(self) -> None:
         """Once all matrices are made: say what became of those of the files.
 
@@ -169,6 +182,12 @@ def _quantized_matrices(
     linears, numbers = selected.quantized_linears, NUMBERS.get(quantization)
     if linears is None or numbers is None or numbers not in linears.dtypes:
         return None
+    if checkpoint.config.mixture is not None and numbers not in linears.expert_dtypes:
+        choices = [name for name, dtype in NUMBERS.items() if dtype in linears.expert_dtypes]
+        raise KernelError(
+            f"quantization {quantization} has no kernels for mixtures of experts by "
+            f"{selected.explanation}; choose {' or '.join((*choices, 'none'))}"
+        )
     return QuantizedMatrices(checkpoint, linears, numbers, dtype)
 
 

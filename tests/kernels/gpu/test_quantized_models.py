@@ -104,6 +104,28 @@ def test_logits_and_greedy_tokens_are_those_of_the_emulation(
         tokens = [token]
 
 
+@pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.FP8])
+def test_mixtures_run_in_8_bits(quantization: Quantization, tmp_path: Path) -> None:
+    """With a shared expert, whose gate stays in floating point as the router does."""
+    make_model("qwen2 moe", tmp_path, num_hidden_layers=1)
+    runner = Runner.load(tmp_path, triton(quantization), quantization)
+    reference = Runner.load(tmp_path, emulated(), quantization)
+    error = relative_error(runner.logits(PROMPT, 0), reference.logits(PROMPT, 0))
+    assert error < ROUNDING[quantization]
+
+
+def test_mixtures_in_4_bits_are_refused(tmp_path: Path) -> None:
+    make_model("qwen3 moe", tmp_path)
+    with pytest.raises(KernelError, match=r"w4a16 .* mixtures of .*; choose int8 or fp8 or none"):
+        load_engine(
+            tmp_path,
+            dtype="float32",
+            num_pages=1,
+            kernels="triton",
+            quantization=Quantization.W4A16,
+        )
+
+
 @pytest.mark.parametrize("quantization", NUMBERS)
 def test_logits_are_close_to_those_of_the_dequantised_weights(
     quantization: Quantization, tmp_path: Path
