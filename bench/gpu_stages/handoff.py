@@ -4,10 +4,12 @@ Pages go through a staging buffer, as frames do. The tokens must be those of one
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from gpu_stages.ceilings import Ceilings
+from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement, above_floor
 from gpu_stages.random_model import random_model, runner_of
 from gpu_stages.scale import Scale
@@ -21,7 +23,11 @@ from pagewire.kernels.gpu.pages import PagePart, gather_pages, scatter_pages
 MAX_RATIO = 1 / 0.7  # of the bandwidth of the link, here the device's own memory
 
 
-def measure(scale: Scale, ceilings: Ceilings) -> Iterator[Measurement]:
+def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
+    yield Item(name="one process", measure=partial(_one_process, scale, ceilings))
+
+
+def _one_process(scale: Scale, ceilings: Ceilings) -> Iterator[Measurement]:
     sampling = SamplingParams(max_tokens=min(16, scale.num_parity_tokens))
     prompt = [7 * token % scale.model.vocab_size for token in range(scale.num_handed_over)]
     model = random_model(scale)

@@ -29,7 +29,7 @@ class Measurement:
 
 def without_time_goal(measured: Measurement) -> Measurement:
     """As on a device where times say nothing."""
-    return replace(measured, limit=None) if measured.unit == "ms" else measured
+    return replace(measured, floor=None, limit=None) if measured.unit == "ms" else measured
 
 
 def above_floor(
@@ -45,8 +45,10 @@ def table(result: Mapping[str, Any]) -> str:
     for stage in result["stages"]:
         measurements = [Measurement(**each) for each in stage["measurements"]]
         rows.extend(_row(stage["name"], each) for each in measurements)
-        if stage["error"]:
-            rows.append((stage["name"], stage["error"], ABSENT, ABSENT, ABSENT, "failed"))
+        for verdict, others in (("skipped", stage["skipped"]), ("failed", stage["failures"])):
+            for other in others:
+                what = f"{other['item']}: {other['reason']}"
+                rows.append((stage["name"], what, ABSENT, ABSENT, ABSENT, verdict))
     header = ("stage", "what", "value", "floor", "ratio", "pass")
     return f"Device: {result['device']}\n\n{markdown_table(header, rows)}"
 

@@ -1,10 +1,12 @@
 """Stage 3: decode steps and prompts of a whole model, sampling and the host's part included."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from gpu_stages.ceilings import Ceilings
+from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement, above_floor
-from gpu_stages.random_model import bytes_of_step, random_model, runner_of
+from gpu_stages.random_model import bytes_of_step, fill_with_noise, random_model, runner_of
 from gpu_stages.scale import Scale
 from gpu_stages.timing import wall_ms
 from pagewire.engine.batch import Batch, BatchRow
@@ -16,17 +18,23 @@ MAX_HOST_GAP_MS = 0.15
 GREEDY = SamplingParams()
 
 
-def measure(scale: Scale, ceilings: Ceilings) -> Iterator[Measurement]:
+def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
     most_pages = max(rows * -(-context // scale.page_size) for rows, context in scale.decode)
     longest = max(scale.prefill)
     model = random_model(scale)
     runner = runner_of(model, scale, max(most_pages, -(-longest // scale.page_size)))
-    runner.kv_cache.pool.zero_()
+    fill_with_noise(runner)
     runner.warm_up(max(rows for rows, _ in scale.decode))
     for num_rows, context in scale.decode:
-        yield from _decode(runner, scale, ceilings, num_rows, context)
+        yield Item(
+            name=f"decode, {num_rows} rows of {context}",
+            measure=partial(_decode, runner, scale, ceilings, num_rows, context),
+        )
     for num_tokens in scale.prefill:
-        yield _prefill(runner, scale, ceilings, num_tokens)
+        yield Item(
+            name=f"prompt of {num_tokens}",
+            measure=partial(_prefill, runner, scale, ceilings, num_tokens),
+        )
 
 
 def _decode(
@@ -66,7 +74,9 @@ def _decode(
     )
 
 
-def _prefill(runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_tokens: int) -> Measurement:
+def _prefill(
+    runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_tokens: int
+) -> Iterator[Measurement]:
     row = BatchRow(
         request_id="",
         token_ids=[token % runner.vocab_size for token in range(num_tokens)],
@@ -83,4 +93,4 @@ def _prefill(runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_tokens: 
     pairs = num_tokens * (num_tokens + 1) / 2
     attention = 4 * pairs * config.num_heads * config.head_dim * config.num_layers
     floor = ceilings.ms_to_compute(2 * layers * num_tokens + 2 * head + attention)
-    return above_floor(f"prompt of {num_tokens}", measured, floor, times=PREFILL_RATIO)
+    yield above_floor(f"prompt of {num_tokens}", measured, floor, times=PREFILL_RATIO)

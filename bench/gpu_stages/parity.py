@@ -1,7 +1,8 @@
 """Stage 5: tiny models of Hugging Face transformers give the same logits and greedy tokens."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -16,6 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement
 from gpu_stages.scale import Scale
 from pagewire.engine.aggregated import generate
@@ -36,23 +40,32 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,  # so large that the greedy choice depends on every token
     "tie_word_embeddings": False,
 }
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+MODELS: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
+    "Llama": lambda sizes: LlamaForCausalLM(LlamaConfig(**sizes)),
+    "Qwen3": lambda sizes: Qwen3ForCausalLM(Qwen3Config(**sizes)),
+    "Mixtral": lambda sizes: MixtralForCausalLM(
+        MixtralConfig(**sizes, **EXPERTS, num_local_experts=4)
+    ),
+    "Qwen3-MoE": lambda sizes: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**sizes, **EXPERTS, num_experts=4, moe_intermediate_size=32)
+    ),
+}
 
 
-def measure(scale: Scale) -> Iterator[Measurement]:
+def items(scale: Scale) -> Iterator[Item]:
+    for name in MODELS:
+        yield Item(name=name, measure=partial(_measure, name, scale))
+
+
+def _measure(name: str, scale: Scale) -> Iterator[Measurement]:
     torch.manual_seed(0)
-    sizes = {**SIZES, "num_hidden_layers": scale.num_parity_layers}
     with torch.device(scale.device):
-        models: dict[str, PreTrainedModel] = {
-            "Llama": LlamaForCausalLM(LlamaConfig(**sizes)),
-            "Qwen3": Qwen3ForCausalLM(Qwen3Config(**sizes)),
-            "Qwen3-MoE": Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **EXPERTS)),
-        }
-    for name, model in models.items():
-        model.train(False)
-        with tempfile.TemporaryDirectory() as directory:
-            model.save_pretrained(directory)
-            yield from _compare(name, model, Path(directory), scale)
+        model = MODELS[name]({**SIZES, "num_hidden_layers": scale.num_parity_layers})
+    model.train(False)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        yield from _compare(name, model, Path(directory), scale)
 
 
 def _compare(name: str, model: PreTrainedModel, path: Path, scale: Scale) -> Iterator[Measurement]:
