@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pagewire.engine.batch import Batch, BatchRow, StepResult
+from pagewire.engine.launched_step import LaunchedStep
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.token_history import TokenHistory
@@ -28,15 +29,18 @@ class _Generation:
             bool(self.output) and self.output[-1] in self.sampling.stop_token_ids
         )
 
-    def decode_row(self) -> BatchRow:
+    def decode_row(self, follows: int | None = None) -> BatchRow:
+        """`follows`: its row in the step launched before, whose token is not known yet."""
+        num_tokens = len(self.output) + (follows is not None)
         return BatchRow(
             request_id="",
             token_ids=self.output[-1:],
-            start=len(self.prompt) + len(self.output) - 1,
+            start=len(self.prompt) + num_tokens - 1,
             page_table=self.page_table,
             sampling=self.sampling,
-            output_position=len(self.output),
+            output_position=num_tokens,
             history=self.history,
+            follows=follows,
         )
 
 
@@ -46,20 +50,48 @@ def generate(
     sampling: SamplingParams,
     *,
     chunk_size: int = 512,
+    overlapped: bool = False,
 ) -> list[list[int]]:
     """The output tokens of each prompt; a stop token that ended one is its last.
 
     All prompts are prefilled one after another, `chunk_size` tokens a step, and then decoded
-    together. Overwrites the whole KV cache. Raises ValueError when it is too small for all of them
-    at once.
+    together. With `overlapped` a decode step is launched before the tokens of the one before are
+    read, which changes none of them. Overwrites the whole KV cache. Raises ValueError when it is
+    too small for all of them at once.
     """
     generations = _with_pages(runner, prompts, sampling)
     for generation in generations:
         _prefill(runner, generation, chunk_size)
+    if overlapped:
+        _decode_ahead(runner, generations)
     while running := [generation for generation in generations if not generation.finished]:
         batch = Batch(rows=tuple(generation.decode_row() for generation in running))
         _append(running, runner.execute(batch))
     return [generation.output for generation in generations]
+
+
+def _decode_ahead(runner: ModelRunner, generations: Sequence[_Generation]) -> None:
+    """Decode to the end, one step ahead of what is known.
+
+    So a stop token is found only when the step behind it runs: what that one samples is void.
+    """
+    running: list[_Generation] = []  # rows of `step`, whose tokens are not known
+    step: LaunchedStep | None = None
+    while True:
+        row_of = {id(generation): row for row, generation in enumerate(running)}
+        ahead = [
+            generation
+            for generation in generations
+            if not generation.finished
+            and len(generation.output) + (id(generation) in row_of) < generation.sampling.max_tokens
+        ]
+        rows = tuple(generation.decode_row(row_of.get(id(generation))) for generation in ahead)
+        launched = runner.launch(Batch(rows=rows), previous=step) if rows else None
+        if step is not None:
+            _append(running, step.wait())
+        if launched is None:
+            return
+        running, step = ahead, launched
 
 
 def _with_pages(
@@ -99,6 +131,8 @@ def _prefill(runner: ModelRunner, generation: _Generation, chunk_size: int) -> N
 
 def _append(generations: Sequence[_Generation], result: StepResult) -> None:
     for generation, tokens in zip(generations, result.tokens, strict=True):
+        if generation.finished:
+            continue
         generation.output += tokens
         if generation.history is not None:
             for token in tokens:

@@ -29,6 +29,9 @@ class BatchRow:
     sampling: SamplingParams | None  # None: a chunk that is not the last; nothing is sampled
     output_position: int = 0  # of the token that is sampled, counted in output tokens
     history: TokenHistory | None = None  # prompt and output; set where `sampling` has penalties
+    # Index of the row, in the step launched before, whose sampled token this row runs. The host may
+    # not know it yet: it is not in `history`, and another stands in its place in `token_ids`.
+    follows: int | None = None
     num_drafts: int = 0  # how many of `token_ids`, the last ones, are proposed and not sampled
     draft_work: DraftWork | None = None  # for a draft model, which adds drafts to `token_ids`
     # One more token for each, from the same logits: the other choices of a prompt. Without drafts.

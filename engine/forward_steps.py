@@ -6,7 +6,7 @@ that check drafts are recorded too, where a recording needs no rows of padding.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,18 +43,19 @@ class ForwardSteps:
         self._recorder = model.ops.recorder if model.group.is_recordable else None
         self._recorded: dict[int, _RecordedStep] = {}  # by number of tokens, those of padding too
 
-    def warm_up(self, max_rows: int) -> None:
+    def warm_up(self, max_rows: int) -> Iterator[tuple[StepRecorder, Tensor]]:
         """Record the steps of up to so many rows that can be recorded before there are any.
 
-        The largest first: smaller ones then compute in its memory.
+        The largest first: smaller ones then compute in its memory. Yields, after each, what
+        recorded it and where its logits always lie, [its number of rows, vocab_size].
         """
-        if self._recorder is None:
-            return
-        buckets = self._recorder.buckets
-        largest = bucket_of(max_rows, buckets) or max(buckets)
+        buckets = self._recorder.buckets if self._recorder else ()
+        largest = bucket_of(max_rows, buckets) or max(buckets, default=0)
         for size in reversed(buckets):
             if size <= largest and self._recorder is not None:
-                self._record(self._padding(size), self._recorder)
+                logits = self._record(self._padding(size), self._recorder)
+                if logits is not None:
+                    yield self._recorder, logits
 
     def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """The logits of a step, as `LlamaModel.forward`; void at the next step."""

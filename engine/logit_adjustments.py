@@ -6,13 +6,23 @@ All of it is sparse: (row, token) pairs of the whole batch, gathered, changed an
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pagewire.engine.host_copies import to_device
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.token_history import TokenHistory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class UnreadTokens:
+    """The last token of some sequences, which the host, and so their histories, do not know yet."""
+
+    rows: frozenset[int]
+    tokens: Tensor  # int64 [num_rows], on the device; of other rows than `rows` it is not read
 
 
 class LogitAdjustments:
@@ -32,9 +42,10 @@ class LogitAdjustments:
             if row.min_tokens
             for token in sorted(row.stop_token_ids)
         ]
-        self._stop_places = self._places((row, token) for row, token, _ in early)  # [num_stops]
-        self._stop_rows = self._ints([row for row, _, _ in early])
-        self._stop_from = self._ints([num_tokens for _, _, num_tokens in early])
+        # [num_stops] each, on the host: which of them come too early depends on the step.
+        self._stop_places = np.array([row * vocab_size + token for row, token, _ in early], int)
+        self._stop_rows = np.array([row for row, _, _ in early], int)
+        self._stop_from = np.array([num_tokens for _, _, num_tokens in early], int)
         self._penalized = [index for index, row in enumerate(params) if row.has_penalties]
         self._presence = self._floats([row.presence_penalty for row in params])  # [num_rows]
         self._frequency = self._floats([row.frequency_penalty for row in params])
@@ -43,13 +54,18 @@ class LogitAdjustments:
 
     @contextmanager
     def applied(
-        self, logits: Tensor, positions: Sequence[int], histories: Sequence[TokenHistory | None]
+        self,
+        logits: Tensor,
+        positions: Sequence[int],
+        histories: Sequence[TokenHistory | None],
+        unread: UnreadTokens | None = None,
     ) -> Iterator[None]:
         """Within it `logits` have bias, then penalties, and no stop tokens that come too early.
 
         Afterwards they have the values that they had before: to put few numbers back is cheaper
         than a copy of all. logits: float32 [num_rows, vocab_size], contiguous; positions: counted
-        in output tokens; histories: of each row, not None for one with penalties.
+        in output tokens; histories: of each row, not None for one with penalties; unread: tokens
+        that they lack.
         """
         edits = _Edits(logits)
         try:
@@ -57,39 +73,76 @@ class LogitAdjustments:
                 values = edits.read(self._bias_places)
                 edits.write(self._bias_places, values, values + self._bias)
             if self._penalized:
-                self._penalize(edits, [histories[index] for index in self._penalized])
-            if len(self._stop_places):
-                is_early = self._ints(positions)[self._stop_rows] < self._stop_from
-                places = self._stop_places[is_early]
+                self._penalize(edits, self._pairs(histories, unread))
+            is_early = np.asarray(positions)[self._stop_rows] < self._stop_from
+            if is_early.any():
+                places = self._ints(self._stop_places[is_early])
                 values = edits.read(places)
                 edits.write(places, values, torch.full_like(values, -math.inf))
             yield
         finally:
             edits.undo()
 
-    def _penalize(self, edits: "_Edits", histories: Sequence[TokenHistory | None]) -> None:
+    def _pairs(
+        self, histories: Sequence[TokenHistory | None], unread: UnreadTokens | None
+    ) -> "_Pairs":
+        """What the sequences with penalties hold, `unread` included."""
+        known = [history for row in self._penalized if (history := histories[row]) is not None]
+        assert len(known) == len(self._penalized), "a row with penalties has a history"
+        pairs = _Pairs(
+            rows=self._ints(np.repeat(self._penalized, [len(each.token_ids) for each in known])),
+            tokens=self._ints(np.concatenate([each.token_ids for each in known])),
+            counts=self._floats(np.concatenate([each.output_counts for each in known])),
+        )
+        rows = [row for row in self._penalized if unread is not None and row in unread.rows]
+        if unread is None or not rows:
+            return pairs
+        return pairs.with_tokens(self._ints(rows), unread.tokens)
+
+    def _penalize(self, edits: "_Edits", pairs: "_Pairs") -> None:
         """Penalties as OpenAI defines the first two, and Keskar et al. 2019 repetition's."""
-        known = [history for history in histories if history is not None]
-        assert len(known) == len(histories), "a row with penalties has a history"
-        lengths = [len(history.token_ids) for history in known]
-        row_of_pair = np.repeat(self._penalized, lengths)
-        token_ids = np.concatenate([history.token_ids for history in known])
-        places = self._ints(row_of_pair * self._vocab_size + token_ids)  # [num_pairs]
-        rows = self._ints(row_of_pair)
-        counts = self._floats(np.concatenate([history.output_counts for history in known]))
-        values, repetition = edits.read(places), self._repetition[rows]
+        places = pairs.rows * self._vocab_size + pairs.tokens  # [num_pairs]
+        values, repetition = edits.read(places), self._repetition[pairs.rows]
         changed = torch.where(values > 0, values / repetition, values * repetition)
-        changed -= self._frequency[rows] * counts + self._presence[rows] * (counts > 0)
+        presence = self._presence[pairs.rows] * (pairs.counts > 0)
+        changed -= self._frequency[pairs.rows] * pairs.counts + presence
         edits.write(places, values, changed)
 
     def _places(self, pairs: Iterable[tuple[int, int]]) -> Tensor:
         return self._ints([row * self._vocab_size + token for row, token in pairs])
 
     def _ints(self, values: Sequence[int] | np.ndarray) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int64, device=self._device)
+        return to_device(np.asarray(values, np.int64), self._device)
 
     def _floats(self, values: Sequence[float] | np.ndarray) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=self._device)
+        return to_device(np.asarray(values, np.float32), self._device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pairs:
+    """Tokens that sequences hold."""
+
+    rows: Tensor  # int64 [num_pairs]
+    tokens: Tensor  # int64 [num_pairs]
+    counts: Tensor  # float32 [num_pairs], in the output
+
+    def with_tokens(self, rows: Tensor, tokens: Tensor) -> "_Pairs":
+        """One more token for some of the sequences; a pair that is there already comes twice.
+
+        rows: int64 [num_new], distinct; tokens: int64 [num_rows]. Nothing of them is read.
+        """
+        new = tokens[rows]  # [num_new]
+        of_row = torch.full_like(tokens, -1).index_copy_(0, rows, new)
+        is_same = of_row[self.rows] == self.tokens
+        counts = self.counts + is_same
+        # Of each row one pair at most is the same, so the sum is that one's count.
+        total = torch.zeros_like(of_row, dtype=torch.float32)
+        total.index_add_(0, self.rows, counts * is_same)
+        return _Pairs(
+            rows=torch.cat((self.rows, rows)),
+            tokens=torch.cat((self.tokens, new)),
+            counts=torch.cat((counts, total[rows].clamp_(min=1.0))),
+        )
 
 
 class _Edits:
@@ -104,7 +157,7 @@ class _Edits:
         return self._logits.index_select(0, places)
 
     def write(self, places: Tensor, before: Tensor, after: Tensor) -> None:
-        """Overwrite distinct places, which hold `before`."""
+        """Overwrite places, which hold `before`; equal ones by equal numbers."""
         self._before.append((places, before))
         self._logits.index_copy_(0, places, after)
 

@@ -1,15 +1,24 @@
 """Log probabilities of a step's rows, in the form that schedulers pass on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from pagewire.engine.batch import TokenLogprobs
+from pagewire.engine.host_copies import HostCopy
 from pagewire.kernels.ops import Logprobs
 
 
-def token_logprobs(values: Logprobs, num_top: Sequence[int]) -> list[tuple[TokenLogprobs, ...]]:
-    """One entry a row, with as many of the most likely tokens as `num_top` says of it."""
-    columns = (values.sampled.tolist(), values.top_ids.tolist(), values.top.tolist(), num_top)
-    return [
-        (TokenLogprobs(logprob=logprob, top=tuple(zip(ids[:count], top[:count], strict=True))),)
-        for logprob, ids, top, count in zip(*columns, strict=True)
-    ]
+class PendingLogprobs:
+    """Log probabilities on their way to the host."""
+
+    def __init__(self, values: Logprobs, num_top: Mapping[int, int]) -> None:
+        """`num_top`: how many tokens each row of `values` asked for, by its index in the step."""
+        self._copies = tuple(map(HostCopy, (values.sampled, values.top_ids, values.top)))
+        self._num_top = num_top
+
+    def wait(self) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """By index in the step, one entry each, once they are there."""
+        columns = (copy.wait().tolist() for copy in self._copies)
+        return {
+            row: (TokenLogprobs(logprob=logprob, top=tuple(zip(ids[:n], top[:n], strict=True))),)
+            for (row, n), logprob, ids, top in zip(self._num_top.items(), *columns, strict=True)
+        }

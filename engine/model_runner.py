@@ -1,28 +1,26 @@
 """Runs one Batch: lays its rows out as tensors, calls the model, samples."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pagewire.engine.batch import (
-    Batch,
-    BatchRow,
-    OnLayersDone,
-    PageCopy,
-    StepResult,
-    TokenLogprobs,
-)
+from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, PageCopy, StepResult
 from pagewire.engine.forward_steps import ForwardSteps
+from pagewire.engine.host_copies import to_device
 from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.launched_step import LaunchedStep
+from pagewire.engine.logit_adjustments import UnreadTokens
 from pagewire.engine.models.llama import LlamaModel
 from pagewire.engine.parallel.rank_group import RankLost
 from pagewire.engine.parallel.tensor_parallel import Followers
-from pagewire.engine.sampler import SampledTokens, Sampler
+from pagewire.engine.sampler import Sampler
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.engine.speculative import num_accepted
 from pagewire.engine.step_inputs import InputLimits, prepare
 from pagewire.engine.step_memory import StepInputs, StepMemory
+from pagewire.engine.token_feed import feed
 from pagewire.kv_transfer.layout import KVLayout
 
 
@@ -74,18 +72,41 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, max_batch_size: int) -> None:
         """Prepare what can be for decode steps of so many rows, so that no request waits for it."""
-        self._steps.warm_up(max_batch_size)
+        for recorder, logits in self._steps.warm_up(max_batch_size):
+            self._sampler.record(recorder, logits)
 
     def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
-        """Copy pages, run a step and sample. Raises ValueError and RankLost as `forward` does.
+        """As `launch`, and wait for what was sampled. Raises LogitsError too, a ValueError."""
+        return self.launch(batch, on_layers_done).wait()
 
-        `on_layers_done` is called in this thread at the `layer_group_ends` of the batch, for memory
-        that this thread writes: what a GPU was told to compute may not be there yet.
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may follow one whose tokens the host does not know: of one rank only."""
+        return self.model.group.size == 1
+
+    @torch.inference_mode()
+    def launch(
+        self,
+        batch: Batch,
+        on_layers_done: OnLayersDone | None = None,
+        *,
+        previous: LaunchedStep | None = None,
+    ) -> LaunchedStep:
+        """Copy pages, run a step and sample; a GPU is told to, and nobody waits for it.
+
+        Rows may follow those of `previous`, the step launched before. `on_layers_done` is called in
+        this thread at the `layer_group_ends` of the batch, for memory that this thread writes: what
+        a GPU was told to compute may not be there yet. Raises ValueError and RankLost as `forward`
+        does.
         """
         if batch.copies:
             self._followers.copy_pages(batch.copies)
             self.copy_pages(batch.copies)
-        logits = self.forward(batch, on_layers_done)
+        inputs = prepare(batch.rows, self._limits, self._step_memory)
+        unread = feed(batch.rows, inputs.token_ids, previous)
+        if unread is not None:
+            inputs = self._fed(inputs, unread)
+        logits = self._forward(inputs, batch, on_layers_done)
         sampled = [
             (params, row.output_position + index, row.history)
             for row in batch.rows
@@ -93,10 +114,11 @@ class ModelRunner:
             for index, params in _samples(row, row.sampling)
         ]
         if not sampled:
-            return StepResult(tokens=((),) * len(batch.rows))
+            return LaunchedStep(batch=batch, sampled=None)
         params, positions, histories = zip(*sampled, strict=True)
         logits = _for_siblings(logits, batch.rows)
-        return _by_row(batch, self._sampler.sample(logits, params, positions, histories))
+        tokens = self._sampler.launch(logits, params, positions, histories, unread)
+        return LaunchedStep(batch=batch, sampled=tokens)
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Make copies on this rank, and wait until all ranks have made theirs.
@@ -116,6 +138,16 @@ class ModelRunner:
         RankLost once the ranks of the group are out of step.
         """
         inputs = prepare(batch.rows, self._limits, self._step_memory)
+        return self._forward(inputs, batch, on_layers_done)
+
+    def _fed(self, inputs: StepInputs, unread: UnreadTokens) -> StepInputs:
+        if not self.runs_ahead:
+            raise ValueError("rows follow others, whose tokens the other ranks do not know")
+        return replace(inputs, token_ids=unread.tokens)
+
+    def _forward(
+        self, inputs: StepInputs, batch: Batch, on_layers_done: OnLayersDone | None
+    ) -> Tensor:
         on_layer = _at_ends(batch.layer_group_ends, on_layers_done)
         if self.model.group.size == 1:
             return self.run(inputs, on_layer)
@@ -158,26 +190,5 @@ def _for_siblings(logits: Tensor, rows: Sequence[BatchRow]) -> Tensor:
     counts = [
         1 + len(row.siblings) for row in rows if row.sampling for _ in range(row.num_drafts + 1)
     ]
-    return logits.repeat_interleave(torch.tensor(counts, device=logits.device), dim=0)
-
-
-def _by_row(batch: Batch, sampled: SampledTokens) -> StepResult:
-    """The sampled tokens of each row, up to the first that is not the draft in its place.
-
-    Those of siblings, who have no drafts, are all kept.
-    """
-    tokens: list[tuple[int, ...]] = []
-    logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-    start = 0
-    for index, row in enumerate(batch.rows):
-        if not row.sampling:
-            tokens.append(())
-            continue
-        mine = sampled.token_ids[start : start + row.num_samples]
-        drafts = row.token_ids[len(row.token_ids) - row.num_drafts :]
-        kept = num_accepted(drafts, mine) + 1 + len(row.siblings)
-        tokens.append(tuple(mine[:kept]))
-        if row.sampling.num_logprobs is not None:
-            logprobs[index] = tuple(sampled.logprobs[start + i][0] for i in range(kept))
-        start += row.num_samples
-    return StepResult(tokens=tuple(tokens), logprobs=logprobs)
+    repeats = to_device(np.array(counts), logits.device)
+    return logits.repeat_interleave(repeats, dim=0, output_size=sum(counts))

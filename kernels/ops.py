@@ -14,6 +14,7 @@ from torch import Tensor
 from pagewire.kernels.kv_pool import KVPool
 
 NO_SLOT = -1  # of a token of padding: its KV is stored nowhere
+FAULTY = -1  # in place of the token of a row of logits from which none can be chosen
 GROUP = 32  # input features with a scale of their own, in activations and in quantised weights
 
 
@@ -168,12 +169,13 @@ class SamplingPlan(Protocol):
     """The choice of tokens for a batch of the same composition, prepared once for many steps."""
 
     def run(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The token of each row, int64 [num_rows], on the host, which waits for them.
+        """The token of each row, int64 [num_rows]; FAULTY where NaN or no finite maximum is.
 
+        They are where the logits are, and nobody waits for them.
         logits: float32 [num_rows, vocab_size], contiguous; uniform: float64 [num_rows], a random
         number of [0, 1) a row, which says at which share of the cumulative probability, in the
         order of token ids, the token lies. Implementations agree unless that share, or a threshold,
-        lies within the rounding of float32 sums. Raises LogitsError.
+        lies within the rounding of float32 sums.
         """
 
 

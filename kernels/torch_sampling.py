@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels import vocabulary_blocks
-from pagewire.kernels.ops import LogitsError, Logprobs, SamplingRows
+from pagewire.kernels.ops import FAULTY, Logprobs, SamplingRows
 from pagewire.kernels.truncation import Truncation
 
 
@@ -26,14 +26,15 @@ class TorchSamplingPlan:
     def run(self, logits: Tensor, uniform: Tensor) -> Tensor:
         highest, tokens = vocabulary_blocks.maximum(logits)
         is_faulty = ~highest.isfinite()
-        if is_faulty.any():
-            raise LogitsError(is_faulty.nonzero()[:, 0].tolist())
+        if is_faulty.any():  # drawn all the same, but not from what cannot be searched
+            logits = logits.masked_fill(is_faulty[:, None], 0.0)
+            highest = highest.masked_fill(is_faulty, 0.0)
         if self._all_drawn:
-            return self._draw(logits, highest, uniform).cpu()
-        if len(self._drawn):
+            tokens = self._draw(logits, highest, uniform)
+        elif len(self._drawn):
             rows = self._drawn
             tokens[rows] = self._draw(logits[rows], highest[rows], uniform[rows])
-        return tokens.cpu()
+        return tokens.masked_fill_(is_faulty, FAULTY)
 
     def _draw(self, logits: Tensor, highest: Tensor, uniform: Tensor) -> Tensor:
         # Differences to the maximum first: a tiny temperature gives 0 and -inf, never inf - inf.

@@ -15,11 +15,11 @@ from pagewire.kernels.gpu.truncation import Truncation
 from pagewire.kernels.gpu.variant import Variant
 from pagewire.kernels.gpu.vocabulary_softmax import (
     BLOCK,
-    FAULTY,
     LAUNCH,
     VocabularySoftmax,
     weight,
 )
+from pagewire.kernels.ops import FAULTY
 
 
 @triton.jit

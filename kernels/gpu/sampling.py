@@ -10,27 +10,20 @@ from pagewire.kernels.gpu.arguments import require
 from pagewire.kernels.gpu.inverse_cdf import draw
 from pagewire.kernels.gpu.truncation import truncate
 from pagewire.kernels.gpu.vocabulary_softmax import vocabulary_softmax
-from pagewire.kernels.ops import LogitsError, Logprobs, SamplingRows
+from pagewire.kernels.ops import Logprobs, SamplingRows
 
 
 class TritonSamplingPlan:
-    """Implements `pagewire.kernels.ops.SamplingPlan`."""
+    """Implements `pagewire.kernels.ops.SamplingPlan`.
+
+    Reads the parameters when it runs: a graph follows what is written to them. Runs raise
+    KernelArgumentError for tensors that are not as `SamplingPlan.run` says.
+    """
 
     def __init__(self, rows: SamplingRows) -> None:
         self._rows = rows
 
     def run(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        tokens = self.choose(logits, uniform).cpu()
-        is_faulty = tokens < 0
-        if is_faulty.any():
-            raise LogitsError(is_faulty.nonzero()[:, 0].tolist())
-        return tokens
-
-    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """As `run`, without waiting for the device: -1 stands for a row that `run` would refuse.
-
-        Raises KernelArgumentError for tensors that are not as `run` says.
-        """
         rows = self._rows
         require(
             logits.shape[-1] == rows.vocab_size,

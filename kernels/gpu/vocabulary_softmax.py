@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pagewire.kernels.gpu.arguments import require_array
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
+from pagewire.kernels.ops import FAULTY
 
 BLOCK = 4096  # tokens that a program looks at at a time
 LAUNCH = LaunchConfig(num_warps=16)
-FAULTY = -1  # the token of a row that holds NaN, or has no finite maximum
 
 _LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # unlike -inf it can be subtracted
 

@@ -29,7 +29,7 @@ def greedy_case(setting: Setting) -> KernelCase:
     rows = _sampling_rows(logits, temperature=0.0)
     numbers = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
     return KernelCase(
-        run=lambda: TritonSamplingPlan(rows).choose(logits, numbers),
+        run=lambda: TritonSamplingPlan(rows).run(logits, numbers),
         expected=lambda: logits.cpu().argmax(dim=-1),
         num_bytes=logits.nbytes,
         max_ratio=2.0,
@@ -52,7 +52,7 @@ def sampling_case(setting: Setting) -> KernelCase:
         return torch.stack(tokens)
 
     return KernelCase(
-        run=lambda: TritonSamplingPlan(rows).choose(logits, numbers),
+        run=lambda: TritonSamplingPlan(rows).run(logits, numbers),
         expected=expected,
         num_bytes=logits.nbytes,
         max_ratio=2.0,

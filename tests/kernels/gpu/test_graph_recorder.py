@@ -4,6 +4,7 @@ On a CPU the step itself runs in place of its graph, on the same fixed tensors.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.parallel.tensor_parallel import NoFollowers
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.engine.token_history import TokenHistory
 from pagewire.kernels.gpu.graph_recorder import BUCKETS, GraphRecorder
 from pagewire.kernels.ops import NotRecordableError, Recording
 from pagewire.kernels.triton_ops import TritonOps, find_gpu
@@ -106,11 +108,37 @@ def test_steps_are_recorded_before_there_are_any(tmp_path: Path) -> None:
     runner = load(tmp_path, "float32", captures)
     before = runner.kv_cache.pool.clone()
     runner.warm_up(3)
-    assert captures.count == 3  # 4, 2 and 1 rows
+    assert captures.count == 6  # the model and the choice of tokens, for 4, 2 and 1 rows
     assert torch.equal(runner.kv_cache.pool, before)
-    runner.forward(decode(0, 0, 0))
-    runner.forward(decode(1))
-    assert captures.count == 3
+    runner.execute(decode(0, 0, 0))
+    runner.execute(decode(1))
+    assert captures.count == 6
+
+
+def test_recorded_sampling_takes_the_parameters_of_every_batch(tmp_path: Path) -> None:
+    make_model("llama", tmp_path, num_hidden_layers=1)
+    recorded, plain = load(tmp_path, "float32", Captures()), load(tmp_path, "float32", None)
+    recorded.warm_up(4)
+    drawn = SamplingParams(temperature=2.0, seed=7)
+    few = SamplingParams(temperature=1.0, top_k=9, top_p=0.9, min_p=0.01, seed=8)
+    penalized = SamplingParams(repetition_penalty=1.5, logit_bias=((4, 3.0),), num_logprobs=2)
+    greedy = SamplingParams()
+    # Buckets of 4, 1 and 2, full or not, and each more than once.
+    for step, params in enumerate(
+        [(drawn, few, greedy), (greedy,), (penalized, drawn), (few,), (drawn, few, greedy, few)]
+    ):
+        rows = tuple(
+            replace(
+                row,
+                sampling=sampling,
+                output_position=step,
+                history=TokenHistory.for_params(sampling, [3, 5], [5]),
+            )
+            for row, sampling in zip(decode(*(step,) * len(params)).rows, params, strict=True)
+        )
+        result, expected = recorded.execute(Batch(rows=rows)), plain.execute(Batch(rows=rows))
+        assert result.tokens == expected.tokens
+        assert list(result.logprobs) == list(expected.logprobs)
 
 
 def test_a_step_that_is_recorded_makes_no_padding(
