@@ -26,7 +26,7 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.followers import FollowerProcesses, follower_processes
-from pagewire.worker.load import load_worker_engine
+from pagewire.worker.load import copy_stream, load_worker_engine
 from pagewire.worker.sessions import RegistrationRefused
 from pagewire.worker.shell import new_model_thread
 from pagewire.worker.tasks import first_of
@@ -83,6 +83,7 @@ async def _load(
     parallel = await loop.run_in_executor(model_thread, followers.join) if followers else None
     runner = await loop.run_in_executor(model_thread, load_worker_engine, config, parallel)
     shards = followers.shards(runner) if followers else None
+    copies = copy_stream(config)
     incarnation = secrets.token_bytes(16)
     if config.role is Role.PREFILL:
         return PrefillWorker(
@@ -90,6 +91,7 @@ async def _load(
             incarnation=incarnation,
             runner=runner,
             shards=shards,
+            copies=copies,
             model_thread=model_thread,
             on_state=on_state,
             failpoint=failpoint,
@@ -102,6 +104,7 @@ async def _load(
         incarnation=incarnation,
         runner=runner,
         shards=shards,
+        copies=copies,
         speculation=speculation,
         draft_model=draft_model,
         model_thread=model_thread,

@@ -4,10 +4,14 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, OnLayersDone, StepResult
+from pagewire.engine.copy_stream import CopyStream
+from pagewire.engine.device_pages import DevicePages
 from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
@@ -20,8 +24,8 @@ from pagewire.worker.effects import Scatter, Verify
 from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.frames import FrameWriter, PageWriter
 from pagewire.worker.interval import Interval
-from pagewire.worker.sharded_frames import ShardedFrameWriter
 from pagewire.worker.shell import WorkerShell
+from pagewire.worker.slot_frames import SlotFrameWriter
 
 
 class DecodeWorker(WorkerShell[DecodeCore]):
@@ -34,13 +38,15 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         incarnation: bytes,
         runner: ModelRunner,
         shards: KVShards | None = None,
+        copies: CopyStream | None = None,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         failpoint: Failpoint | None = None,
     ) -> None:
-        """`shards`: the pages of all ranks, where `runner` is one of several.
+        """`shards`: the pages of all ranks, where `runner` is one of several. `copies`: what
+        reaches its pages, where they are on a device.
 
         `draft_model` makes the drafts that `speculation` asks for.
         """
@@ -60,19 +66,13 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             config=config,
             core=core,
             runner=runner,
-            reader=None,
             model_thread=model_thread,
             on_state=on_state,
             failpoint=failpoint,
         )
         self._draft_model = draft_model
         runner.warm_up(config.max_batch_size)
-        num_slots, slot_bytes = config.num_slots, config.slot_bytes
-        self._writer: PageWriter
-        if shards is None:
-            self._writer = FrameWriter(runner.kv_cache, num_slots=num_slots, slot_bytes=slot_bytes)
-        else:
-            self._writer = ShardedFrameWriter(shards, num_slots=num_slots, slot_bytes=slot_bytes)
+        self._writer = _page_writer(config, runner, shards, copies)
 
     def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         frame = decode(header)
@@ -115,3 +115,16 @@ class DecodeWorker(WorkerShell[DecodeCore]):
                 self.io_thread, self._writer.is_sound, effect.frame
             )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.clock()))
+
+
+def _page_writer(
+    config: WorkerConfig, runner: ModelRunner, shards: KVShards | None, copies: CopyStream | None
+) -> PageWriter:
+    """Frames land in pages, unless these are of several ranks or on a device."""
+    num_slots, slot_bytes = config.num_slots, config.slot_bytes
+    if copies is not None:
+        slots = copies.host_memory(num_slots * slot_bytes).view(num_slots, slot_bytes)
+        return SlotFrameWriter(DevicePages(runner.kv_cache, copies), slots.numpy())
+    if shards is not None:
+        return SlotFrameWriter(shards, np.empty((num_slots, slot_bytes), dtype=np.uint8))
+    return FrameWriter(runner.kv_cache, num_slots=num_slots, slot_bytes=slot_bytes)

@@ -4,7 +4,8 @@ EngineError
 ├── ModelError         the files of a model are missing, damaged or of a kind that is not supported
 ├── MemoryBudgetError  the KV cache does not fit in the memory that is free
 ├── KernelError        the kernels that were asked for cannot run here
-└── DeviceMemoryError  the KV cache lies where transports do not reach it
+├── DeviceError        the device that was asked for is not there
+└── DeviceMemoryError  bytes of a KV cache were asked for that are not in host memory
 """
 
 
@@ -24,5 +25,9 @@ class KernelError(EngineError):
     """The kernels that were asked for cannot run here."""
 
 
+class DeviceError(EngineError):
+    """The device that was asked for is not there."""
+
+
 class DeviceMemoryError(EngineError):
-    """The KV cache lies where transports do not reach it."""
+    """Bytes of a KV cache were asked for that are not in host memory."""

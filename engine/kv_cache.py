@@ -50,14 +50,14 @@ class KVCache:
             self.pool[destination].copy_(self.pool[source])
 
     def buffer(self) -> memoryview:
-        """The pool as the transfer code sees it: writable bytes, page after page.
+        """The pool as transports see it: writable bytes, page after page.
 
         Raises DeviceMemoryError when the pool is not in host memory.
         """
         if self.pool.device.type != "cpu":
             raise DeviceMemoryError(
-                f"the KV cache is on {self.pool.device}, and frames are read from and written to "
-                "host memory only; start the worker with device cpu"
+                f"the KV cache is on {self.pool.device}, where the host cannot read it; copy its "
+                "pages, as DevicePages does"
             )
         return self.pool.view(-1).numpy().data
 

@@ -7,15 +7,13 @@ bits K and V are converted as the operations of a model do it.
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from pagewire.engine.kv_cache import KVCache, view_pages
-from pagewire.kernels.kv_pool import KVPool, quantize_vectors
+from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.kv_convert import KVConversion
 from pagewire.kv_transfer.layout import FrameRange, KVLayout
-from pagewire.kv_transfer.retile import plan_scatter, slot_runs
+from pagewire.kv_transfer.retile import plan_scatter
 
 Bytes = npt.NDArray[np.uint8]
-Index = tuple[int | slice, ...]
 
 
 class KVScatter:
@@ -28,7 +26,7 @@ class KVScatter:
         """
         self._heads = heads
         self._layout = cache.layout
-        self._pages = cache.pages
+        self._conversion = KVConversion(cache.pages, cache.layout, heads)
         self._bytes: Bytes = np.frombuffer(cache.buffer(), dtype=np.uint8)
 
     def write(
@@ -42,7 +40,7 @@ class KVScatter:
         if source.dtype == self._layout.dtype:
             self._copy(payload, part, source, page_table)
         else:
-            self._convert(payload, part, source, page_table)
+            self._conversion.write(torch.from_numpy(payload), part, source, page_table)
 
     def _copy(
         self, payload: Bytes, part: FrameRange, source: KVLayout, page_table: tuple[int, ...]
@@ -53,40 +51,9 @@ class KVScatter:
             into = _window(self._bytes, run.target, shape, (*plan.target_strides, 1))
             into[...] = _window(payload, run.source, shape, (*plan.source_strides, 1))
 
-    def _convert(
-        self, payload: Bytes, part: FrameRange, source: KVLayout, page_table: tuple[int, ...]
-    ) -> None:
-        data = torch.from_numpy(payload).view(part.num_pages, -1)
-        incoming = view_pages(data, source, num_layers=part.num_layers)
-        layers = slice(part.first_layer, part.first_layer + part.num_layers)
-        everything = slice(None)
-        heads = slice(self._heads.start, self._heads.stop) if self._heads else everything
-        for run in slot_runs(part, source, self._layout, page_table):
-            source_slots = slice(run.source_slot, run.source_slot + run.num_slots)
-            slots = slice(run.slot, run.slot + run.num_slots)
-            vectors = _load(
-                incoming, (run.source_page, everything, heads, everything, source_slots)
-            )
-            self._store(vectors, (run.page, layers, everything, everything, slots))
-
-    def _store(self, vectors: Tensor, at: Index) -> None:
-        """vectors: as `_load` returns them."""
-        if self._pages.scales is None:
-            self._pages.values[at] = vectors
-            return
-        self._pages.values[at], self._pages.scales[at] = quantize_vectors(
-            vectors.float(), self._pages.values.dtype
-        )
-
 
 def _window(
     data: Bytes, offset: int, shape: tuple[int, int, int], strides: tuple[int, int, int]
 ) -> Bytes:
     """A view of `data`; numpy lets none reach beyond its end."""
     return np.ndarray(shape, np.uint8, data, offset, strides)
-
-
-def _load(pool: KVPool, at: Index) -> Tensor:
-    """Floats [num_layers, num_kv_heads, 2 (K, V), num_slots, head_dim]."""
-    values = pool.values[at]
-    return values if pool.scales is None else values.float().mul_(pool.scales[at][..., None])

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from pagewire.engine.batch import Batch, OnLayersDone, StepResult
+from pagewire.engine.copy_stream import CopyStream
+from pagewire.engine.device_pages import DevicePages
 from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
@@ -14,10 +17,12 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.effects import Scatter, Verify
 from pagewire.worker.failpoint import Failpoint
+from pagewire.worker.frame_reads import DirectReads, FrameReads
 from pagewire.worker.frames import FrameReader, PageReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.sharded_frames import ShardedFrameReader
 from pagewire.worker.shell import WorkerShell
+from pagewire.worker.staged_reads import StagedReads
 
 
 class PrefillWorker(WorkerShell[PrefillCore]):
@@ -30,11 +35,14 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         incarnation: bytes,
         runner: ModelRunner,
         shards: KVShards | None = None,
+        copies: CopyStream | None = None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         failpoint: Failpoint | None = None,
     ) -> None:
-        """`shards`: the pages of all ranks, where `runner` is one of several."""
+        """`shards`: the pages of all ranks, where `runner` is one of several. `copies`: what
+        reaches its pages, where they are on a device.
+        """
         core = PrefillCore(
             incarnation=incarnation,
             layout=runner.layout,
@@ -48,20 +56,47 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             lease_s=config.lease_s,
             max_parked_share=config.max_parked_share,
         )
-        reader: PageReader
-        if shards is None:
-            reader = FrameReader(runner.layout, runner.kv_cache.buffer())
-        else:
-            reader = ShardedFrameReader(shards)
         super().__init__(
             config=config,
             core=core,
             runner=runner,
-            reader=reader,
             model_thread=model_thread,
             on_state=on_state,
             failpoint=failpoint,
         )
+        reads = self._frame_reads(shards, copies)
+        self._reads = reads
+        self._mark_computed = reads.mark_computed
+
+    def _frame_reads(self, shards: KVShards | None, copies: CopyStream | None) -> FrameReads:
+        """Frames leave from their pages, unless these are on a device."""
+        thread, clock = self.io_thread, self.clock
+        if copies is None:
+            cache = self._runner.kv_cache
+            reader: PageReader
+            if shards is None:
+                reader = FrameReader(cache.layout, cache.buffer())
+            else:
+                reader = ShardedFrameReader(shards)
+            return DirectReads(reader, thread=thread, clock=clock)
+        return StagedReads(
+            DevicePages(self._runner.kv_cache, copies),
+            copies,
+            num_buffers=self._config.num_slots,
+            buffer_bytes=self._config.slot_bytes,
+            thread=thread,
+            clock=clock,
+        )
+
+    def _run_batch(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
+        def on_marked_layers_done(num_layers: int) -> None:
+            self._mark_computed()
+            if on_layers_done is not None:
+                on_layers_done(num_layers)
+
+        result = super()._run_batch(batch, on_marked_layers_done)
+        self._mark_computed()
+        return result
 
     def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         raise MessageError("a prefill worker takes no frames")

@@ -51,7 +51,7 @@ class WorkerConfig:
     draft_quantization: Quantization = Quantization.NONE
     stream_layers: bool = True  # the KV of a prompt's last chunk leaves while its step runs
     slot_bytes: int = 4 << 20  # a staging slot, and so the largest frame
-    num_slots: int = 16  # staging slots of a decode worker
+    num_slots: int = 16  # staging slots of a decode worker, and of a prefill worker on a GPU
     prefix_cache_secret: str | None = None  # hexadecimal, the same for all; None: nothing is cached
 
     @property

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from pagewire.kv_transfer.circuit import CircuitLimits
@@ -13,14 +12,13 @@ from pagewire.kv_transfer.one_connection import OneConnection
 from pagewire.kv_transfer.transport import Connection, Transport, TransportError
 from pagewire.worker.connections import Connections
 from pagewire.worker.effects import Connect, Send, SendFrame
-from pagewire.worker.frames import PageReader
+from pagewire.worker.frame_reads import FrameReads, ReadFrame
 from pagewire.worker.interval import Interval
 from pagewire.worker.tasks import Spawn
 
 logger = logging.getLogger(__name__)
 
 _Outgoing = Connect | Send | SendFrame
-Payload = tuple[memoryview, ...]
 
 # The frame, its checksum unless it was not sent, and when that was made unless it was not.
 OnFrameSent = Callable[[Frame, int | None, Interval | None], None]
@@ -28,10 +26,10 @@ OnFrameSent = Callable[[Frame, int | None, Interval | None], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedFrame:
-    """A frame that waits for those before it, while its checksum is being made."""
+    """A frame that waits for those before it, while it is being read."""
 
     effect: SendFrame
-    reading: asyncio.Future[tuple[Frame, Payload, Interval]]  # as it is sent; when that was made
+    reading: asyncio.Future[ReadFrame]
 
 
 _Queued = Connect | Send | QueuedFrame
@@ -45,8 +43,7 @@ class Links:
         *,
         transports: Sequence[Transport],
         pairs: OneConnection | None = None,
-        reader: PageReader | None,
-        io_thread: Executor,
+        reads: FrameReads | None,
         on_frame_sent: OnFrameSent,
         on_peer_lost: Callable[[bytes], None],
         has_handoff: Callable[[bytes], bool] = lambda _: True,
@@ -55,7 +52,9 @@ class Links:
         limits: CircuitLimits | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`pairs`, `has_handoff`: see Connections. A pair that always has one never moves."""
+        """`reads`: of a worker that sends frames. `pairs`, `has_handoff`: see Connections; a pair
+        that always has one never moves.
+        """
         self.connections = Connections(
             transports=transports,
             pairs=pairs,
@@ -65,8 +64,7 @@ class Links:
             limits=limits or CircuitLimits(),
             sleep=sleep,
         )
-        self._reader = reader
-        self._io_thread = io_thread
+        self._reads = reads
         self.on_frame_sent = on_frame_sent
         self.spawn = spawn
         self._on_peer_lost = on_peer_lost
@@ -98,27 +96,27 @@ class Links:
         self.connections.give_up(peer)
 
     def read_frame(self, effect: SendFrame) -> QueuedFrame:
-        """Begin to make the checksum of a frame, in the I/O thread."""
-        reading = asyncio.get_running_loop().run_in_executor(self._io_thread, self._read, effect)
-        return QueuedFrame(effect=effect, reading=reading)
-
-    def _read(self, effect: SendFrame) -> tuple[Frame, Payload, Interval]:
-        assert self._reader is not None, "only a prefill worker sends frames"
-        started = self._clock()
-        frame, payload = self._reader.read(effect.frame, effect.page_table)
-        return frame, payload, Interval(started, self._clock())
+        """Begin to read a frame, so that it is there when those before it have left."""
+        return QueuedFrame(effect=effect, reading=self._frame_reads.begin(effect))
 
     async def send_frame(self, connection: Connection | None, queued: QueuedFrame) -> None:
         """Send a frame, where there is a connection; whatever happens, its pages are let go."""
+        read: ReadFrame | None = None
         checksum: int | None = None
-        gathered: Interval | None = None
         try:
-            frame, payload, gathered = await queued.reading
+            read = await queued.reading
             if connection is not None:
-                await connection.send(encode(frame), *payload)
-                checksum = frame.checksum
+                await connection.send(encode(read.frame), *read.payload)
+                checksum = read.frame.checksum
         finally:
-            self.on_frame_sent(queued.effect.frame, checksum, gathered)
+            if read is not None:
+                self._frame_reads.end(read)
+            self.on_frame_sent(queued.effect.frame, checksum, read.gathered if read else None)
+
+    @property
+    def _frame_reads(self) -> FrameReads:
+        assert self._reads is not None, "only a prefill worker sends frames"
+        return self._reads
 
     def report_unreachable(self, peer: bytes, link: "_Link") -> None:
         """There is no connection to `peer`, so no transport will report its loss."""

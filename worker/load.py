@@ -4,6 +4,9 @@ from pathlib import Path
 
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
 
+from pagewire.engine.copy_stream import CopyStream
+from pagewire.engine.cuda_copy_stream import CudaCopyStream
+from pagewire.engine.device import require_device
 from pagewire.engine.load import load_engine
 from pagewire.engine.load_draft import draft_page_bytes
 from pagewire.engine.model_runner import ModelRunner
@@ -14,7 +17,11 @@ from pagewire.worker.config import WorkerConfig
 
 
 def load_worker_engine(config: WorkerConfig, parallel: TensorParallel | None = None) -> ModelRunner:
-    """Load it, as one rank of several with `parallel`; raises what `load_engine` raises."""
+    """Load it, as one rank of several with `parallel`.
+
+    Raises DeviceError when its device is not there, and what `load_engine` raises.
+    """
+    require_device(config.device)
     page_bytes = 0
     if config.draft_model is not None:
         page_bytes = draft_page_bytes(
@@ -35,6 +42,11 @@ def load_worker_engine(config: WorkerConfig, parallel: TensorParallel | None = N
         deterministic=config.deterministic,
         parallel=parallel,
     )
+
+
+def copy_stream(config: WorkerConfig) -> CopyStream | None:
+    """What reaches the pages of a worker on a device; None: they are in host memory."""
+    return None if config.device == "cpu" else CudaCopyStream(config.device)
 
 
 def join_ranks(

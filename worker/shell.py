@@ -39,7 +39,7 @@ from pagewire.worker.effects import (
     Verify,
 )
 from pagewire.worker.failpoint import Failpoint
-from pagewire.worker.frames import PageReader
+from pagewire.worker.frame_reads import FrameReads
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
 from pagewire.worker.sessions import WorkerService, keep_registered
@@ -77,7 +77,6 @@ class WorkerShell(Handler, Generic[Core]):
         config: WorkerConfig,
         core: Core,
         runner: ModelRunner,
-        reader: PageReader | None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         failpoint: Failpoint | None = None,
@@ -91,7 +90,6 @@ class WorkerShell(Handler, Generic[Core]):
         self._config = config
         self.core = core
         self._runner = runner
-        self._reader = reader
         self._on_state = on_state
         self._failpoint = failpoint
         self.clock = clock
@@ -120,6 +118,7 @@ class WorkerShell(Handler, Generic[Core]):
         )
         self._board: CoreBoard | None = None
         self._links: Links | None = None
+        self._reads: FrameReads | None = None  # of a worker that sends frames
 
     async def run(
         self,
@@ -144,8 +143,7 @@ class WorkerShell(Handler, Generic[Core]):
             self._links = Links(
                 transports=transports,
                 pairs=pairs,
-                reader=self._reader,
-                io_thread=self.io_thread,
+                reads=self._reads,
                 on_frame_sent=self._on_frame_sent,
                 on_peer_lost=self._on_peer_lost,
                 has_handoff=self._has_handoff,

@@ -45,7 +45,7 @@ def test_values_and_scales_are_all_bytes_of_a_page_once(layout: KVLayout, num_pa
 
 def test_a_pool_that_transports_do_not_reach_is_refused() -> None:
     layout = KVLayout(page_size=16, num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
-    with pytest.raises(DeviceMemoryError, match=r"on meta.*start the worker with device cpu"):
+    with pytest.raises(DeviceMemoryError, match=r"on meta.*as DevicePages does"):
         KVCache(layout, 1, device="meta").buffer()
 
 

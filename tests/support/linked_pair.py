@@ -38,6 +38,7 @@ from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.connections import Connections
 from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame, Verify
+from pagewire.worker.frame_reads import DirectReads
 from pagewire.worker.frames import FrameReader, FrameWriter
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
@@ -152,8 +153,7 @@ class LinkedWorker:
         self._links = Links(
             transports=[transport, *others],
             pairs=pairs,
-            reader=self._reader,
-            io_thread=InlineExecutor(),
+            reads=DirectReads(self._reader, thread=InlineExecutor(), clock=lambda: self.now),
             on_frame_sent=self._on_frame_sent,
             on_peer_lost=lambda peer: self.carry_out(self.core.on_peer_lost(peer, self.now)),
             has_handoff=self._has_handoff,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
+from pagewire.engine.copy_stream import CopyStream
 from pagewire.engine.draft_length import DraftCosts
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
@@ -117,10 +118,12 @@ async def pipeline(
     draft_model: Path | None = None,
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO,
     by_role: Mapping[Role, Mapping[str, Any]] | None = None,
+    copies: Mapping[Role, CopyStream] | None = None,
 ) -> AsyncIterator[Pipeline]:
     """Start it, wait until every worker has registered, stop it in the end.
 
-    `by_role` has fields of WorkerConfig that are to be others for the workers of a role.
+    `by_role` has fields of WorkerConfig that are to be others for the workers of a role; `copies`
+    what reaches the pages of its one worker, as if they were on a device.
     """
     control = RouterControl()
     address = await control.start()
@@ -143,7 +146,7 @@ async def pipeline(
             prefix_cache_secret="5a" * KEY_BYTES if prefix_cache else None,
         )
         config = replace(config, **(by_role or {}).get(role, {}))
-        return start_worker(config, make_transports)
+        return start_worker(config, make_transports, (copies or {}).get(role))
 
     cluster = Pipeline(control=control, workers={}, start=start)
     names = [(Role.PREFILL, f"prefill-{index}") for index in range(prefill)]
@@ -160,7 +163,9 @@ async def pipeline(
         await control.stop()
 
 
-def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> RunningWorker:
+def start_worker(
+    config: WorkerConfig, make_transports: MakeTransports, copies: CopyStream | None = None
+) -> RunningWorker:
     runner = load_engine(
         Path(config.model),
         dtype=config.dtype,
@@ -172,7 +177,7 @@ def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> Runni
     incarnation = secrets.token_bytes(16)
     worker: PrefillWorker | DecodeWorker
     if config.role is Role.PREFILL:
-        worker = PrefillWorker(config=config, incarnation=incarnation, runner=runner)
+        worker = PrefillWorker(config=config, incarnation=incarnation, runner=runner, copies=copies)
     else:
         speculation, draft_model = load_speculation(config, runner)
         if speculation is not None:  # as of a target that is far larger than these
@@ -182,6 +187,7 @@ def start_worker(config: WorkerConfig, make_transports: MakeTransports) -> Runni
             config=config,
             incarnation=incarnation,
             runner=runner,
+            copies=copies,
             speculation=speculation,
             draft_model=draft_model,
         )

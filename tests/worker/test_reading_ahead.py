@@ -10,6 +10,7 @@ from handoff_pair import DECODE, LAYOUT, PREFILL
 from pagewire.kv_transfer.messages import Frame, HandoffId
 from pagewire.kv_transfer.transport import Connection, TransferStats
 from pagewire.worker.effects import SendFrame
+from pagewire.worker.frame_reads import DirectReads
 from pagewire.worker.frames import FrameReader
 from pagewire.worker.interval import Interval
 from pagewire.worker.links import Links
@@ -102,8 +103,7 @@ class Stage:
         pool = memoryview(bytearray(2 * LAYOUT.page_bytes))
         self.links = Links(
             transports=[self.transport],
-            reader=FrameReader(LAYOUT, pool),
-            io_thread=self.thread,
+            reads=DirectReads(FrameReader(LAYOUT, pool), thread=self.thread, clock=lambda: 0.0),
             on_frame_sent=self._on_frame_sent,
             on_peer_lost=lambda peer: None,
             spawn=self.tasks.spawn,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,8 @@ from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_shards import KVShards
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, HandoffId
-from pagewire.worker.sharded_frames import ShardedFrameReader, ShardedFrameWriter
+from pagewire.worker.sharded_frames import ShardedFrameReader
+from pagewire.worker.slot_frames import SlotFrameWriter
 
 LAYOUT = KVLayout(page_size=16, num_layers=2, num_kv_heads=4, head_dim=8, dtype="float32")
 FRAME = Frame(
@@ -49,7 +51,8 @@ def test_a_frame_arrives_on_every_rank_or_on_none(lands_in_pages: bool) -> None:
             torch.arange(cache.pages.values.numel()).view_as(cache.pages.values) + rank * 1e6
         )
     frame, payload = ShardedFrameReader(KVShards(LAYOUT, senders)).read(FRAME, (3, 1))
-    writer = ShardedFrameWriter(KVShards(LAYOUT, receivers), num_slots=2, slot_bytes=NUM_BYTES)
+    slots = np.zeros((2, NUM_BYTES), dtype=np.uint8)
+    writer = SlotFrameWriter(KVShards(LAYOUT, receivers), slots)
 
     def arrives(payload: bytes) -> bool:
         if not lands_in_pages:

@@ -1,0 +1,42 @@
+"""The seam between frames and the memory of a device: copies beside the steps of a model.
+
+Who begins a copy goes on at once and is given a Completion. Nothing else tells that a copy has
+ended: until then its memory belongs to it at both ends.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Completion(Protocol):
+    """The end of everything that a device had been told to do when this was made."""
+
+    def wait(self) -> None:
+        """Keep this thread until then, and no other."""
+
+    def hold_back(self) -> None:
+        """Let what this thread tells the device from here on, in its stream, begin only then.
+
+        The thread itself goes on.
+        """
+
+
+class CopyStream(Protocol):
+    """Copies between one device and the host, in the order in which they were begun."""
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] that the device can copy from and to while the host goes on.
+
+        Dear to make, so once, at the start.
+        """
+
+    def mark(self) -> Completion:
+        """Of what this thread has told the device so far, in its stream: of the steps it ran."""
+
+    def begin(self, work: Callable[[], None], *, after: Completion | None = None) -> Completion:
+        """Tell the device what `work` tells it, behind earlier work of this stream and `after`.
+
+        Neither steps wait for it, nor it for steps that were begun after `after`.
+        """

@@ -1,0 +1,58 @@
+"""Copies beside the steps of a GPU, in a CUDA stream of their own.
+
+The only lines of the hand-off that need CUDA: what is copied, when and how often, is tested
+without.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagewire.engine.copy_stream import Completion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CudaCompletion:
+    """Implements `pagewire.engine.copy_stream.Completion`."""
+
+    event: torch.cuda.Event
+
+    @classmethod
+    def of(cls, stream: torch.cuda.Stream) -> "CudaCompletion":
+        """Of what `stream` has been told so far. A thread that waits for it sleeps."""
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return cls(event=event)
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def hold_back(self) -> None:
+        self.event.wait()
+
+
+class CudaCopyStream:
+    """Implements `pagewire.engine.copy_stream.CopyStream`.
+
+    torch's streams do not wait for the default stream, in which steps run, nor it for them.
+    """
+
+    def __init__(self, device: str) -> None:
+        """`device` as torch names it. Raises RuntimeError where there is no such GPU."""
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def mark(self) -> CudaCompletion:
+        return CudaCompletion.of(torch.cuda.current_stream(self._device))
+
+    def begin(self, work: Callable[[], None], *, after: Completion | None = None) -> CudaCompletion:
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                after.hold_back()
+            work()
+        return CudaCompletion.of(self._stream)

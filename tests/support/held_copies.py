@@ -1,0 +1,94 @@
+"""Copies between pages and host memory that are made when a test says so: a device's, on a CPU."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pagewire.engine.copy_stream import Completion
+
+_TIMEOUT_S = 60
+
+
+class HeldCompletion:
+    """Implements Completion; comes when the test lets it."""
+
+    def __init__(self) -> None:
+        self._come = threading.Event()
+
+    @property
+    def has_come(self) -> bool:
+        return self._come.is_set()
+
+    def come(self) -> None:
+        self._come.set()
+
+    def wait(self) -> None:
+        assert self._come.wait(_TIMEOUT_S), "nobody lets it come"
+
+    def hold_back(self) -> None:
+        assert self._come.is_set(), "a copy was made before what it waits for"
+
+
+class HeldCopies:
+    """Implements CopyStream in the memory of the host.
+
+    Work is done in `release`, in order, or with `is_free` as soon as it is begun.
+    """
+
+    def __init__(self, *, is_free: bool = False) -> None:
+        self.num_begun = 0
+        self._is_free = is_free
+        self._marks: list[HeldCompletion] = []
+        self._held: deque[tuple[Callable[[], None], Completion | None, HeldCompletion]] = deque()
+        self._lock = threading.Lock()
+        self._begun = threading.Semaphore(0)
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def mark(self) -> HeldCompletion:
+        mark = HeldCompletion()
+        with self._lock:
+            self._marks.append(mark)
+            if self._is_free:
+                mark.come()
+        return mark
+
+    def begin(self, work: Callable[[], None], *, after: Completion | None = None) -> HeldCompletion:
+        done = HeldCompletion()
+        with self._lock:
+            self.num_begun += 1
+            self._held.append((work, after, done))
+            if self._is_free:
+                self._make()
+        self._begun.release()
+        return done
+
+    def await_held(self, count: int) -> None:
+        """Until so many copies more were begun than the last time."""
+        for _ in range(count):
+            assert self._begun.acquire(timeout=_TIMEOUT_S), "nobody begins a copy"
+
+    def release(self) -> None:
+        """Make the copies that were begun."""
+        with self._lock:
+            self._make()
+
+    def free(self) -> None:
+        """Let every mark come and make every copy, from now on as soon as it is begun."""
+        with self._lock:
+            self._is_free = True
+            for mark in self._marks:
+                mark.come()
+            self._make()
+
+    def _make(self) -> None:
+        while self._held:
+            work, after, done = self._held.popleft()
+            if after is not None:
+                after.hold_back()
+            work()
+            done.come()
