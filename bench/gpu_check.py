@@ -122,6 +122,7 @@ def run_stage(name: str, directory: Path, seconds: float) -> None:
         clock=time.monotonic,
         free=free,
         log=sys.stderr,
+        patience=1.0 if on_gpu else PATIENCE,
     )
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from gpu_stages import probes
 from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement
 from gpu_stages.scale import Scale
@@ -37,6 +38,7 @@ def ceilings_of(measurements: Sequence[Mapping[str, object]]) -> Ceilings:
 def items(scale: Scale) -> Iterator[Item]:
     yield Item(name=COPY, measure=partial(_copy, scale))
     yield Item(name=GEMM, measure=partial(_product, scale))
+    yield from probes.items(scale)
 
 
 def _copy(scale: Scale) -> Iterator[Measurement]:

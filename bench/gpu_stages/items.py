@@ -34,13 +34,14 @@ def run_items(
     clock: Callable[[], float],
     free: Callable[[], None],
     log: TextIO,
+    patience: float = 1.0,
 ) -> None:
     """Measure one item after another and write down what becomes of each.
 
     Those that have `begun` already are passed over, and none begins after so many seconds. `free`
     gives back memory behind each. An item that raises ends this, for what it did to a GPU may make
     all others fail: they are run by another process. One that takes longer than its limit ends the
-    process, with its traceback in `log`.
+    process, with its traceback in `log`; `patience` multiplies these limits.
     """
     end = clock() + seconds
     for item in items:
@@ -50,7 +51,7 @@ def run_items(
             write(LeftOut(item=item.name))
             continue
         write(Began(item=item.name))
-        with _ended_after(item.limit_s, log):
+        with _ended_after(patience * item.limit_s, log):
             _measure(item, write)
         write(Ended(item=item.name))
         free()

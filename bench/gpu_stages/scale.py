@@ -47,6 +47,8 @@ class Scale:
     prefill: tuple[int, ...]  # prompt lengths
     repeats: int
     num_handed_over: int  # tokens of the prompt that is handed over
+    num_handovers: int  # between two processes; the first is to warm up
+    num_slots: int  # staging slots of each
     num_parity_tokens: int
     num_parity_layers: int
 
@@ -123,6 +125,8 @@ FULL = Scale(
     prefill=(1024, 4096, 8192),
     repeats=20,
     num_handed_over=4096,
+    num_handovers=6,
+    num_slots=32,
     num_parity_tokens=64,
     num_parity_layers=2,
 )
@@ -158,6 +162,8 @@ TINY = Scale(
     prefill=(20,),
     repeats=1,
     num_handed_over=18,
+    num_handovers=2,
+    num_slots=4,
     num_parity_tokens=2,
     num_parity_layers=1,
 )
