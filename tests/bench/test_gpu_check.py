@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -271,22 +270,3 @@ def test_inputs_are_more_than_the_cache_holds() -> None:
     assert num_copies(537e6, 50 << 20) == 1
     assert num_copies(2e3, 50 << 20) == 32
     assert num_copies(1e6, 0) == 1
-
-
-@pytest.mark.slow
-def test_the_whole_check_runs_without_a_gpu(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), "--out", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert result["device"] == "cpu (tiny sizes)"
-    assert [stage["name"] for stage in result["stages"]] == [stage.name for stage in STAGES]
-    assert all(stage["measurements"] for stage in result["stages"])
-    again = subprocess.run(
-        [sys.executable, str(PROGRAM), "--table", str(tmp_path / "result.json")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert again.stdout.strip() in done.stdout
