@@ -1,6 +1,7 @@
 """Stage 3: decode steps and prompts of a whole model, sampling and the host's part included."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from gpu_stages.ceilings import Ceilings
@@ -40,8 +41,45 @@ def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
 def _decode(
     runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_rows: int, context: int
 ) -> Iterator[Measurement]:
+    first = _decode_batch(runner, scale, num_rows, context)
+    # Each row runs the token that the step before has sampled, as a worker's steps do.
+    following = Batch(
+        rows=tuple(replace(row, follows=index) for index, row in enumerate(first.rows))
+    )
+    runner.execute(first)
+    kv_bytes = num_rows * context * runner.layout.page_bytes / scale.page_size
+    floor = ceilings.ms_to_move(bytes_of_step(runner.model) + kv_bytes)
+    name = f"decode, {num_rows} rows of {context}"
+
+    def steps_ahead() -> None:
+        step = runner.launch(first)
+        for _ in range(scale.repeats - 1):
+            launched = runner.launch(following, previous=step)
+            step.wait()
+            step = launched
+        step.wait()
+
+    def steps_of_model() -> None:
+        for _ in range(scale.repeats):
+            runner.forward(first)
+
+    ahead_ms = wall_ms(steps_ahead, scale.device, 1) / scale.repeats
+    yield above_floor(name, ahead_ms, floor, times=DECODE_RATIO)
+    step_ms = wall_ms(lambda: runner.execute(first), scale.device, scale.repeats)
+    yield Measurement(name=f"{name}, waiting for each", value=step_ms, unit="ms", floor=floor)
+    model_ms = wall_ms(steps_of_model, scale.device, 1) / scale.repeats
+    # Sampling is in it too, which makes this an upper bound of what the host adds.
+    yield Measurement(
+        name=f"{name}: sampling and host beside the model",
+        value=ahead_ms - model_ms,
+        unit="ms",
+        limit=MAX_HOST_GAP_MS if num_rows == 1 else None,
+    )
+
+
+def _decode_batch(runner: ModelRunner, scale: Scale, num_rows: int, context: int) -> Batch:
     per_row = -(-context // scale.page_size)
-    batch = Batch(
+    return Batch(
         rows=tuple(
             BatchRow(
                 request_id=str(row),
@@ -52,25 +90,6 @@ def _decode(
             )
             for row in range(num_rows)
         )
-    )
-    runner.execute(batch)
-    step_ms = wall_ms(lambda: runner.execute(batch), scale.device, scale.repeats)
-    kv_bytes = num_rows * context * runner.layout.page_bytes / scale.page_size
-    floor = ceilings.ms_to_move(bytes_of_step(runner.model) + kv_bytes)
-    name = f"decode, {num_rows} rows of {context}"
-    yield above_floor(name, step_ms, floor, times=DECODE_RATIO)
-
-    def steps_without_waiting() -> None:
-        for _ in range(scale.repeats):
-            runner.forward(batch)
-
-    model_ms = wall_ms(steps_without_waiting, scale.device, 1) / scale.repeats
-    # Sampling is in it too, which makes this an upper bound of what the host adds.
-    yield Measurement(
-        name=f"{name}: sampling and host beside the model",
-        value=step_ms - model_ms,
-        unit="ms",
-        limit=MAX_HOST_GAP_MS if num_rows == 1 else None,
     )
 
 

@@ -67,7 +67,7 @@ def _open(handle: str) -> torch.Tensor:
     """uint8, the memory of another process."""
     storage: Any = torch.UntypedStorage
     parts = [bytes.fromhex(part) if isinstance(part, str) else part for part in json.loads(handle)]
-    torch.cuda.init()
+    torch.cuda.synchronize()  # starts CUDA in this process
     opened = storage._new_shared_cuda(*parts)
     return torch.empty(0, dtype=torch.uint8, device=opened.device).set_(opened)
 
