@@ -4,24 +4,28 @@ against float32's and bfloat16's.
 Runs the default model over windows of this repository's own documentation. KL divergence is that
 of Kullback and Leibler, in nats, from the dtype that is named to the quantised model at each
 position; top-1 agreement is the share of positions where both find the same token most likely. What
-is quantised runs in float32 otherwise. fp8 and W4A16 are emulated in plain torch: their numbers,
-not their speed.
+is quantised runs in float32 otherwise. What is a GPU's is emulated in plain torch, with the numbers
+of its kernels (tests compare the two) and not their speed.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
-from pagewire.engine.load import load_engine
+from pagewire.engine.load import kv_layout
+from pagewire.engine.loading.quantized_matrices import NUMBERS
 from pagewire.engine.loading.resolve import resolve_model
-from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.loading.weights import load_model, open_checkpoint
 from pagewire.engine.quantization import Quantization
+from pagewire.kernels.emulated_linear import EmulatedLinears
 from pagewire.kernels.ops import AttentionBatch
+from pagewire.kernels.select import Kernels, SelectedOps, select_ops
 from pagewire.router.tokenizer_loading import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +43,13 @@ class Variant:
     dtype: str = "float32"
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
-    kernels: str = "auto"
+    gpu: bool = False  # as a GPU computes it
+
+    def select(self) -> SelectedOps:
+        if not self.gpu:
+            return select_ops(Kernels.AUTO, "cpu")
+        linears = EmulatedLinears(dtypes=tuple(NUMBERS.values()))
+        return replace(select_ops(Kernels.TORCH, "cpu"), quantized_linears=linears)
 
 
 FLOAT32 = Variant(name="float32")
@@ -47,10 +57,11 @@ BFLOAT16 = Variant(name="bfloat16", dtype="bfloat16")
 VARIANTS = (
     Variant(name="int8", quantization=Quantization.INT8),
     Variant(name="int4", quantization=Quantization.INT4),
-    Variant(name="fp8, emulated", quantization=Quantization.FP8, kernels="torch"),
-    Variant(name="w4a16, emulated", quantization=Quantization.W4A16, kernels="torch"),
+    Variant(name="int8 on a GPU", quantization=Quantization.INT8, gpu=True),
+    Variant(name="fp8 on a GPU", quantization=Quantization.FP8, gpu=True),
+    Variant(name="w4a16 on a GPU", quantization=Quantization.W4A16, gpu=True),
     Variant(name="int8 KV cache", kv_cache_dtype=KVCacheDtype.INT8),
-    Variant(name="fp8 KV cache, emulated", kv_cache_dtype=KVCacheDtype.FP8, kernels="torch"),
+    Variant(name="fp8 KV cache on a GPU", kv_cache_dtype=KVCacheDtype.FP8, gpu=True),
 )
 
 
@@ -73,8 +84,19 @@ def load_windows(path: Path, num_windows: int) -> Tensor:
     return torch.tensor(token_ids).view(num_windows, WINDOW)
 
 
-def log_probabilities(runner: ModelRunner, windows: Tensor) -> Tensor:
+def log_probabilities(path: Path, variant: Variant, windows: Tensor) -> Tensor:
     """float32 [num_windows * WINDOW, vocab_size], at every position of each window."""
+    checkpoint = open_checkpoint(path)
+    model = load_model(
+        checkpoint,
+        dtype=getattr(torch, variant.dtype),
+        device="cpu",
+        selected=variant.select(),
+        quantization=variant.quantization,
+    )
+    dtype = variant.kv_cache_dtype.resolve(variant.dtype)
+    layout = kv_layout(checkpoint.config, page_size=PAGE_SIZE, dtype=dtype)
+    pool = KVCache(layout, NUM_PAGES).pages
     positions = torch.arange(WINDOW)
     batch = AttentionBatch(
         cu_seqlens=torch.tensor([0, WINDOW], dtype=torch.int32),
@@ -85,10 +107,7 @@ def log_probabilities(runner: ModelRunner, windows: Tensor) -> Tensor:
         page_size=PAGE_SIZE,
     )
     with torch.inference_mode():
-        logits = [
-            runner.model.forward(window, batch, runner.kv_cache.pages, positions)
-            for window in windows
-        ]
+        logits = [model.forward(window, batch, pool, positions) for window in windows]
         return torch.cat(logits).log_softmax(dim=-1)
 
 
@@ -111,17 +130,7 @@ def measure(num_windows: int) -> list[Accuracy]:
     windows = load_windows(path, num_windows)
 
     def run(variant: Variant) -> Tensor:
-        runner = load_engine(
-            path,
-            dtype=variant.dtype,
-            quantization=variant.quantization,
-            kv_cache_dtype=variant.kv_cache_dtype,
-            page_size=PAGE_SIZE,
-            num_pages=NUM_PAGES,
-            max_model_len=WINDOW,
-            kernels=variant.kernels,
-        )
-        return log_probabilities(runner, windows)
+        return log_probabilities(path, variant, windows)
 
     float32, bfloat16 = run(FLOAT32), run(BFLOAT16)
     results = [compare(BFLOAT16, FLOAT32, float32, bfloat16)]

@@ -1,17 +1,13 @@
-"""What no kernel computes: plain torch emulates it on a CPU, for those who ask for plain torch."""
+"""What only a GPU computes fast: plain torch emulates it on a CPU, for those who ask for it."""
 
 from pagewire.engine.errors import KernelError
-from pagewire.kernels.select import SelectedOps
-from pagewire.kernels.torch_ops import TorchOps
 
 
-def require_emulation(setting: str, device: str, selected: SelectedOps, *, instead: str) -> None:
-    """Raise KernelError unless plain torch runs on a CPU: nobody is slow by accident.
+def no_kernels(setting: str, device: str, *, instead: str) -> KernelError:
+    """Nobody is slow by accident: what has no kernels is an error, which says what to choose.
 
-    `setting`: name and value of what is emulated, "quantization fp8"; `instead`: the value
-    to choose on another device.
+    `setting`: name and value, "quantization fp8"; `instead`: the values to choose on another device
+    than a CPU.
     """
-    if device == "cpu" and isinstance(selected.ops, TorchOps):
-        return
     remedy = "int8, or kernels torch, which emulates it slowly" if device == "cpu" else instead
-    raise KernelError(f"{setting} has no kernels for device {device}; choose {remedy}")
+    return KernelError(f"{setting} has no kernels for device {device}; choose {remedy}")

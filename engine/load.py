@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pagewire.engine.config import ModelConfig
-from pagewire.engine.emulation import require_emulation
+from pagewire.engine.emulation import no_kernels
 from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
@@ -58,13 +58,15 @@ def load_engine(
     """
     parallel = parallel or TensorParallel()
     group = parallel.group
-    selected = select_kernels(kernels, device, deterministic=deterministic)
+    selected = select_kernels(
+        kernels, device, deterministic=deterministic, fp8=quantization is Quantization.FP8
+    )
     if deterministic:
         _check_deterministic(dtype, quantization)
     if kernels == Kernels.TRITON and device == "cpu" and dtype == "bfloat16":
         raise KernelError("Triton's interpreter is wrong in bfloat16; choose dtype float32")
     if kv_cache_dtype is KVCacheDtype.FP8 and not selected.has_fp8_cache:
-        require_emulation(f"kv_cache_dtype {kv_cache_dtype}", device, selected, instead="int8")
+        raise no_kernels(f"kv_cache_dtype {kv_cache_dtype}", device, instead="int8")
     logger.info("kernels: %s", selected.explanation)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -121,10 +123,15 @@ def kv_layout(config: ModelConfig, *, page_size: int, dtype: str) -> KVLayout:
     )
 
 
-def select_kernels(kernels: str, device: str, *, deterministic: bool = False) -> SelectedOps:
-    """`select_ops` for a value of Kernels. Raises KernelError for what cannot run here."""
+def select_kernels(
+    kernels: str, device: str, *, deterministic: bool = False, fp8: bool = False
+) -> SelectedOps:
+    """`select_ops` for a value of Kernels; with `fp8` for activations in it.
+
+    Raises KernelError for what cannot run here.
+    """
     try:
-        return select_ops(Kernels(kernels), device, deterministic=deterministic)
+        return select_ops(Kernels(kernels), device, deterministic=deterministic, fp8=fp8)
     except KernelsUnavailableError as error:
         wanted = "deterministic needs the C++ kernels, and " if deterministic else ""
         raise KernelError(f"{wanted}kernels is {kernels}: {error}") from error

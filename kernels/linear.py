@@ -28,7 +28,7 @@ class DenseLinear:
 
 
 def floating(x: Activation) -> Tensor:
-    """x as a matrix in floating point takes it. Raises TypeError for a QuantizedActivation."""
+    """x as a matrix in floating point takes it. Raises TypeError for a quantised one."""
     if isinstance(x, QuantizedActivation):
         raise TypeError("a matrix in floating point takes no quantised activation")
     return x

@@ -17,8 +17,8 @@ from pagewire.kernels.native_sampling import NativeSamplingPlan, native_logprobs
 from pagewire.kernels.ops import (
     Activation,
     AttentionBatch,
+    GroupedActivation,
     Logprobs,
-    QuantizedActivation,
     SamplingPlan,
     SamplingRows,
 )
@@ -43,7 +43,7 @@ class NativeOps:
     def recorder(self) -> NativeRecorder:
         return self._recorder
 
-    def quantize(self, x: Tensor) -> QuantizedActivation:
+    def quantize(self, x: Tensor) -> GroupedActivation:
         rows, dim = x.shape
         x = x.contiguous()
         quantized = _empty_activation(rows, dim)
@@ -190,9 +190,9 @@ def _output(
     return activation, (None, activation.groups.data_ptr())
 
 
-def _empty_activation(rows: int, dim: int) -> QuantizedActivation:
+def _empty_activation(rows: int, dim: int) -> GroupedActivation:
     groups = torch.empty((rows, num_groups(dim), GROUP_BYTES), dtype=torch.uint8)
-    return QuantizedActivation(groups=groups, num_features=dim)
+    return GroupedActivation(groups=groups, num_features=dim)
 
 
 def _with_whole_tokens(x: Tensor) -> Tensor:

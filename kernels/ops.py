@@ -19,7 +19,7 @@ GROUP = 32  # input features with a scale of their own, in activations and in qu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class QuantizedActivation:
+class GroupedActivation:
     """Activations in 8 bits with a scale per group of features, padded with 0 to whole groups.
 
     x ≈ unit * value with int8 values of -127 .. 127. Where the scale of a group is well above its
@@ -34,6 +34,18 @@ class QuantizedActivation:
     num_features: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenActivation:
+    """Activations in 8 bits with one scale a token, as matrix units of GPUs multiply them.
+
+    x ≈ values * scale; scales are as `pagewire.kernels.kv_pool.quantize_vectors` makes them.
+    """
+
+    values: Tensor  # int8 or float8_e4m3fn [num_tokens, num_features]
+    scales: Tensor  # float32 [num_tokens]
+
+
+QuantizedActivation = GroupedActivation | TokenActivation  # each device knows one of them
 Activation = Tensor | QuantizedActivation
 
 
@@ -200,7 +212,7 @@ class Ops(Protocol):
         """None: steps cannot be recorded."""
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
-        """x: [num_tokens, dim]."""
+        """As the quantised matrices of the device take it; x: [num_tokens, dim]."""
 
     @overload
     def rms_norm(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagewire.kernels.ops import GROUP, Activation, QuantizedActivation
+from pagewire.kernels.ops import GROUP, Activation, GroupedActivation
 
 GROUP_BYTES = 2 * GROUP + 12  # values, remainders; unit and sum in float32; int32 refined
 
@@ -19,7 +19,7 @@ def num_groups(num_features: int) -> int:
     return -(-num_features // GROUP)
 
 
-def quantize(x: Tensor) -> QuantizedActivation:
+def quantize(x: Tensor) -> GroupedActivation:
     """x: [num_tokens, num_features]. Halves are rounded to even, NaN reaches the unit."""
     groups = _in_groups(x.float())
     scales = groups.abs().amax(dim=-1) / 127  # [num_tokens, num_groups]
@@ -40,13 +40,13 @@ def quantize(x: Tensor) -> QuantizedActivation:
         sums[..., None],
         refined[..., None].to(torch.int32),
     )
-    return QuantizedActivation(
+    return GroupedActivation(
         groups=torch.cat([part.view(torch.uint8) for part in parts], dim=-1),
         num_features=x.shape[1],
     )
 
 
-def dequantize(x: QuantizedActivation) -> Tensor:
+def dequantize(x: GroupedActivation) -> Tensor:
     """float32 [num_tokens, num_features]."""
     terms = x.groups[..., : 2 * GROUP].view(torch.int8).float()
     units = x.groups[..., 2 * GROUP : 2 * GROUP + 4].view(torch.float32)
@@ -56,13 +56,13 @@ def dequantize(x: QuantizedActivation) -> Tensor:
     return restored.flatten(1)[:, : x.num_features]
 
 
-def as_quantized(x: Activation, num_features: int) -> QuantizedActivation:
+def as_quantized(x: Activation, num_features: int) -> GroupedActivation:
     """x as a quantised matrix with so many inputs takes it.
 
-    Raises TypeError for a Tensor and ValueError for another number of features.
+    Raises TypeError for another activation and ValueError for another number of features.
     """
-    if isinstance(x, Tensor):
-        raise TypeError("a quantised matrix takes a QuantizedActivation; see Ops.quantize")
+    if not isinstance(x, GroupedActivation):
+        raise TypeError("a quantised matrix takes a GroupedActivation; see Ops.quantize")
     if x.num_features != num_features:
         raise ValueError(f"x has {x.num_features} features; the matrix takes {num_features}")
     return x

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pagewire.kernels.experts import Routing
-from pagewire.kernels.ops import Activation, Linear, Ops, QuantizedActivation
+from pagewire.kernels.ops import Activation, GroupedActivation, Linear, Ops, TokenActivation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,8 +56,10 @@ class SortedExperts:
 
 
 def _rows(x: Activation, rows: Tensor) -> Activation:
-    if isinstance(x, QuantizedActivation):
-        return QuantizedActivation(groups=x.groups[rows], num_features=x.num_features)
+    if isinstance(x, GroupedActivation):
+        return GroupedActivation(groups=x.groups[rows], num_features=x.num_features)
+    if isinstance(x, TokenActivation):
+        return TokenActivation(values=x.values[rows], scales=x.scales[rows])
     return x[rows]
 
 

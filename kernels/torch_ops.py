@@ -17,8 +17,8 @@ from pagewire.kernels.kv_pool import KVPool, quantize_vectors
 from pagewire.kernels.ops import (
     Activation,
     AttentionBatch,
+    GroupedActivation,
     Logprobs,
-    QuantizedActivation,
     SamplingRows,
 )
 from pagewire.kernels.quantized import quantize as quantized
@@ -35,7 +35,7 @@ class TorchOps:
     def recorder(self) -> None:
         """Plain torch does not record."""
 
-    def quantize(self, x: Tensor) -> QuantizedActivation:
+    def quantize(self, x: Tensor) -> GroupedActivation:
         return quantized(x)
 
     @overload

@@ -1,7 +1,6 @@
 """Every operation in Triton where it has a kernel, on CUDA or in Triton's interpreter.
 
-In plain torch remain, by design: activations in 8 bits, whose format is that of the CPU's matrices,
-and matrices in floating point, which torch gives to cuBLAS.
+Matrices in floating point remain torch's, by design, which gives them to cuBLAS.
 """
 
 from dataclasses import dataclass
@@ -12,22 +11,24 @@ import triton
 from torch import Tensor
 
 from pagewire.kernels.gpu import sampling
+from pagewire.kernels.gpu.activation_quant import quantize_tokens
 from pagewire.kernels.gpu.decode_attention import choose_num_splits, decode_attention
 from pagewire.kernels.gpu.graph_recorder import Capture, GraphRecorder
 from pagewire.kernels.gpu.prefill_attention import prefill_attention
 from pagewire.kernels.gpu.rms_norm import add_rms_norm, rms_norm
+from pagewire.kernels.gpu.rms_norm_quant import add_rms_norm_quant, rms_norm_quant
 from pagewire.kernels.gpu.rope_store import rope_and_store
 from pagewire.kernels.gpu.silu_mul import silu_mul
+from pagewire.kernels.gpu.silu_mul_quant import silu_mul_quant
 from pagewire.kernels.kv_pool import KVPool
 from pagewire.kernels.ops import (
     Activation,
     AttentionBatch,
     Logprobs,
-    QuantizedActivation,
     SamplingPlan,
     SamplingRows,
+    TokenActivation,
 )
-from pagewire.kernels.quantized import quantize as quantized
 
 FIRST_WITH_TMA = 9  # compute capability of Hopper
 FIRST_WITH_FP8 = 8, 9  # of Ada
@@ -69,17 +70,26 @@ class TritonOps:
     heads of another size than a power of two.
     """
 
-    def __init__(self, gpu: GPU, capture: Capture | None = None) -> None:
-        """`capture` makes recordings of decode steps; None: each launches anew."""
+    def __init__(
+        self,
+        gpu: GPU,
+        capture: Capture | None = None,
+        activations: torch.dtype = torch.int8,
+    ) -> None:
+        """`capture` makes recordings of decode steps; None: each launches anew.
+
+        `activations`: int8 or float8_e4m3fn, what activations are quantised to.
+        """
         self._gpu = gpu
+        self._activations = activations
         self._recorder = GraphRecorder(self.plan_attention, capture) if capture else None
 
     @property
     def recorder(self) -> GraphRecorder | None:
         return self._recorder
 
-    def quantize(self, x: Tensor) -> QuantizedActivation:
-        return quantized(x)
+    def quantize(self, x: Tensor) -> TokenActivation:
+        return _activation(*quantize_tokens(x, self._activations))
 
     @overload
     def rms_norm(
@@ -92,18 +102,22 @@ class TritonOps:
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
     ) -> Activation:
-        normed = rms_norm(x, weight, eps)
-        return self.quantize(normed) if quantize else normed
+        if not quantize:
+            return rms_norm(x, weight, eps)
+        return _activation(*rms_norm_quant(x, weight, eps, self._activations))
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: bool = False
     ) -> tuple[Activation, Tensor]:
-        normed, total = add_rms_norm(x, residual, weight, eps)
-        return self.quantize(normed) if quantize else normed, total
+        if not quantize:
+            return add_rms_norm(x, residual, weight, eps)
+        normed = add_rms_norm_quant(x, residual, weight, eps, self._activations)
+        return _activation(*normed), residual
 
     def silu_mul(self, gate_up: Tensor, *, quantize: bool = False) -> Activation:
-        product = silu_mul(gate_up)
-        return self.quantize(product) if quantize else product
+        if not quantize:
+            return silu_mul(gate_up)
+        return _activation(*silu_mul_quant(gate_up, self._activations))
 
     def rope_and_store(
         self,
@@ -127,6 +141,10 @@ class TritonOps:
 
     def logprobs(self, logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
         return sampling.logprobs(logits, rows, tokens, num_top)
+
+
+def _activation(values: Tensor, scales: Tensor) -> TokenActivation:
+    return TokenActivation(values=values, scales=scales)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

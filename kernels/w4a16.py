@@ -36,3 +36,13 @@ def quantize_weight(weight: Tensor) -> QuantizedMatrix:
         zeros=zeros.to(DTYPE),
         group_of=consecutive_groups(in_features, GROUP_SIZE),
     )
+
+
+def has_whole_groups(matrix: QuantizedMatrix) -> bool:
+    """Whether every run of GROUP_SIZE inputs of a matrix in 4 bits has one scale and one zero.
+
+    Groups of a multiple of that, too; the last run may be shorter.
+    """
+    firsts = matrix.group_of[::GROUP_SIZE]
+    runs = firsts.repeat_interleave(GROUP_SIZE)[: len(matrix.group_of)]
+    return torch.equal(matrix.group_of, runs)

@@ -4,21 +4,24 @@ Every tensor is converted straight into its place in a fused matrix, one after a
 loading takes little more memory than the model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pagewire.engine.emulation import require_emulation
-from pagewire.engine.errors import ModelError
+from pagewire.engine.emulation import no_kernels
+from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.loading.checkpoint import Checkpoint, Storage
-from pagewire.engine.loading.emulated_linears import EMULATED, EmulatedLinears
+from pagewire.engine.loading.quantized_matrices import NUMBERS, QuantizedMatrices
 from pagewire.engine.quantization import Quantization
+from pagewire.kernels.experts import Experts
 from pagewire.kernels.float_linear import choose_float_kernel, float_linear
 from pagewire.kernels.int4_linear import concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear
+from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Linear
 from pagewire.kernels.select import SelectedOps
+from pagewire.kernels.sorted_experts import SortedExperts
 
 
 class LinearLoader:
@@ -37,7 +40,9 @@ class LinearLoader:
         quantization: Quantization,
         selected: SelectedOps,
     ) -> None:
-        _check(quantization, device, selected)
+        self._quantized = _quantized_matrices(checkpoint, quantization, selected, dtype)
+        if self._quantized is None:
+            _check(quantization, device, selected)
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
@@ -46,15 +51,14 @@ class LinearLoader:
         self._library = selected.library
         self._float_kernel = choose_float_kernel(selected, dtype, device)
         self._num_int4 = 0
-        emulated = quantization in EMULATED
-        self._emulated = EmulatedLinears(checkpoint, quantization, dtype) if emulated else None
 
     @property
     def explanation(self) -> str:
         """How the matrices are stored and what multiplies them, for people."""
         if self._quantization is Quantization.NONE:
             return f"{str(self._dtype).removeprefix('torch.')} by {self._float_kernel}"
-        emulated = ", emulated" if self._emulated is not None else ""
+        linears = self._selected.quantized_linears if self._quantized else None
+        emulated = ", emulated" if linears and linears.emulated else ""
         return f"{self._quantization} by {self._selected.explanation}{emulated}"
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -66,8 +70,8 @@ class LinearLoader:
     def linear(self, rows: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
         """The modules of `rows`, each with so many outputs, as one matrix."""
         biases = self._fused(rows, "bias") if bias else None
-        if self._emulated is not None:
-            return self._emulated.linear(
+        if self._quantized is not None:
+            return self._quantized.linear(
                 rows, in_features, biases, lambda: self._fused(rows, "weight", in_features)
             )
         storage = self._storage(rows)
@@ -77,7 +81,14 @@ class LinearLoader:
         return self._from_weight(weight, biases, storage, self._dtype)
 
     def lm_head(self, module: str, vocab_size: int, hidden_size: int) -> Linear:
-        """An LM head of its own. Gives float32, as samplers want it, where its kernel can."""
+        """An LM head of its own. Gives float32, as samplers want it, where its kernel can.
+
+        For a GPU it is quantised only if the files have it so.
+        """
+        if self._quantized is not None:
+            stored = self._quantized.stored_linear(module, vocab_size, hidden_size, torch.float32)
+            if stored is not None:
+                return stored
         storage = self._storage([module])
         if storage is Storage.INT4:
             return self._int4([module], None, torch.float32)
@@ -102,8 +113,23 @@ class LinearLoader:
             return self._int4([module], None, torch.float32)
         return self._from_weight(embedding, None, storage, torch.float32)
 
-    def check_used(self) -> None:
-        """Raises ModelError when int4 was asked for and no matrix of the checkpoint has 4 bits."""
+    def experts(self, gate_up: Sequence[Linear], down: Sequence[Linear]) -> Experts:
+        """All experts of a layer, of what `linear` made; in one product where there is one."""
+        selected, together = self._selected, None
+        dense = [each.weight for each in (*gate_up, *down) if isinstance(each, DenseLinear)]
+        if self._quantized is not None and selected.quantized_linears is not None:
+            together = selected.quantized_linears.experts(gate_up, down)
+        elif selected.group_experts is not None and len(dense) == 2 * len(down):
+            together = selected.group_experts(dense[: len(down)], dense[len(down) :])
+        return together or SortedExperts(gate_up=tuple(gate_up), down=tuple(down), ops=selected.ops)
+
+    def finish(self) -> None:
+        """Once all matrices are made: say what became of those of the files.
+
+        Raises ModelError when int4 was asked for and no matrix of the checkpoint has 4 bits.
+        """
+        if self._quantized is not None:
+            self._quantized.log()
         if self._quantization is Quantization.INT4 and not self._num_int4:
             raise ModelError(
                 "quantization int4 runs matrices that a file holds in 4 bits (GGUF's Q4_0 or Q4_1, "
@@ -113,7 +139,7 @@ class LinearLoader:
 
     def _storage(self, modules: Iterable[str]) -> Storage:
         """How the matrix of these modules is kept in memory."""
-        if self._quantization is Quantization.NONE or self._emulated is not None:
+        if self._quantization is Quantization.NONE or self._quantized is not None:
             return Storage.FLOAT
         if self._quantization is Quantization.INT8:
             return Storage.QUANTIZED
@@ -149,15 +175,31 @@ class LinearLoader:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
 
+def _quantized_matrices(
+    checkpoint: Checkpoint, quantization: Quantization, selected: SelectedOps, dtype: torch.dtype
+) -> QuantizedMatrices | None:
+    """What makes matrices of that quantization in the forms of a GPU, if anything here does."""
+    linears, numbers = selected.quantized_linears, NUMBERS.get(quantization)
+    if linears is None or numbers is None or numbers not in linears.dtypes:
+        return None
+    if checkpoint.config.mixture is not None and numbers not in linears.expert_dtypes:
+        choices = [name for name, dtype in NUMBERS.items() if dtype in linears.expert_dtypes]
+        raise KernelError(
+            f"quantization {quantization} has no kernels for mixtures of experts by "
+            f"{selected.explanation}; choose {' or '.join((*choices, 'none'))}"
+        )
+    return QuantizedMatrices(checkpoint, linears, numbers, dtype)
+
+
 def _check(quantization: Quantization, device: str, selected: SelectedOps) -> None:
-    """Raises ModelError or KernelError for a quantization that cannot run here."""
+    """Raises ModelError or KernelError for a quantization that has no form on this device."""
     if quantization is Quantization.NONE:
         return
-    if quantization in EMULATED:
-        require_emulation(f"quantization {quantization}", device, selected, instead="none")
-        return
-    if device != "cpu":
-        raise ModelError(f"quantization {quantization} needs device cpu; on {device} choose none")
+    if device != "cpu" or quantization not in (Quantization.INT8, Quantization.INT4):
+        dtypes = selected.quantized_linears.dtypes if selected.quantized_linears else ()
+        choices = [str(name) for name, numbers in NUMBERS.items() if numbers in dtypes]
+        instead = " or ".join((*choices, "none"))
+        raise no_kernels(f"quantization {quantization}", device, instead=instead)
     if quantization is Quantization.INT4 and selected.library is None:
         raise ModelError(
             f"quantization int4 needs the C++ kernels, and this runs {selected.explanation}; "

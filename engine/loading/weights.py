@@ -28,10 +28,8 @@ from pagewire.engine.parallel.shard import ModelShard
 from pagewire.engine.parallel.sharded_checkpoint import ShardedCheckpoint
 from pagewire.engine.quantization import Quantization
 from pagewire.kernels.experts import Experts
-from pagewire.kernels.linear import DenseLinear
 from pagewire.kernels.ops import Linear
 from pagewire.kernels.select import SelectedOps
-from pagewire.kernels.sorted_experts import SortedExperts
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ def load_model(
     held = checkpoint.quantized_as
     logger.info("matrices: %s%s", linears.explanation, f"; the files hold {held}" if held else "")
     weights = _Loader(linears, checkpoint.config, shard.vocabulary, selected).weights()
-    linears.check_used()
+    linears.finish()
     frequencies = inverse_frequencies(checkpoint.config, checkpoint.rope_factors())
     return LlamaModel(checkpoint.config, weights, frequencies.to(device), selected.ops, group)
 
@@ -97,7 +95,6 @@ class _Loader:
         self._config = config
         self._vocabulary = vocabulary
         self._ops = selected.ops
-        self._group_experts = selected.group_experts
 
     def weights(self) -> LlamaWeights:
         config = self._config
@@ -154,10 +151,7 @@ class _Loader:
             for expert in range(mixture.num_experts)
         ]
         gate_up, down = zip(*experts, strict=True)
-        dense = [each.weight for each in (*gate_up, *down) if isinstance(each, DenseLinear)]
-        if self._group_experts is not None and len(dense) == 2 * len(experts):
-            return self._group_experts(dense[: len(experts)], dense[len(experts) :])
-        return SortedExperts(gate_up=gate_up, down=down, ops=self._ops)
+        return self._linears.experts(gate_up, down)
 
     def _shared_expert(self, module: str, mixture: MixtureConfig) -> SharedExpert | None:
         if mixture.shared_intermediate_size is None:

@@ -13,7 +13,7 @@ namespace pagewire {
 constexpr int64_t kGroup = 32;  // input features
 
 // x ≈ unit * (values * kRefinement + remainders) where refined, else unit * values.
-// QuantizedActivation in ops.py has the same bytes.
+// GroupedActivation in ops.py has the same bytes.
 struct ActivationGroup {
     int8_t values[kGroup];
     int8_t remainders[kGroup];

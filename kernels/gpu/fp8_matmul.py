@@ -11,6 +11,16 @@ from pagewire.kernels.gpu.arguments import require, require_array
 MULTIPLE = 16  # of the inputs and outputs of a matrix that cuBLAS takes in float8
 
 
+def takes_matrix(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `fp8_matmul` multiplies such a matrix, with results of `dtype`."""
+    return (
+        weight.is_cuda
+        and weight.dtype is torch.float8_e4m3fn
+        and dtype is torch.bfloat16
+        and all(size % MULTIPLE == 0 for size in weight.shape)
+    )
+
+
 def fp8_matmul(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
     """(x * x_scales) @ (weight * weight_scales)ᵀ, bfloat16 [num_tokens, num_outputs].
 

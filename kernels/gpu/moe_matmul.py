@@ -2,7 +2,8 @@
 
 Out of `moe_align` comes which pairs of token and expert a tile holds; each row of a tile is read
 from where its pair is and written to where it belongs, so nothing is sorted back. A row depends on
-no other. A program does one tile of the output.
+no other. In 8 bits, with a scale for each row of x and each output, sums are as in `w8a8_matmul`.
+A program does one tile of the output.
 """
 
 import torch
@@ -10,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagewire.kernels.gpu.activation_quant import LARGEST
 from pagewire.kernels.gpu.arguments import FLOATS, require, require_array
 from pagewire.kernels.gpu.matmul_tile import Tile
 from pagewire.kernels.gpu.moe_align import ExpertTiles
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
+from pagewire.kernels.gpu.w8a8_matmul import SUMS
 
 _SMALL = Tile(tokens=16, outputs=64, inputs=128, launch=LaunchConfig(num_warps=4, num_stages=4))
 _LARGE = Tile(tokens=64, outputs=128, inputs=64, launch=LaunchConfig(num_warps=4, num_stages=3))
@@ -31,7 +34,9 @@ def tile_size(num_pairs: int, num_experts: int) -> int:
 @triton.jit(do_not_specialize=["num_pairs"])
 def _moe_matmul_kernel(
     x_ptr: tl.tensor,  # [num_pairs / PAIRS_PER_ROW, num_inputs]
+    x_scales_ptr: tl.tensor,  # float32 [num_pairs / PAIRS_PER_ROW], of x in 8 bits; else None
     weight_ptr: tl.tensor,  # [num_experts, num_outputs, num_inputs]
+    weight_scales_ptr: tl.tensor,  # float32 [num_experts, num_outputs], of 8 bits; else None
     pairs_ptr: tl.tensor,  # int32 [max_tiles, TILE]
     tile_experts_ptr: tl.tensor,  # int32 [max_tiles]
     factors_ptr: tl.tensor,  # float32 [num_pairs], read with WEIGHTED only
@@ -41,6 +46,7 @@ def _moe_matmul_kernel(
     num_inputs: tl.tensor,
     PAIRS_PER_ROW: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SUM: tl.constexpr,  # dtype of the sum of products
     TILE: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -53,9 +59,11 @@ def _moe_matmul_kernel(
     has_pair = pair < num_pairs
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     has_output = output < num_outputs
-    x_at = x_ptr + (pair // PAIRS_PER_ROW).to(tl.int64)[:, None] * num_inputs
-    weight_at = weight_ptr + (expert * num_outputs + output)[None, :] * num_inputs
-    total = tl.zeros((TILE, OUTPUTS), tl.float32)
+    row = pair // PAIRS_PER_ROW
+    x_at = x_ptr + row.to(tl.int64)[:, None] * num_inputs
+    of_expert = expert * num_outputs + output
+    weight_at = weight_ptr + of_expert[None, :] * num_inputs
+    total = tl.zeros((TILE, OUTPUTS), SUM)
     for start in range(0, num_inputs, INPUTS):
         column = start + tl.arange(0, INPUTS)
         inside = column < num_inputs
@@ -63,7 +71,19 @@ def _moe_matmul_kernel(
         weight = tl.load(
             weight_at + column[:, None], mask=inside[:, None] & has_output[None, :], other=0.0
         )
-        total = tl.dot(x, weight, total, input_precision="ieee")
+        total = tl.dot(
+            x,
+            weight,
+            total,
+            input_precision="ieee",
+            out_dtype=SUM,
+            max_num_imprecise_acc=INPUTS,  # of float8; see w8a8_matmul
+        )
+    total = total.to(tl.float32)
+    if x_scales_ptr is not None:
+        x_scales = tl.load(x_scales_ptr + row, mask=has_pair, other=0.0)
+        weight_scales = tl.load(weight_scales_ptr + of_expert, mask=has_output, other=0.0)
+        total *= x_scales[:, None] * weight_scales[None, :]
     if WEIGHTED:
         total *= tl.load(factors_ptr + pair, mask=has_pair, other=0.0)[:, None]
     tl.store(
@@ -84,6 +104,40 @@ def moe_matmul(
     tile are left as they are in fresh memory. Raises KernelArgumentError.
     """
     require_array("x", x, (None, None), *FLOATS)
+    return _run(x, None, weight, None, tiles, factors, x.dtype)
+
+
+def moe_matmul_8_bits(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    tiles: ExpertTiles,
+    dtype: torch.dtype,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """As `moe_matmul`, of (x * x_scales) @ (weight * weight_scales)ᵀ, in `dtype`.
+
+    x and weight: int8 or float8_e4m3fn; x_scales: float32, one for each row of x; weight_scales:
+    float32 [num_experts, num_outputs]; all contiguous. Raises KernelArgumentError.
+    """
+    require_array("x", x, (None, None), *LARGEST)
+    require_array("x_scales", x_scales, (len(x),), torch.float32, device=x.device)
+    wanted = tuple(weight.shape[:2])
+    require_array("weight_scales", weight_scales, wanted, torch.float32, device=x.device)
+    require(dtype in FLOATS, f"dtype is {dtype}; give one of {', '.join(map(str, FLOATS))}")
+    return _run(x, x_scales, weight, weight_scales, tiles, factors, dtype)
+
+
+def _run(
+    x: Tensor,
+    x_scales: Tensor | None,
+    weight: Tensor,
+    weight_scales: Tensor | None,
+    tiles: ExpertTiles,
+    factors: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     num_rows, num_inputs = x.shape
     num_pairs = tiles.num_pairs
     require(
@@ -98,10 +152,12 @@ def moe_matmul(
     if factors is not None:
         require_array("factors", factors, (num_pairs,), torch.float32, device=x.device)
     tile = _TILES[size]
-    out = torch.empty((num_pairs, num_outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((num_pairs, num_outputs), dtype=dtype, device=x.device)
     _moe_matmul_kernel[(max_tiles, triton.cdiv(num_outputs, tile.outputs))](
         x,
+        x_scales,
         weight,
+        weight_scales,
         tiles.pairs,
         tiles.experts,
         tiles.pairs if factors is None else factors,
@@ -111,6 +167,7 @@ def moe_matmul(
         num_inputs,
         num_pairs // num_rows,
         factors is not None,
+        SUMS.get(x.dtype, tl.float32),
         size,
         tile.outputs,
         tile.inputs,
@@ -122,11 +179,13 @@ def moe_matmul(
 
 VARIANTS = tuple(
     Variant(
-        name=f"moe_matmul bf16 {tile.name}{' weighted' if weighted else ''}",
+        name=f"moe_matmul {name} {tile.name}{' weighted' if weighted else ''}",
         kernel=_moe_matmul_kernel,
         arguments={
-            "x_ptr": "*bf16:16",
-            "weight_ptr": "*bf16:16",
+            "x_ptr": f"*{name}:16",
+            **({"x_scales_ptr": "*fp32:16"} if dtype in LARGEST else {}),
+            "weight_ptr": f"*{name}:16",
+            **({"weight_scales_ptr": "*fp32:16"} if dtype in LARGEST else {}),
             "pairs_ptr": "*i32:16",
             "tile_experts_ptr": "*i32:16",
             "factors_ptr": "*fp32:16" if weighted else "*i32:16",
@@ -136,14 +195,22 @@ VARIANTS = tuple(
             "num_inputs": "i32:16",
         },
         constants={
+            **({} if dtype in LARGEST else {"x_scales_ptr": None, "weight_scales_ptr": None}),
             "PAIRS_PER_ROW": 1 if weighted else 8,
             "WEIGHTED": weighted,
+            "SUM": SUMS.get(dtype, tl.float32),
             "TILE": tile.tokens,
             "OUTPUTS": tile.outputs,
             "INPUTS": tile.inputs,
         },
         launch=tile.launch,
-        requires=("HGMMA" if tile.tokens >= 64 else "HMMA",),
+        requires=(of_warp_groups if tile.tokens >= 64 else of_warps,),
+        min_capability=capability,
+    )
+    for dtype, name, of_warp_groups, of_warps, capability in (
+        (torch.bfloat16, "bf16", "HGMMA", "HMMA", 80),
+        (torch.int8, "i8", "IGMMA", "IMMA", 80),
+        (torch.float8_e4m3fn, "fp8e4nv", "QGMMA", "HMMA", 89),
     )
     for tile in _TILES.values()
     for weighted in (False, True)

@@ -7,11 +7,12 @@ matrix, and no value has to change its place. A program does one tile of the out
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.gpu.arguments import FLOATS, require, require_array
+from pagewire.kernels.gpu.arguments import FLOATS, require_array
 from pagewire.kernels.gpu.matmul_tile import GROUP_TILES, Tile, choose_tile
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 
@@ -31,25 +32,25 @@ _TILES = tuple(
 def pack_int4(quants: Tensor) -> Tensor:
     """uint8 [num_outputs, num_inputs] of 0 .. 15 as the kernel reads it, half as wide.
 
-    num_inputs is a multiple of GROUP. Raises KernelArgumentError.
+    The last group is filled up with 0. Raises KernelArgumentError.
     """
     require_array("quants", quants, (None, None), torch.uint8)
     num_outputs, num_inputs = quants.shape
-    _require_groups(num_inputs)
-    low, high = quants.view(num_outputs, -1, 2, GROUP // 2).unbind(dim=2)
-    return (low | high << 4).view(num_outputs, num_inputs // 2)
+    groups = F.pad(quants, (0, -num_inputs % GROUP)).view(num_outputs, -1, 2, GROUP // 2)
+    low, high = groups.unbind(dim=2)
+    return torch.flatten(low | high << 4, 1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_groups"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _w4a16_matmul_kernel(
-    x_ptr: tl.tensor,  # [num_tokens, num_groups * 128]
-    weight_ptr: tl.tensor,  # uint8 [num_outputs, num_groups * 64]
+    x_ptr: tl.tensor,  # [num_tokens, num_inputs]
+    weight_ptr: tl.tensor,  # uint8 [num_outputs, num_groups * 64]; num_groups of 128 inputs
     scales_ptr: tl.tensor,  # [num_groups, num_outputs]
     zeros_ptr: tl.tensor,  # uint8 [num_groups, num_outputs]
     out_ptr: tl.tensor,  # [num_tokens, num_outputs]
     num_tokens: tl.tensor,
     num_outputs: tl.tensor,
-    num_groups: tl.tensor,
+    num_inputs: tl.tensor,
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     GROUP_TILES: tl.constexpr,
@@ -65,7 +66,9 @@ def _w4a16_matmul_kernel(
     output = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
     has_token, has_output = token < num_tokens, output < num_outputs
     half = tl.arange(0, _HALF)
-    x_at = x_ptr + token.to(tl.int64)[:, None] * (num_groups * 2 * _HALF) + half[None, :]
+    num_groups = tl.cdiv(num_inputs, 2 * _HALF)
+    x_at = x_ptr + token.to(tl.int64)[:, None] * num_inputs
+    column = half
     weight_at = weight_ptr + output.to(tl.int64)[None, :] * (num_groups * _HALF) + half[:, None]
     total = tl.zeros((TOKENS, OUTPUTS), tl.float32)
     for group in range(num_groups):
@@ -75,11 +78,14 @@ def _w4a16_matmul_kernel(
         zero = tl.load(zeros_ptr + of_group, mask=has_output, other=0).to(tl.float32)[None, :]
         low = ((packed & 15).to(tl.float32) - zero) * scale
         high = ((packed >> 4).to(tl.float32) - zero) * scale
-        x = tl.load(x_at, mask=has_token[:, None], other=0.0)
+        inside = has_token[:, None] & (column < num_inputs)[None, :]
+        x = tl.load(x_at + column[None, :], mask=inside, other=0.0)
         total = tl.dot(x, low.to(x.dtype), total, input_precision="ieee")
-        x = tl.load(x_at + _HALF, mask=has_token[:, None], other=0.0)
+        column += _HALF
+        inside = has_token[:, None] & (column < num_inputs)[None, :]
+        x = tl.load(x_at + column[None, :], mask=inside, other=0.0)
         total = tl.dot(x, high.to(x.dtype), total, input_precision="ieee")
-        x_at += 2 * _HALF
+        column += _HALF
         weight_at += _HALF
     tl.store(
         out_ptr + token.to(tl.int64)[:, None] * num_outputs + output[None, :],
@@ -91,17 +97,16 @@ def _w4a16_matmul_kernel(
 def w4a16_matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """x @ ((quants - zeros) * scales)ᵀ in the dtype of x, [num_tokens, num_outputs].
 
-    x: floating [num_tokens, num_inputs], num_inputs a multiple of GROUP; weight: uint8
-    [num_outputs, num_inputs / 2], as `pack_int4` makes it; scales: of the dtype of x, zeros: uint8,
-    both [num_inputs / GROUP, num_outputs]; all contiguous. Raises KernelArgumentError.
+    x: floating [num_tokens, num_inputs]; weight: uint8 [num_outputs, num_groups * GROUP / 2], as
+    `pack_int4` makes it; scales: floating, zeros: uint8, both [num_groups, num_outputs]; all
+    contiguous. Raises KernelArgumentError.
     """
     require_array("x", x, (None, None), *FLOATS)
     num_tokens, num_inputs = x.shape
-    _require_groups(num_inputs)
-    num_groups = num_inputs // GROUP
-    require_array("weight", weight, (None, num_inputs // 2), torch.uint8, device=x.device)
+    num_groups = triton.cdiv(num_inputs, GROUP)
+    require_array("weight", weight, (None, num_groups * GROUP // 2), torch.uint8, device=x.device)
     num_outputs = len(weight)
-    require_array("scales", scales, (num_groups, num_outputs), x.dtype, device=x.device)
+    require_array("scales", scales, (num_groups, num_outputs), *FLOATS, device=x.device)
     require_array("zeros", zeros, (num_groups, num_outputs), torch.uint8, device=x.device)
     out = torch.empty((num_tokens, num_outputs), dtype=x.dtype, device=x.device)
     tile = choose_tile(_TILES, num_tokens)
@@ -114,7 +119,7 @@ def w4a16_matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Te
         out,
         num_tokens,
         num_outputs,
-        num_groups,
+        num_inputs,
         tile.tokens,
         tile.outputs,
         GROUP_TILES,
@@ -122,12 +127,6 @@ def w4a16_matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Te
         num_stages=tile.launch.num_stages,
     )
     return out
-
-
-def _require_groups(num_inputs: int) -> None:
-    require(
-        num_inputs % GROUP == 0, f"the matrix has {num_inputs} inputs; pad to a multiple of {GROUP}"
-    )
 
 
 VARIANTS = tuple(
@@ -142,7 +141,7 @@ VARIANTS = tuple(
             "out_ptr": "*bf16:16",
             "num_tokens": "i32",
             "num_outputs": "i32:16",
-            "num_groups": "i32",
+            "num_inputs": "i32:16",
         },
         constants={
             "TOKENS": tile.tokens,

@@ -21,6 +21,7 @@ _TILES = (
     Tile(tokens=64, outputs=128, inputs=128, launch=LaunchConfig(num_warps=4, num_stages=3)),
     Tile(tokens=128, outputs=128, inputs=128, launch=LaunchConfig(num_warps=8, num_stages=3)),
 )
+SUMS = {torch.int8: tl.int32, torch.float8_e4m3fn: tl.float32}  # dtype of sums of products
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -100,7 +101,7 @@ def w8a8_matmul(
         num_tokens,
         num_outputs,
         num_inputs,
-        _SUMS[x.dtype],
+        SUMS[x.dtype],
         tile.tokens,
         tile.outputs,
         tile.inputs,
@@ -110,8 +111,6 @@ def w8a8_matmul(
     )
     return out
 
-
-_SUMS = {torch.int8: tl.int32, torch.float8_e4m3fn: tl.float32}
 
 VARIANTS = tuple(
     Variant(
@@ -128,7 +127,7 @@ VARIANTS = tuple(
             "num_inputs": "i32:16",
         },
         constants={
-            "SUM": _SUMS[dtype],
+            "SUM": SUMS[dtype],
             "TOKENS": tile.tokens,
             "OUTPUTS": tile.outputs,
             "INPUTS": tile.inputs,

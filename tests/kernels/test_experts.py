@@ -91,7 +91,7 @@ def test_matrices_of_8_bits_take_their_tokens_quantised() -> None:
 
     assert experts.takes_quantized
     assert relative_error(experts(ops.quantize(x), routing), expected(x, routing)) < 3e-2
-    with pytest.raises(TypeError, match="takes a QuantizedActivation"):
+    with pytest.raises(TypeError, match="takes a GroupedActivation"):
         experts(x, routing)
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from implementations import in_groups
 from paged_case import poisoned_pool
 
 from pagewire.kernels import reference
 from pagewire.kernels.native_ops import NativeOps
-from pagewire.kernels.ops import Ops, QuantizedActivation
+from pagewire.kernels.ops import GroupedActivation, Ops
 from pagewire.kernels.quantized import dequantize
 from pagewire.kernels.torch_ops import TorchOps
 
@@ -67,7 +68,7 @@ def test_nan_is_not_hidden(ops: Ops, dtype: torch.dtype) -> None:
     x = torch.ones(2, 40, dtype=dtype)
     x[1, 37] = torch.nan
 
-    quantized = ops.quantize(x)
+    quantized = in_groups(ops, x)
     normed = ops.rms_norm(x, torch.ones(40, dtype=dtype), 1e-5)
     product = ops.silu_mul(x)
 
@@ -85,7 +86,7 @@ def test_silu_at_the_ends_of_the_range(ops: Ops) -> None:
 
 
 def test_quantisation_of_the_smallest_values(ops: Ops) -> None:
-    quantized = ops.quantize(torch.tensor([[1e-44, 0.0], [1e-30, -1e-30]]))
+    quantized = in_groups(ops, torch.tensor([[1e-44, 0.0], [1e-30, -1e-30]]))
     assert quantized.groups[:, 0, :2].view(torch.int8).tolist() == [[0, 0], [127, -127]]
     assert not dequantize(quantized)[0].any()
 
@@ -95,7 +96,7 @@ def test_every_implementation_quantises_alike(ops: Ops, rows: int, dim: int, see
     torch.manual_seed(seed)
     x = torch.randn(rows, dim) * torch.logspace(-6, 6, rows)[:, None]
     x[:, :: dim // 3 + 1] *= torch.randint(1, 100, (1,))  # some groups have remainders
-    expected, result = TorchOps().quantize(x), ops.quantize(x)
+    expected, result = TorchOps().quantize(x), in_groups(ops, x)
     assert torch.equal(result.groups, expected.groups)
 
 
@@ -130,7 +131,7 @@ def test_results_do_not_depend_on_threads(native: NativeOps) -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             quantized = native.silu_mul(gate_up, quantize=True)
-            assert isinstance(quantized, QuantizedActivation)
+            assert isinstance(quantized, GroupedActivation)
             normed = native.rms_norm(gate_up, weight, 1e-5)
             results.append((normed, quantized.groups))
     finally:

@@ -10,7 +10,7 @@ from pagewire.kernels.instruction_sets import built_sets
 from pagewire.kernels.native_library import NativeLibrary, load_library
 from pagewire.kernels.native_linear import native_linear
 from pagewire.kernels.native_ops import NativeOps
-from pagewire.kernels.ops import NotRecordableError, QuantizedActivation
+from pagewire.kernels.ops import GroupedActivation, NotRecordableError
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_what_a_replay_would_leave_out_is_not_recorded(
     ops = NativeOps(library)
     with pytest.raises(NotRecordableError, match="cannot be recorded"):
         ops.recorder.record(lambda: step(ops, torch.randn(4, 64)))
-    assert isinstance(ops.quantize(torch.randn(1, 32)), QuantizedActivation)  # as before
+    assert isinstance(ops.quantize(torch.randn(1, 32)), GroupedActivation)  # as before
 
 
 def test_a_plan_is_renewed_after_its_first_run(library: NativeLibrary) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import in_groups
 from paged_case import TOLERANCE, PagedCase, Shape, assert_close
 from torch import Tensor
 
 from pagewire.kernels import reference
-from pagewire.kernels.ops import GROUP, AttentionBatch, Ops, QuantizedActivation
+from pagewire.kernels.ops import GROUP, AttentionBatch, GroupedActivation, Ops
 from pagewire.kernels.quantized import dequantize
 
 DTYPES = tuple(TOLERANCE)
@@ -53,7 +54,7 @@ def test_quantize(ops: Ops) -> None:
     x[0, :5] = torch.tensor([127.0, -127.0, 0.5, 1.5, -2.5])
     x[0, 32:35] = torch.tensor([1270.0, 5.0, -1.25])  # well above the mean of the scales
 
-    quantized = ops.quantize(x)
+    quantized = in_groups(ops, x)
 
     assert (quantized.groups.dtype, quantized.groups.shape) == (torch.uint8, (1, 3, 76))
     small, large, zeros = torch.split(quantized.groups[0], 1)
@@ -75,7 +76,7 @@ def test_quantize_is_within_half_a_step(ops: Ops, dtype: torch.dtype) -> None:
     x = torch.randn(7, 80, dtype=dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)
     x[:, 40] = 10 * x.abs().amax(dim=1)
 
-    quantized = ops.quantize(x)
+    quantized = in_groups(ops, x)
 
     units = quantized.groups[..., 64:68].view(torch.float32)[..., 0]
     steps = units.repeat_interleave(GROUP, dim=1)[:, :80]
@@ -88,7 +89,7 @@ def test_quantize_is_within_half_a_step(ops: Ops, dtype: torch.dtype) -> None:
 def test_quantize_takes_what_is_next_to_nothing_for_0(ops: Ops) -> None:
     x = torch.full((1, 64), 1e-38)
     x[0, 32:] = 1e-30
-    quantized = ops.quantize(x)
+    quantized = in_groups(ops, x)
     assert quantized.groups[0, 0].count_nonzero() == 0
     torch.testing.assert_close(dequantize(quantized)[0, 32:], x[0, 32:], rtol=1e-2, atol=0)
 
@@ -96,7 +97,7 @@ def test_quantize_takes_what_is_next_to_nothing_for_0(ops: Ops) -> None:
 def test_quantize_lets_no_nan_pass_for_a_number(ops: Ops) -> None:
     x = torch.ones(1, 64)
     x[0, 3] = torch.nan
-    assert dequantize(ops.quantize(x))[0, :32].isnan().all()
+    assert dequantize(in_groups(ops, x))[0, :32].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,8 +111,8 @@ def test_operations_quantize_their_results(ops: Ops, dtype: torch.dtype) -> None
         (added, added_quantized),
         (ops.silu_mul(x), ops.silu_mul(x, quantize=True)),
     ):
-        assert isinstance(plain, Tensor) and isinstance(result, QuantizedActivation)
-        expected = ops.quantize(plain)
+        assert isinstance(plain, Tensor) and isinstance(result, GroupedActivation)
+        expected = in_groups(ops, plain)
         assert result.num_features == plain.shape[1]
         assert torch.equal(result.groups, expected.groups)
 

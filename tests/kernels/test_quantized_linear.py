@@ -15,7 +15,7 @@ from pagewire.kernels.instruction_sets import runnable_sets
 from pagewire.kernels.int4_linear import Int4Blocks, concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear, quantize_weight
 from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, load_library
-from pagewire.kernels.ops import GROUP, Linear, QuantizedActivation
+from pagewire.kernels.ops import GROUP, GroupedActivation, Linear
 from pagewire.kernels.quantized import dequantize, quantize
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -50,7 +50,7 @@ def random_blocks(out_features: int, in_features: int) -> Int4Blocks:
     )
 
 
-def activations(rows: int, num_features: int) -> QuantizedActivation:
+def activations(rows: int, num_features: int) -> GroupedActivation:
     """Of every second token one feature is so large that its group has remainders."""
     x = torch.randn(rows, num_features)
     x[::2, 3] *= 100
@@ -63,7 +63,7 @@ def dequantized(blocks: Int4Blocks) -> Tensor:
     return values.flatten(1)
 
 
-def product(x: QuantizedActivation, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: GroupedActivation, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = dequantize(x).double() @ weight.double().T
     return out if bias is None else out + bias.double()
 
@@ -168,7 +168,7 @@ def test_rows_do_not_depend_on_their_batch(library: NativeLibrary) -> None:
     for linear in linears:
         together = linear(x)
         for row in range(33):
-            alone = QuantizedActivation(groups=x.groups[row : row + 1], num_features=x.num_features)
+            alone = GroupedActivation(groups=x.groups[row : row + 1], num_features=x.num_features)
             assert torch.equal(linear(alone)[0], together[row])
 
 

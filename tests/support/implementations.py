@@ -3,12 +3,13 @@
 import platform
 
 import pytest
+from torch import Tensor
 
 from pagewire.kernels.cpu_flags import cpu_flags
 from pagewire.kernels.instruction_sets import runnable_sets
 from pagewire.kernels.native_library import NativeLibraryError, load_library
 from pagewire.kernels.native_ops import NativeOps
-from pagewire.kernels.ops import Ops
+from pagewire.kernels.ops import GroupedActivation, Ops
 from pagewire.kernels.torch_ops import TorchOps
 
 _NATIVE = {each.name: each for each in runnable_sets(platform.machine(), cpu_flags())}
@@ -23,3 +24,10 @@ def load_implementation(name: str) -> Ops:
         return NativeOps(load_library(_NATIVE[name]))
     except NativeLibraryError as error:
         pytest.skip(str(error))
+
+
+def in_groups(ops: Ops, x: Tensor) -> GroupedActivation:
+    """x as operations of a CPU quantise it."""
+    quantized = ops.quantize(x)
+    assert isinstance(quantized, GroupedActivation)
+    return quantized

@@ -12,7 +12,7 @@ from pagewire.kernels.experts import Routing
 from pagewire.kernels.gpu.arguments import KernelArgumentError
 from pagewire.kernels.gpu.grouped_experts import GroupedExperts, group_experts
 from pagewire.kernels.gpu.moe_align import UNUSED, moe_align
-from pagewire.kernels.gpu.moe_matmul import moe_matmul, tile_size
+from pagewire.kernels.gpu.moe_matmul import moe_matmul, moe_matmul_8_bits, tile_size
 from pagewire.kernels.gpu.moe_route import moe_route
 
 
@@ -125,3 +125,12 @@ def test_what_does_not_fit_is_refused() -> None:
         moe_matmul(torch.zeros(3, 8), torch.zeros(4, 8, 8), tiles)
     with pytest.raises(KernelArgumentError, match=r"factors is \[3\]; give \[4\]"):
         moe_matmul(torch.zeros(2, 8), torch.zeros(4, 8, 8), tiles, torch.zeros(3))
+    x, weight = torch.zeros(2, 8, dtype=torch.int8), torch.zeros(4, 8, 8, dtype=torch.int8)
+    with pytest.raises(KernelArgumentError, match=r"x_scales is \[3\]; give \[2\]"):
+        moe_matmul_8_bits(x, torch.ones(3), weight, torch.ones(4, 8), tiles, torch.float32)
+    with pytest.raises(KernelArgumentError, match=r"weight_scales is \[8\]; give \[4, 8\]"):
+        moe_matmul_8_bits(x, torch.ones(2), weight, torch.ones(8), tiles, torch.float32)
+    with pytest.raises(KernelArgumentError, match=r"weight is torch.float32; give torch.int8"):
+        moe_matmul_8_bits(x, torch.ones(2), weight.float(), torch.ones(4, 8), tiles, torch.float32)
+    with pytest.raises(KernelArgumentError, match=r"dtype is torch.int8"):
+        moe_matmul_8_bits(x, torch.ones(2), weight, torch.ones(4, 8), tiles, torch.int8)

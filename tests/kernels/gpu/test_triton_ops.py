@@ -16,7 +16,7 @@ from pagewire.engine.load import load_engine, select_kernels
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels import torch_ops
-from pagewire.kernels.ops import GROUP, QuantizedActivation, SamplingRows
+from pagewire.kernels.ops import SamplingRows, TokenActivation
 from pagewire.kernels.select import Kernels, select_ops
 from pagewire.kernels.triton_ops import GPU, TritonOps, find_gpu
 
@@ -128,18 +128,24 @@ def test_tokens_are_those_of_plain_torch() -> None:
     torch.testing.assert_close(result.sampled, expected.sampled, rtol=1e-5, atol=1e-5)
 
 
-def test_operations_quantize_their_results() -> None:
-    x, residual = torch.randn(2, 3, 2 * GROUP)
-    weight = torch.randn(2 * GROUP)
-    added, _ = OPS.add_rms_norm(x, residual.clone(), weight, 1e-5)
-    added_quantized, _ = OPS.add_rms_norm(x, residual.clone(), weight, 1e-5, quantize=True)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_operations_quantize_their_results(dtype: torch.dtype) -> None:
+    ops = TritonOps(find_gpu("cpu"), activations=dtype)
+    x, residual = torch.randn(2, 3, 64)
+    weight = torch.randn(64)
+    added, total = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    added_quantized, same_total = ops.add_rms_norm(x, residual.clone(), weight, 1e-5, quantize=True)
+    assert torch.equal(total, same_total)
     for plain, result in (
-        (OPS.rms_norm(x, weight, 1e-5), OPS.rms_norm(x, weight, 1e-5, quantize=True)),
+        (ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5, quantize=True)),
         (added, added_quantized),
-        (OPS.silu_mul(x), OPS.silu_mul(x, quantize=True)),
+        (ops.silu_mul(x), ops.silu_mul(x, quantize=True)),
     ):
-        assert isinstance(plain, torch.Tensor) and isinstance(result, QuantizedActivation)
-        assert torch.equal(result.groups, OPS.quantize(plain).groups)
+        assert isinstance(plain, torch.Tensor) and isinstance(result, TokenActivation)
+        expected = ops.quantize(plain)
+        assert result.values.dtype is dtype
+        assert torch.equal(result.values.view(torch.uint8), expected.values.view(torch.uint8))
+        assert torch.equal(result.scales, expected.scales)
 
 
 def test_a_gpu_gets_triton() -> None:

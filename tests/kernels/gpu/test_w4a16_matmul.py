@@ -13,7 +13,7 @@ def quantized_matrix(
     num_outputs: int, num_inputs: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quants [num_outputs, num_inputs], scales and zeros [num_groups, num_outputs]."""
-    num_groups = num_inputs // GROUP
+    num_groups = -(-num_inputs // GROUP)
     quants = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8)
     scales = (torch.rand(num_groups, num_outputs) / 8).to(dtype)
     zeros = torch.randint(0, 16, (num_groups, num_outputs), dtype=torch.uint8)
@@ -22,15 +22,17 @@ def quantized_matrix(
 
 def restored(quants: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """float64 [num_outputs, num_inputs]."""
-    groups = quants.double().view(len(quants), -1, GROUP)
-    return torch.flatten((groups - zeros.T[..., None].double()) * scales.T[..., None].double(), 1)
+    group_of = torch.arange(quants.shape[1]) // GROUP
+    return (quants.double() - zeros.T.double()[:, group_of]) * scales.T.double()[:, group_of]
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    # One tile of each size and several, of which the last are not full.
+    # One tile of each size and several, of which the last are not full; groups neither.
     [
         ((3, 40, 256), torch.float32),
+        ((2, 16, 140), torch.float32),
+        ((17, 16, 210), torch.bfloat16),
         ((1, 33, 384), torch.bfloat16),
         ((60, 130, 128), torch.float16),
         ((150, 100, 256), torch.bfloat16),
@@ -59,9 +61,9 @@ def test_packing_keeps_every_quant() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     quants, scales, zeros = quantized_matrix(8, GROUP, torch.float32)
     x, weight = torch.zeros(2, GROUP), pack_int4(quants)
-    with pytest.raises(KernelArgumentError, match="has 100 inputs; pad to a multiple of 128"):
-        w4a16_matmul(x[:, :100].contiguous(), weight, scales, zeros)
-    with pytest.raises(KernelArgumentError, match=r"scales is torch\.float16"):
-        w4a16_matmul(x, weight, scales.half(), zeros)
+    with pytest.raises(KernelArgumentError, match=r"weight is \[8, 64\]; give \[any, 128\]"):
+        w4a16_matmul(torch.zeros(2, GROUP + 1), weight, scales, zeros)
+    with pytest.raises(KernelArgumentError, match=r"scales is torch\.float64"):
+        w4a16_matmul(x, weight, scales.double(), zeros)
     with pytest.raises(KernelArgumentError, match=r"zeros is \[8, 1\]; give \[1, 8\]"):
         w4a16_matmul(x, weight, scales, zeros.T.contiguous())
