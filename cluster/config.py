@@ -100,8 +100,12 @@ class ServeConfig(BaseSettings):
         validate_default=True,
         description="let KV pages cross the network in the clear: it is your own",
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="what workers run on; cuda: a GPU for each, auto: if there are enough",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="weights and KV cache; auto: what this machine is fast in"
+        default="auto", description="weights and KV cache; auto: what the device is fast in"
     )
     quantization: Quantization = Field(
         default=Quantization.NONE,
@@ -218,6 +222,7 @@ class ServeConfig(BaseSettings):
     @classmethod
     def _float32_in_our_kernels(cls, value: bool, info: ValidationInfo) -> bool:
         needed = {
+            "device": ("auto", "cpu"),
             "dtype": ("auto", "float32"),
             "quantization": (Quantization.NONE,),
             "kernels": ("auto", "native"),

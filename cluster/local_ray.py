@@ -49,11 +49,12 @@ class LocalRay:
     """Starts Ray when entered, in a thread; `ready` waits for it. Stops it and all its processes.
 
     Ray's state is the process's: only one LocalRay may be open at a time. `dashboard_port` must be
-    free.
+    free. It gives out `num_gpus` GPUs; None: those that it finds.
     """
 
-    def __init__(self, *, dashboard_port: int) -> None:
+    def __init__(self, *, dashboard_port: int, num_gpus: int | None = None) -> None:
         self._dashboard_port = dashboard_port
+        self._num_gpus = num_gpus
         self._directory = Path()
         self._others: set[psutil.Process] = set()
         # Ray's processes are killed by the kernel when the thread that started them ends, so this
@@ -103,6 +104,7 @@ class LocalRay:
                     include_dashboard=True,
                     dashboard_host="127.0.0.1",
                     dashboard_port=self._dashboard_port,
+                    num_gpus=self._num_gpus,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

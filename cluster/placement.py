@@ -4,6 +4,7 @@ Pure but for `available_cores`, which asks the operating system.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pagewire.cluster.config import ServeConfig
@@ -14,6 +15,7 @@ from pagewire.worker.config import Role, WorkerConfig
 # rows of logits it holds; how many drafts pay is decided for each sequence.
 MAX_DRAFT_TOKENS = 64
 
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max …"
 
 
@@ -42,16 +44,19 @@ def worker_configs(
     core_board: Path,
     dtype: str,
     prefix_cache_secret: str | None,
+    device: str = "cpu",
 ) -> tuple[WorkerConfig, ...]:
     """The start parameters of every worker, prefill workers first.
 
-    `router` is host:port of the router's Membership service. `cores` are shared out
-    step by step, on the board `core_board`, unless the number of threads was chosen.
+    `router` is host:port of the router's Membership service. On a CPU `cores` are shared out
+    step by step, on the board `core_board`, unless the number of threads was chosen; with `device`
+    cuda each worker has a GPU of its own, and cores only load its model.
     `dtype` is what auto means, the same for all.
     `prefix_cache_secret` is hexadecimal; without it nothing is cached.
     """
     names = [(Role.PREFILL, index) for index in range(config.prefill)]
     names += [(Role.DECODE, index) for index in range(config.decode)]
+    on_cpu = device == "cpu"
     return tuple(
         WorkerConfig(
             name=f"{role}-{index}",
@@ -63,6 +68,8 @@ def worker_configs(
             kv_host=config.kv_host,
             kv_tls=config.kv_tls,
             insecure_kv=config.insecure_kv,
+            device=device,
+            gpu=None if on_cpu else slot,
             dtype=_dtype(config, dtype),
             quantization=config.quantization,
             kv_cache_dtype=_kv_cache_dtype(config, role),
@@ -71,7 +78,7 @@ def worker_configs(
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,
             num_threads=config.num_threads or cores,
-            core_board=None if config.num_threads else str(core_board),
+            core_board=str(core_board) if on_cpu and not config.num_threads else None,
             core_board_slot=slot,
             kernels=config.kernels,
             deterministic=config.deterministic,
@@ -121,3 +128,14 @@ def worker_environment(config: WorkerConfig) -> dict[str, str]:
         # another worker one such wait costs a scheduler quantum, and a step of 20 ms becomes 200.
         "GOMP_SPINCOUNT": "5000",
     }
+
+
+def gpu_environment(config: WorkerConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that show a worker its own GPU alone, where no scheduler sets them.
+
+    `environment` is that of the launcher, which may have been shown some GPUs only.
+    """
+    if config.gpu is None:
+        return {}
+    visible = [name for name in environment.get(_VISIBLE_GPUS, "").split(",") if name]
+    return {_VISIBLE_GPUS: visible[config.gpu] if visible else str(config.gpu)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from pagewire.cluster import processes
 from pagewire.cluster.api import build_app, tokenizer_of
 from pagewire.cluster.config import ServeConfig
+from pagewire.cluster.devices import DeviceChoice, choose_device, find_gpus
 from pagewire.cluster.draft_tokenizer import require_same_tokens
 from pagewire.cluster.errors import StartError
 from pagewire.cluster.http_server import HttpServer
@@ -65,8 +66,11 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
         model = _resolve(config.model)
         draft_model = _resolve(config.draft_model) if config.draft_model else None
         served_model = config.served_model or served_name(config.model)
+        device = choose_device(config, await asyncio.to_thread(find_gpus, config.device))
+        if device.reason:
+            terminal.say(f"workers run on the CPU: {device.reason}")
         async with AsyncExitStack() as stack:
-            base = await _start_base(stack, config, model, terminal)
+            base = await _start_base(stack, config, model, device, terminal)
             if draft_model:
                 await asyncio.to_thread(require_same_tokens, base.tokenizer, draft_model)
             # Not before Ray runs: it forks, which other threads in this process do not like.
@@ -84,7 +88,8 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
                 router=await control.start(),
                 cores=available_cores(),
                 core_board=core_board,
-                dtype=default_dtype("cpu", config.kernels),
+                device=device.name,
+                dtype=default_dtype(device.name, config.kernels),
                 prefix_cache_secret=secret.hex() if secret else None,
             )
             exits = await _launch(stack, base.launcher, workers, config)
@@ -118,13 +123,19 @@ def _resolve(model: str | None) -> Path:
 
 
 async def _start_base(
-    stack: AsyncExitStack, config: ServeConfig, model: Path, terminal: Terminal
+    stack: AsyncExitStack,
+    config: ServeConfig,
+    model: Path,
+    device: DeviceChoice,
+    terminal: Terminal,
 ) -> _Base:
     """Start Ray, unless the workers do without it, and load the tokenizer meanwhile."""
     ray = None
     if config.launcher == "ray":
         port = require_free(_LOOPBACK, config.dashboard_port, option="--dashboard-port")
-        ray = await stack.enter_async_context(LocalRay(dashboard_port=port))
+        ray = await stack.enter_async_context(
+            LocalRay(dashboard_port=port, num_gpus=device.num_gpus)
+        )
     loading = asyncio.create_task(asyncio.to_thread(tokenizer_of, model))
     stack.callback(loading.cancel)
     with terminal.step("starting Ray" if ray else "loading the tokenizer"):

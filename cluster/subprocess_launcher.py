@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from pagewire.cluster.errors import LaunchError
 from pagewire.cluster.launcher import WorkerExit
-from pagewire.cluster.placement import worker_environment
+from pagewire.cluster.placement import gpu_environment, worker_environment
 from pagewire.worker.config import WorkerConfig
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.cluster.worker_process", "--ends-with-stdin")
@@ -30,7 +30,7 @@ class SubprocessLauncher:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
                 config.to_json(),
-                env=os.environ | worker_environment(config),
+                env=os.environ | worker_environment(config) | gpu_environment(config, os.environ),
                 stdin=asyncio.subprocess.PIPE,  # never written: it ends when this process does
                 stderr=asyncio.subprocess.PIPE,
                 limit=_MAX_LINE_BYTES,

@@ -49,8 +49,12 @@ def cores() -> list[int]:
 
 
 def pagewire_environment() -> dict[str, str]:
-    """What lets a child of this interpreter import Pagewire and the folders of bench/."""
-    return {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "bench")])}
+    """What lets a child of this interpreter import Pagewire and the folders of bench/.
+
+    Its workers run on the CPU, as the other engines do.
+    """
+    folders = [str(ROOT / "src"), str(ROOT / "bench")]
+    return {"PYTHONPATH": os.pathsep.join(folders), "PAGEWIRE_DEVICE": "cpu"}
 
 
 def pagewire_command(*arguments: str) -> list[str]:

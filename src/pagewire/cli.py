@@ -94,6 +94,9 @@ def serve(
         bool | None,
         typer.Option("--insecure-kv/--no-insecure-kv", help="KV pages in the clear on any network"),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda, a GPU for each worker")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32")] = None,
     quantization: Annotated[str | None, typer.Option(help="none, int8, int4, fp8 or w4a16")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, native (C++), triton or torch")] = None,
@@ -155,6 +158,7 @@ def serve(
         "kv_tls_key": kv_tls_key,
         "kv_tls_ca": kv_tls_ca,
         "insecure_kv": insecure_kv,
+        "device": device,
         "dtype": dtype,
         "quantization": quantization,
         "kernels": kernels,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import pagewire
 from pagewire import cli
@@ -67,6 +68,14 @@ def test_command_that_is_not_understood_exits_2(arguments: tuple[str, ...], said
     result = run(*arguments)
     assert result.returncode == 2
     assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_gpus_that_torch_cannot_use_are_refused_before_anything_starts() -> None:
+    result = run("serve", "--device", "cuda", "--port", "0")
+    assert result.returncode == 1
+    assert "device is cuda, and this torch is built for the CPU only" in result.stderr
     assert "Traceback" not in result.stderr
 
 

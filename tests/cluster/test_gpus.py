@@ -72,8 +72,8 @@ def test_a_sound_gpu_needs_nothing_and_is_described() -> None:
     assert "GPU peers" not in found
 
 
-def test_it_says_that_workers_do_not_use_it() -> None:
-    assert "on the CPU all the same" in findings()["GPU"].detail
+def test_it_says_how_many_are_wanted() -> None:
+    assert findings()["GPU"].detail == "1; `pagewire serve` wants one for each worker"
 
 
 @pytest.mark.parametrize(

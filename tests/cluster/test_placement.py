@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagewire.cluster.config import ServeConfig
-from pagewire.cluster.placement import available_cores, worker_configs, worker_environment
+from pagewire.cluster.placement import (
+    available_cores,
+    gpu_environment,
+    worker_configs,
+    worker_environment,
+)
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.quantization import Quantization
 from pagewire.kv_transfer.tls import TlsFiles
@@ -15,7 +20,7 @@ from pagewire.worker.config import Role, WorkerConfig
 
 
 def place(
-    config: ServeConfig, cores: int, draft_model: Path | None = None
+    config: ServeConfig, cores: int, draft_model: Path | None = None, device: str = "cpu"
 ) -> tuple[WorkerConfig, ...]:
     return worker_configs(
         config,
@@ -27,6 +32,7 @@ def place(
         prefix_cache_secret=None,
         core_board=Path("/board"),
         dtype="bfloat16",
+        device=device,
     )
 
 
@@ -45,6 +51,31 @@ def test_cores_are_shared_on_a_board() -> None:
         ("prefill-0", 2, "/board"),
         ("decode-0", 2, "/board"),
     ]
+
+
+def test_every_worker_has_a_gpu_of_its_own_and_shares_no_cores() -> None:
+    workers = place(ServeConfig(prefill=2), 8, device="cuda")
+    assert [(item.device, item.gpu) for item in workers] == [("cuda", gpu) for gpu in range(3)]
+    assert {item.core_board for item in workers} == {None}
+    assert [item.gpu for item in place(ServeConfig(), 8)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, ["0", "1"]),
+        ("", ["0", "1"]),
+        ("5,3,7", ["5", "3"]),
+        ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
+    ],
+)
+def test_a_plain_process_is_shown_its_gpu_alone(visible: str | None, expected: list[str]) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    shown = [
+        gpu_environment(worker, environment) for worker in place(ServeConfig(), 8, device="cuda")
+    ]
+    assert shown == [{"CUDA_VISIBLE_DEVICES": name} for name in expected]
+    assert gpu_environment(place(ServeConfig(), 8)[0], environment) == {}
 
 
 def test_auto_is_the_dtype_that_the_machine_is_fast_in() -> None:

@@ -41,7 +41,7 @@ class HeldCopies:
     def __init__(self, *, is_free: bool = False) -> None:
         self.num_begun = 0
         self._is_free = is_free
-        self._marks: list[HeldCompletion] = []
+        self.marks: list[HeldCompletion] = []
         self._held: deque[tuple[Callable[[], None], Completion | None, HeldCompletion]] = deque()
         self._lock = threading.Lock()
         self._begun = threading.Semaphore(0)
@@ -52,7 +52,7 @@ class HeldCopies:
     def mark(self) -> HeldCompletion:
         mark = HeldCompletion()
         with self._lock:
-            self._marks.append(mark)
+            self.marks.append(mark)
             if self._is_free:
                 mark.come()
         return mark
@@ -72,21 +72,21 @@ class HeldCopies:
         for _ in range(count):
             assert self._begun.acquire(timeout=_TIMEOUT_S), "nobody begins a copy"
 
-    def release(self) -> None:
-        """Make the copies that were begun."""
+    def release(self, count: int | None = None) -> None:
+        """Make so many of the copies that were begun, or all."""
         with self._lock:
-            self._make()
+            self._make(count)
 
     def free(self) -> None:
         """Let every mark come and make every copy, from now on as soon as it is begun."""
         with self._lock:
             self._is_free = True
-            for mark in self._marks:
+            for mark in self.marks:
                 mark.come()
             self._make()
 
-    def _make(self) -> None:
-        while self._held:
+    def _make(self, count: int | None = None) -> None:
+        for _ in range(len(self._held) if count is None else count):
             work, after, done = self._held.popleft()
             if after is not None:
                 after.hold_back()
