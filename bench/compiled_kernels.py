@@ -9,8 +9,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,30 @@ OTHERS = (80, 89, 100)  # Ampere, Ada, Blackwell: that they compile is all that 
 Table = dict[str, dict[str, Any]]
 
 
-def compile_all(*, quick: bool) -> tuple[Table, list[str]]:
-    """The table for sm_90, printed line by line, and what must not be."""
+def compile_all(
+    *, quick: bool, map_variants: Callable[..., Iterable[Compiled]] = map
+) -> tuple[Table, list[str]]:
+    """The table for sm_90, printed line by line, and what must not be.
+
+    `map_variants` may compile them in processes of their own, given their places in the list.
+    """
     table: Table = {}
     problems: list[str] = []
     print(f"{'kernel':44}{'registers':>10}{'spilled':>9}{'shared':>9}  instructions")
-    for variant in all_variants(quick=quick):
-        compiled = compile_variant(variant, HOPPER)
+    variants = tuple(all_variants(quick=quick))
+    compile_one = partial(compile_for_hopper, quick=quick)
+    for variant, compiled in zip(
+        variants, map_variants(compile_one, range(len(variants))), strict=True
+    ):
         problems.extend(compiled.problems(variant))
         table[variant.name] = asdict(compiled)
         print(_line(variant, compiled), flush=True)
     return table, problems
+
+
+def compile_for_hopper(index: int, *, quick: bool) -> Compiled:
+    """The variant in this place: a kernel itself cannot be sent to another process."""
+    return compile_variant(tuple(all_variants(quick=quick))[index], HOPPER)
 
 
 def compile_elsewhere() -> None:
@@ -50,12 +64,17 @@ def compile_elsewhere() -> None:
         print(f"{variant.name} compiles for sm_{', sm_'.join(map(str, capabilities))}", flush=True)
 
 
+def is_comparable(kept: Mapping[str, Any]) -> bool:
+    """Whether this version of Triton made what is kept: others compile otherwise."""
+    return bool(kept["triton"] == triton.__version__)
+
+
 def differences(table: Table, kept: Mapping[str, Any], *, quick: bool) -> list[str]:
     """Between what was compiled now and what is kept; none if another Triton made that.
 
     With `quick` what was not compiled is no difference.
     """
-    if kept["triton"] != triton.__version__:
+    if not is_comparable(kept):
         return []
     variants: Table = kept["variants"]
     names = set(table) if quick else set(table) | set(variants)

@@ -39,8 +39,8 @@ class ForwardSteps:
         self._model = model
         self._pool = pool
         self._max_pages = max_pages
-        # The sums of several ranks are no operations of ours, so recordings would leave them out.
-        self._recorder = model.ops.recorder if model.group.size == 1 else None
+        # The sums of several ranks are no operations of ours: not every recording has them.
+        self._recorder = model.ops.recorder if model.group.is_recordable else None
         self._recorded: dict[int, _RecordedStep] = {}  # by number of tokens, those of padding too
         self.between_layers: Callable[[], None] | None = None
 

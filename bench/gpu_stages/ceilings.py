@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from gpu_stages import probes
+from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement
 from gpu_stages.scale import Scale
 from gpu_stages.timing import median_ms
@@ -32,11 +35,20 @@ def ceilings_of(measurements: Sequence[Mapping[str, object]]) -> Ceilings:
     return Ceilings(gb_per_s=values[COPY], tflop_per_s=values[GEMM])
 
 
-def measure(scale: Scale) -> Iterator[Measurement]:
+def items(scale: Scale) -> Iterator[Item]:
+    yield Item(name=COPY, measure=partial(_copy, scale))
+    yield Item(name=GEMM, measure=partial(_product, scale))
+    yield from probes.items(scale)
+
+
+def _copy(scale: Scale) -> Iterator[Measurement]:
     source = torch.ones(scale.copy_bytes, dtype=torch.uint8, device=scale.device)
     target = torch.empty_like(source)
     copy_ms = median_ms([lambda: target.copy_(source)], scale.device)
     yield Measurement(name=COPY, value=2 * scale.copy_bytes / copy_ms / 1e6, unit="GB/s")
+
+
+def _product(scale: Scale) -> Iterator[Measurement]:
     size = scale.gemm_size
     a, b = (torch.randn(size, size, device=scale.device).to(scale.torch_dtype) for _ in range(2))
     out = torch.empty_like(a)

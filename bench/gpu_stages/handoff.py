@@ -1,13 +1,17 @@
 """Stage 4: prefill and decode with a pool each on one device, and the pages between them.
 
-Pages go through a staging buffer, as frames do. The tokens must be those of one engine alone.
+In one process, where pages go through a staging buffer of the device, and in two, over a transport.
+The tokens must be those of one engine alone.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
+from gpu_stages import two_processes
 from gpu_stages.ceilings import Ceilings
+from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement, above_floor
 from gpu_stages.random_model import random_model, runner_of
 from gpu_stages.scale import Scale
@@ -18,12 +22,28 @@ from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels.gpu.pages import PagePart, gather_pages, scatter_pages
 
+MAX_TOKENS = 16
+TWO_PROCESSES_S = 75.0  # to start, to load and to warm up
 MAX_RATIO = 1 / 0.7  # of the bandwidth of the link, here the device's own memory
 
 
-def measure(scale: Scale, ceilings: Ceilings) -> Iterator[Measurement]:
-    sampling = SamplingParams(max_tokens=min(16, scale.num_parity_tokens))
+def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
     prompt = [7 * token % scale.model.vocab_size for token in range(scale.num_handed_over)]
+    num_tokens = min(MAX_TOKENS, scale.num_parity_tokens)
+    yield Item(
+        name="one process", measure=partial(_one_process, scale, ceilings, prompt, num_tokens)
+    )
+    yield Item(
+        name="two processes",
+        measure=partial(two_processes.measure, scale, prompt, num_tokens),
+        limit_s=TWO_PROCESSES_S,
+    )
+
+
+def _one_process(
+    scale: Scale, ceilings: Ceilings, prompt: Sequence[int], num_tokens: int
+) -> Iterator[Measurement]:
+    sampling = SamplingParams(max_tokens=num_tokens)
     model = random_model(scale)
     num_pages = -(-(len(prompt) + sampling.max_tokens) // scale.page_size)
     prefill, decode = (runner_of(model, scale, num_pages + 1) for _ in range(2))

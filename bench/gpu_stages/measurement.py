@@ -6,6 +6,8 @@ from typing import Any
 
 from harness.table import ABSENT, markdown_table, number
 
+TIME_UNITS = ("ms", "% of time")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
@@ -29,7 +31,7 @@ class Measurement:
 
 def without_time_goal(measured: Measurement) -> Measurement:
     """As on a device where times say nothing."""
-    return replace(measured, limit=None) if measured.unit == "ms" else measured
+    return replace(measured, floor=None, limit=None) if measured.unit in TIME_UNITS else measured
 
 
 def above_floor(
@@ -45,8 +47,10 @@ def table(result: Mapping[str, Any]) -> str:
     for stage in result["stages"]:
         measurements = [Measurement(**each) for each in stage["measurements"]]
         rows.extend(_row(stage["name"], each) for each in measurements)
-        if stage["error"]:
-            rows.append((stage["name"], stage["error"], ABSENT, ABSENT, ABSENT, "failed"))
+        for verdict, others in (("skipped", stage["skipped"]), ("failed", stage["failures"])):
+            for other in others:
+                what = f"{other['item']}: {other['reason']}"
+                rows.append((stage["name"], what, ABSENT, ABSENT, ABSENT, verdict))
     header = ("stage", "what", "value", "floor", "ratio", "pass")
     return f"Device: {result['device']}\n\n{markdown_table(header, rows)}"
 
@@ -55,13 +59,13 @@ def _row(stage: str, measured: Measurement) -> Sequence[str]:
     return (
         stage,
         measured.name,
-        f"{_figure(measured.value)} {measured.unit}",
-        _figure(measured.floor),
+        f"{figure(measured.value)} {measured.unit}",
+        figure(measured.floor),
         number(measured.ratio, digits=2),
         {None: ABSENT, True: "yes", False: "NO"}[measured.passed],
     )
 
 
-def _figure(value: float | None) -> str:
-    """With three digits, whatever its size."""
+def figure(value: float | None) -> str:
+    """With three digits, whatever its size; a dash where there is none."""
     return ABSENT if value is None else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,10 +1,13 @@
 """Stage 3: decode steps and prompts of a whole model, sampling and the host's part included."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 from gpu_stages.ceilings import Ceilings
+from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement, above_floor
-from gpu_stages.random_model import bytes_of_step, random_model, runner_of
+from gpu_stages.random_model import bytes_of_step, fill_with_noise, random_model, runner_of
 from gpu_stages.scale import Scale
 from gpu_stages.timing import wall_ms
 from pagewire.engine.batch import Batch, BatchRow
@@ -16,24 +19,67 @@ MAX_HOST_GAP_MS = 0.15
 GREEDY = SamplingParams()
 
 
-def measure(scale: Scale, ceilings: Ceilings) -> Iterator[Measurement]:
+def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
     most_pages = max(rows * -(-context // scale.page_size) for rows, context in scale.decode)
     longest = max(scale.prefill)
     model = random_model(scale)
     runner = runner_of(model, scale, max(most_pages, -(-longest // scale.page_size)))
-    runner.kv_cache.pool.zero_()
+    fill_with_noise(runner)
     runner.warm_up(max(rows for rows, _ in scale.decode))
     for num_rows, context in scale.decode:
-        yield from _decode(runner, scale, ceilings, num_rows, context)
+        yield Item(
+            name=f"decode, {num_rows} rows of {context}",
+            measure=partial(_decode, runner, scale, ceilings, num_rows, context),
+        )
     for num_tokens in scale.prefill:
-        yield _prefill(runner, scale, ceilings, num_tokens)
+        yield Item(
+            name=f"prompt of {num_tokens}",
+            measure=partial(_prefill, runner, scale, ceilings, num_tokens),
+        )
 
 
 def _decode(
     runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_rows: int, context: int
 ) -> Iterator[Measurement]:
+    first = _decode_batch(runner, scale, num_rows, context)
+    # Each row runs the token that the step before has sampled, as a worker's steps do.
+    following = Batch(
+        rows=tuple(replace(row, follows=index) for index, row in enumerate(first.rows))
+    )
+    runner.execute(first)
+    kv_bytes = num_rows * context * runner.layout.page_bytes / scale.page_size
+    floor = ceilings.ms_to_move(bytes_of_step(runner.model) + kv_bytes)
+    name = f"decode, {num_rows} rows of {context}"
+
+    def steps_ahead() -> None:
+        step = runner.launch(first)
+        for _ in range(scale.repeats - 1):
+            launched = runner.launch(following, previous=step)
+            step.wait()
+            step = launched
+        step.wait()
+
+    def steps_of_model() -> None:
+        for _ in range(scale.repeats):
+            runner.forward(first)
+
+    ahead_ms = wall_ms(steps_ahead, scale.device, 1) / scale.repeats
+    yield above_floor(name, ahead_ms, floor, times=DECODE_RATIO)
+    step_ms = wall_ms(lambda: runner.execute(first), scale.device, scale.repeats)
+    yield Measurement(name=f"{name}, waiting for each", value=step_ms, unit="ms", floor=floor)
+    model_ms = wall_ms(steps_of_model, scale.device, 1) / scale.repeats
+    # Sampling is in it too, which makes this an upper bound of what the host adds.
+    yield Measurement(
+        name=f"{name}: sampling and host beside the model",
+        value=ahead_ms - model_ms,
+        unit="ms",
+        limit=MAX_HOST_GAP_MS if num_rows == 1 else None,
+    )
+
+
+def _decode_batch(runner: ModelRunner, scale: Scale, num_rows: int, context: int) -> Batch:
     per_row = -(-context // scale.page_size)
-    batch = Batch(
+    return Batch(
         rows=tuple(
             BatchRow(
                 request_id=str(row),
@@ -45,28 +91,11 @@ def _decode(
             for row in range(num_rows)
         )
     )
-    runner.execute(batch)
-    step_ms = wall_ms(lambda: runner.execute(batch), scale.device, scale.repeats)
-    kv_bytes = num_rows * context * runner.layout.page_bytes / scale.page_size
-    floor = ceilings.ms_to_move(bytes_of_step(runner.model) + kv_bytes)
-    name = f"decode, {num_rows} rows of {context}"
-    yield above_floor(name, step_ms, floor, times=DECODE_RATIO)
-
-    def steps_without_waiting() -> None:
-        for _ in range(scale.repeats):
-            runner.forward(batch)
-
-    model_ms = wall_ms(steps_without_waiting, scale.device, 1) / scale.repeats
-    # Sampling is in it too, which makes this an upper bound of what the host adds.
-    yield Measurement(
-        name=f"{name}: sampling and host beside the model",
-        value=step_ms - model_ms,
-        unit="ms",
-        limit=MAX_HOST_GAP_MS if num_rows == 1 else None,
-    )
 
 
-def _prefill(runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_tokens: int) -> Measurement:
+def _prefill(
+    runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_tokens: int
+) -> Iterator[Measurement]:
     row = BatchRow(
         request_id="",
         token_ids=[token % runner.vocab_size for token in range(num_tokens)],
@@ -83,4 +112,4 @@ def _prefill(runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_tokens: 
     pairs = num_tokens * (num_tokens + 1) / 2
     attention = 4 * pairs * config.num_heads * config.head_dim * config.num_layers
     floor = ceilings.ms_to_compute(2 * layers * num_tokens + 2 * head + attention)
-    return above_floor(f"prompt of {num_tokens}", measured, floor, times=PREFILL_RATIO)
+    yield above_floor(f"prompt of {num_tokens}", measured, floor, times=PREFILL_RATIO)

@@ -1,14 +1,19 @@
 """Stage 5: tiny models of Hugging Face transformers give the same logits and greedy tokens."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -16,13 +21,20 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from gpu_stages.items import InapplicableError, Item
 from gpu_stages.measurement import Measurement
 from gpu_stages.scale import Scale
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
+from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.parallel.nccl_ranks import rank_device
+from pagewire.engine.parallel.process_group import join_group
+from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.sampling_params import SamplingParams
 
+NUM_RANKS = 2
+NUM_PAGES = 8
 MAX_ERROR = 1e-4  # of ‖logits - theirs‖ / ‖theirs‖, in float32
 PROMPT = [(31 * index + 7) % 190 for index in range(21)]
 SIZES: dict[str, Any] = {
@@ -36,42 +48,107 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,  # so large that the greedy choice depends on every token
     "tie_word_embeddings": False,
 }
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+MODELS: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
+    "Llama": lambda sizes: LlamaForCausalLM(LlamaConfig(**sizes)),
+    "Qwen3": lambda sizes: Qwen3ForCausalLM(Qwen3Config(**sizes)),
+    "Mixtral": lambda sizes: MixtralForCausalLM(
+        MixtralConfig(**sizes, **EXPERTS, num_local_experts=4)
+    ),
+    "Qwen3-MoE": lambda sizes: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**sizes, **EXPERTS, num_experts=4, moe_intermediate_size=32)
+    ),
+}
 
 
-def measure(scale: Scale) -> Iterator[Measurement]:
+def items(scale: Scale) -> Iterator[Item]:
+    for name in MODELS:
+        yield Item(name=name, measure=partial(_measure, name, scale))
+    yield Item(name="Llama over 2 ranks", measure=partial(_over_ranks, "Llama", scale))
+
+
+def _over_ranks(name: str, scale: Scale) -> Iterator[Measurement]:
+    """Two ranks in threads choose the tokens of one: over NCCL, or over gloo on a CPU."""
+    if scale.device == "cuda" and torch.cuda.device_count() < NUM_RANKS:
+        raise InapplicableError(f"there are fewer than {NUM_RANKS} GPUs")
+    # Triton's interpreter runs in one thread.
+    kernels = "triton" if scale.device == "cuda" else "torch"
+    model, store = _model(name, scale), HashStore()
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        path = Path(directory)
+        alone = _load(path, scale.device, kernels=kernels, parallel=None)
+        (expected,) = generate(alone, [PROMPT], SamplingParams(max_tokens=scale.num_parity_tokens))
+
+        def on_rank(rank: int) -> list[int]:
+            group = join_group(store, rank, NUM_RANKS, device=scale.device)
+            device, parallel = rank_device(scale.device, rank), TensorParallel(group=group)
+            runner = _load(path, device, kernels=kernels, parallel=parallel)
+            return _choices(runner, expected)
+
+        with ThreadPoolExecutor(NUM_RANKS) as threads:
+            tokens, *_ = threads.map(on_rank, range(NUM_RANKS))
+    yield Measurement(
+        name=f"{name} over {NUM_RANKS} ranks: greedy tokens that differ",
+        value=float(sum(a != b for a, b in zip(tokens, expected, strict=True))),
+        unit="",
+        limit=0.0,
+    )
+
+
+def _choices(runner: ModelRunner, output: list[int]) -> list[int]:
+    """The most likely token behind the prompt and behind each of the output but the last.
+
+    Only rank 0 has all logits, so that the others cannot choose what comes next.
+    """
+    tokens = []
+    fed, start = PROMPT, 0
+    for following in output:
+        tokens.append(int(runner.forward(Batch(rows=(_row(fed, start),))).argmax()))
+        fed, start = [following], start + len(fed)
+    return tokens
+
+
+def _row(token_ids: list[int], start: int) -> BatchRow:
+    return BatchRow(
+        request_id="",
+        token_ids=token_ids,
+        start=start,
+        page_table=range(NUM_PAGES),
+        sampling=SamplingParams(),
+    )
+
+
+def _measure(name: str, scale: Scale) -> Iterator[Measurement]:
+    model = _model(name, scale)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        yield from _compare(name, model, Path(directory), scale)
+
+
+def _model(name: str, scale: Scale) -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {**SIZES, "num_hidden_layers": scale.num_parity_layers}
     with torch.device(scale.device):
-        models: dict[str, PreTrainedModel] = {
-            "Llama": LlamaForCausalLM(LlamaConfig(**sizes)),
-            "Qwen3": Qwen3ForCausalLM(Qwen3Config(**sizes)),
-            "Qwen3-MoE": Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **EXPERTS)),
-        }
-    for name, model in models.items():
-        model.train(False)
-        with tempfile.TemporaryDirectory() as directory:
-            model.save_pretrained(directory)
-            yield from _compare(name, model, Path(directory), scale)
+        model = MODELS[name]({**SIZES, "num_hidden_layers": scale.num_parity_layers})
+    model.train(False)
+    return model
+
+
+def _load(path: Path, device: str, *, kernels: str, parallel: TensorParallel | None) -> ModelRunner:
+    return load_engine(
+        path,
+        dtype="float32",
+        device=device,
+        page_size=16,
+        num_pages=NUM_PAGES,
+        kernels=kernels,
+        parallel=parallel,
+    )
 
 
 def _compare(name: str, model: PreTrainedModel, path: Path, scale: Scale) -> Iterator[Measurement]:
-    runner = load_engine(
-        path,
-        dtype="float32",
-        device=scale.device,
-        page_size=16,
-        num_pages=8,
-        kernels="triton",
-    )
-    row = BatchRow(
-        request_id="",
-        token_ids=PROMPT,
-        start=0,
-        page_table=range(2),
-        sampling=SamplingParams(),
-    )
-    logits = runner.forward(Batch(rows=(row,)))
+    runner = _load(path, scale.device, kernels="triton", parallel=None)
+    logits = runner.forward(Batch(rows=(_row(PROMPT, 0),)))
     prompt = torch.tensor([PROMPT], device=scale.device)
     with torch.inference_mode():
         expected = model(prompt).logits[0, -1:].float()

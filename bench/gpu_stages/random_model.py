@@ -76,6 +76,12 @@ def runner_of(model: LlamaModel, scale: Scale, num_pages: int) -> ModelRunner:
     )
 
 
+def fill_with_noise(runner: ModelRunner) -> None:
+    """Into every page of the KV cache: a GPU takes less power, and is faster, over zeros."""
+    for page in runner.kv_cache.pages.values:  # one by one: it is most of the memory
+        page.normal_()
+
+
 def bytes_of_step(model: LlamaModel) -> int:
     """Of the weights that a step reads: all but the embedding."""
     return model.weight_bytes - model.embedding.nbytes

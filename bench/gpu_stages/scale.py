@@ -15,7 +15,19 @@ class KernelSizes:
     context_len: int  # of each
     chunk_len: int  # of a prompt
     num_tokens: int  # that norms and activations run
+    few_tokens: int  # of a step whose matrices are in 4 bits
+    sampled_rows: int  # of logits
     num_pages: int  # that are gathered and scattered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureSizes:
+    """Of the mixture of experts in one layer."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +37,7 @@ class Scale:
     device: str
     dtype: str
     model: ModelConfig
+    mixture: MixtureSizes
     page_size: int
     timed: KernelSizes
     checked: KernelSizes  # small enough for float64 on the host
@@ -34,6 +47,8 @@ class Scale:
     prefill: tuple[int, ...]  # prompt lengths
     repeats: int
     num_handed_over: int  # tokens of the prompt that is handed over
+    num_handovers: int  # between two processes; the first is to warm up
+    num_slots: int  # staging slots of each
     num_parity_tokens: int
     num_parity_layers: int
 
@@ -83,19 +98,46 @@ FULL = Scale(
         head_dim=128,
         max_model_len=8704,
     ),
+    # Qwen3-30B-A3B
+    mixture=MixtureSizes(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768),
     page_size=64,
     timed=KernelSizes(
-        num_rows=32, context_len=4096, chunk_len=8192, num_tokens=8192, num_pages=128
+        num_rows=32,
+        context_len=4096,
+        chunk_len=8192,
+        num_tokens=8192,
+        few_tokens=16,
+        sampled_rows=256,
+        num_pages=128,
     ),
-    checked=KernelSizes(num_rows=5, context_len=197, chunk_len=70, num_tokens=37, num_pages=5),
+    checked=KernelSizes(
+        num_rows=10,
+        context_len=197,
+        chunk_len=70,
+        num_tokens=37,
+        few_tokens=5,
+        sampled_rows=4,
+        num_pages=5,
+    ),
     copy_bytes=4 << 30,
     gemm_size=8192,
     decode=((1, 1024), (1, 4096), (32, 1024), (32, 4096), (128, 1024), (256, 1024)),
     prefill=(1024, 4096, 8192),
     repeats=20,
     num_handed_over=4096,
+    num_handovers=6,
+    num_slots=32,
     num_parity_tokens=64,
     num_parity_layers=2,
+)
+_TINY_SIZES = KernelSizes(
+    num_rows=2,
+    context_len=17,
+    chunk_len=18,
+    num_tokens=3,
+    few_tokens=2,
+    sampled_rows=2,
+    num_pages=2,
 )
 TINY = Scale(
     device="cpu",
@@ -110,15 +152,18 @@ TINY = Scale(
         head_dim=16,
         max_model_len=64,
     ),
+    mixture=MixtureSizes(num_experts=4, top_k=2, hidden_size=32, intermediate_size=16),
     page_size=16,
-    timed=KernelSizes(num_rows=2, context_len=17, chunk_len=18, num_tokens=3, num_pages=2),
-    checked=KernelSizes(num_rows=2, context_len=17, chunk_len=18, num_tokens=3, num_pages=2),
+    timed=_TINY_SIZES,
+    checked=_TINY_SIZES,
     copy_bytes=1 << 20,
     gemm_size=64,
     decode=((1, 16), (3, 20)),
     prefill=(20,),
-    repeats=1,
+    repeats=2,
     num_handed_over=18,
+    num_handovers=2,
+    num_slots=4,
     num_parity_tokens=2,
     num_parity_layers=1,
 )

@@ -3,14 +3,16 @@
 A stage that fails or takes too long is noted, and the next begins.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from gpu_stages.journal import Failed, LeftOut, Measured, Record, Skipped
 from gpu_stages.measurement import Measurement
 
 TOTAL_S = 600.0
 RESERVE_S = 10.0  # to end in
+NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +22,13 @@ class Stage:
     name: str
     budget_s: float
 
+    def extended(self, times: float) -> "Stage":
+        """With so many times the budget."""
+        return replace(self, budget_s=times * self.budget_s)
+
 
 STAGES = (
-    Stage(name="ceilings", budget_s=30),
+    Stage(name="ceilings", budget_s=45),
     Stage(name="kernels", budget_s=120),
     Stage(name="times", budget_s=120),
     Stage(name="model", budget_s=150),
@@ -33,10 +39,29 @@ STAGES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a stage measured before it ended, and why it did not end well; None: it did."""
+    """What a stage measured, and what it did not."""
 
-    measurements: tuple[Measurement, ...]
-    error: str | None = None
+    measurements: tuple[Measurement, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    failures: tuple[Failed, ...] = ()
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> "Outcome":
+        """What the journal of a stage says, whose process has ended."""
+        measurements, skipped, failures = [], [], []
+        for record in records:
+            match record:
+                case Measured(measurement=measurement):
+                    measurements.append(measurement)
+                case Skipped():
+                    skipped.append(record)
+                case Failed():
+                    failures.append(record)
+                case LeftOut(item=item):
+                    failures.append(Failed(item=item, reason=NO_TIME))
+        return cls(
+            measurements=tuple(measurements), skipped=tuple(skipped), failures=tuple(failures)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +74,7 @@ class StageRun:
 
     @property
     def passed(self) -> bool:
-        return self.outcome.error is None and all(
+        return not self.outcome.failures and all(
             each.passed is not False for each in self.outcome.measurements
         )
 
@@ -59,6 +84,7 @@ class StageRuns:
     """The whole check as far as it has come."""
 
     device: str
+    date: str = ""  # of its start, as ISO 8601 writes it
     versions: Mapping[str, str] = field(default_factory=dict)
     runs: list[StageRun] = field(default_factory=list)
 
@@ -70,6 +96,7 @@ class StageRuns:
         """As JSON holds it."""
         return {
             "device": self.device,
+            "date": self.date,
             "versions": dict(self.versions),
             "passed": self.passed,
             "stages": [
@@ -99,7 +126,7 @@ def run_stages(
         if seconds > 0:
             outcome = run(stage, seconds)
         else:
-            outcome = Outcome(measurements=(), error="no time was left")
+            outcome = Outcome(failures=(Failed(item=stage.name, reason=NO_TIME),))
         stage_run = StageRun(name=stage.name, seconds=clock() - start, outcome=outcome)
         runs.runs.append(stage_run)
         on_run(stage_run)

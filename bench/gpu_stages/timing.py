@@ -11,10 +11,10 @@ REPEATS = 11
 
 def median_ms(calls: Sequence[Callable[[], object]], device: str) -> float:
     """Of one call. `calls` do the same on memory of their own, so that no cache holds all of it."""
-    for call in calls:
-        call()
-    run = _replay(calls) if device == "cuda" else _in_turn(calls)
-    return wall_ms(run, device, REPEATS if device == "cuda" else 1) / len(calls)
+    if device != "cuda":
+        return wall_ms(_in_turn(calls), device, 1) / len(calls)
+    _in_turn(calls)()  # what a first call compiles and loads cannot be captured
+    return wall_ms(_replay(calls), device, REPEATS) / len(calls)
 
 
 def wall_ms(run: Callable[[], object], device: str, repeats: int) -> float:

@@ -1,7 +1,8 @@
 """Ranks in processes of their own, over torch.distributed: gloo in host memory, NCCL between GPUs.
 
 The process group is made by hand: torch's own functions keep one default group per process, and a
-worker may have others.
+worker may have others. On a GPU sums are made on the stream that computes, so that a CUDA graph can
+hold them, and the host waits for none.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed import AllreduceOptions, GatherOptions, ReduceOp
 from torch.distributed.distributed_c10d import Store
 
+from pagewire.engine.parallel.nccl_ranks import new_group, rank_device, require_gpus, wait_for
 from pagewire.engine.parallel.rank_group import RankLost, split_evenly
 
 _LOOPBACK = "127.0.0.1"  # the ranks of a worker are on one machine
@@ -36,11 +38,23 @@ class ProcessGroup:
         self.rank: int = group.rank()
         self.size: int = group.size()
 
+    @property
+    def is_recordable(self) -> bool:
+        return torch.device(self._device).type == "cuda"
+
+    def connect(self) -> None:
+        """Make each kind of call once: in a graph no connection can be made."""
+        self.all_reduce(torch.zeros(1, device=self._device))
+        self.gather_columns(torch.zeros((1, 1), device=self._device), self.size)
+        self.barrier()
+
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         if self._in_rank_order:
             return self._sum_in_rank_order(x)
-        self._run(lambda: self._group.allreduce([x]))
+        options = AllreduceOptions()
+        options.asyncOp = False  # on the stream that is current, not on one of the group's
+        self._run(lambda: self._group.allreduce([x], options))
         return x
 
     def gather_columns(self, x: Tensor, num_columns: int) -> Tensor:
@@ -54,7 +68,7 @@ class ProcessGroup:
         return torch.cat(parts, dim=1)[:, :num_columns].contiguous() if parts else x
 
     def barrier(self) -> None:
-        self._run(self._group.barrier)
+        wait_for(self.all_reduce(torch.zeros(1, device=self._device)))
 
     def least(self, value: int) -> int:
         values = torch.tensor([value], device=self._device)
@@ -62,7 +76,7 @@ class ProcessGroup:
         options.reduceOp = ReduceOp(ReduceOp.MIN)
         options.timeout = _LOAD_TIMEOUT
         self._run(lambda: self._group.allreduce([values], options))
-        return int(values)
+        return int(values)  # waits for the device
 
     def _sum_in_rank_order(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
@@ -74,7 +88,9 @@ class ProcessGroup:
 
     def _run(self, operation: Callable[[], Any]) -> None:
         try:
-            operation().wait()
+            work = operation()
+            if work is not None:  # else it is on the stream
+                work.wait()
         except RuntimeError as error:
             raise RankLost(
                 f"rank {self.rank} of {self.size} waits for the others in vain: {error}"
@@ -90,17 +106,28 @@ def join_group(
     in_rank_order: bool = False,
     timeout: timedelta = _STEP_TIMEOUT,
 ) -> ProcessGroup:
-    """Join the group of those who call this with the same store, once each.
+    """Join the group of those who call this with the same store and device, once each.
 
-    `timeout`: for the slowest rank to come, and in the middle of a step. Raises RankLost when the
-    others do not come, or when this torch has no such groups.
+    `device`: that of rank 0, whose GPU the others' follow; see `rank_device`. `timeout`: for the
+    slowest rank to come, and in the middle of a step; between GPUs a step that takes longer ends
+    the process. Raises RankLost when the others do not come, and EngineError where there is no NCCL
+    or there are too few GPUs.
     """
-    make_group = _nccl_group if device.startswith("cuda") else _gloo_group
+    on_gpus = torch.device(device).type == "cuda"
+    if on_gpus:
+        require_gpus(device, size)
+    own_device = rank_device(device, rank)
     try:
-        group = make_group(store, rank, size, timeout)
+        if on_gpus:
+            group = new_group(store, rank, size, own_device, timeout)
+        else:
+            group = _gloo_group(store, rank, size, timeout)
     except (AttributeError, RuntimeError) as error:  # AttributeError: torch was built without
         raise RankLost(f"rank {rank} of {size} cannot join its group: {error}") from error
-    return ProcessGroup(group, device, in_rank_order=in_rank_order)
+    joined = ProcessGroup(group, own_device, in_rank_order=in_rank_order)
+    if on_gpus:
+        joined.connect()
+    return joined
 
 
 def _gloo_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
@@ -110,10 +137,3 @@ def _gloo_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
     options._timeout = timeout
     options._threads = 1  # one operation at a time
     return gloo(store, rank, size, options)
-
-
-def _nccl_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
-    nccl: Any = torch.distributed.ProcessGroupNCCL
-    options = nccl.Options()
-    options._timeout = timeout
-    return nccl(store, rank, size, options)

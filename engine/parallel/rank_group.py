@@ -31,6 +31,10 @@ class RankGroup(Protocol):
     def size(self) -> int:
         """Ranks of the group: the degree of tensor parallelism."""
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a recording of a step holds the calls of this, too. All ranks record alike."""
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the `x` of all ranks, the same bits on each; may overwrite `x`."""
 
@@ -52,6 +56,7 @@ class SingleRank:
 
     rank = 0
     size = 1
+    is_recordable = True  # there is nothing to record
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
