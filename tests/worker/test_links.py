@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from handoff_pair import DECODE, PREFILL
@@ -99,8 +98,7 @@ class World:
         self.links = Links(
             transports=[self.better, self.other],
             pairs=pairs,
-            reader=None,
-            io_thread=ThreadPoolExecutor(max_workers=1),
+            reads=None,
             on_frame_sent=lambda *_: None,
             on_peer_lost=self._on_lost,
             has_handoff=lambda _: False,
