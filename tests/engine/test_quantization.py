@@ -22,21 +22,11 @@ from pagewire.engine.loading.gguf_header import TensorEntry
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels import fp8, w4a16
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 MakeModel = Callable[..., PreTrainedModel]
 
 PROMPT = list(range(40))
 TOLERANCE = 0.05
-
-
-@pytest.fixture
-def native() -> None:
-    """Skips a test where the C++ kernels were not built."""
-    try:
-        find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
