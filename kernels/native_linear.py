@@ -38,7 +38,7 @@ def native_linear(
     if bias is not None:
         padded_bias[:out_features] = bias
     return NativeLinear(
-        weight=_packed(F.pad(weight, (0, 0, 0, padding))),
+        weight=_packed(F.pad(weight, (0, 0, 0, padding)) if padding else weight),
         bias=padded_bias,
         in_features=in_features,
         out_features=out_features,

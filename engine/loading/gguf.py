@@ -1,11 +1,13 @@
 """A model in one GGUF file.
 
-Tensors are read under their Hugging Face names. The file is mapped, and a tensor takes memory only
-while it is converted.
+Tensors are read under their Hugging Face names. The file is mapped, and few rows of a tensor take
+memory while they are converted.
 """
 
+import math
 import mmap
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pagewire.kernels.int4_linear import Int4Blocks
 from pagewire.kernels.ops import GROUP
 from pagewire.kernels.quantized_matrix import QuantizedMatrix
 
+_CHUNK = 1 << 17  # weights converted at a time, so that what lies in between stays in the cache
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -74,8 +77,9 @@ class GGUFCheckpoint:
             )
         if part and part.dim == 0:
             entry, part = _rows(entry, part.index), None
-        values = self._in_our_order(name, self._dequantize(name, entry))
-        into.copy_(part.of(values) if part else values)
+        for rows in _chunks(entry.shape, self.config.head_dim):
+            values = self._in_our_order(name, self._dequantize(name, _rows(entry, rows)))
+            into[rows.start : rows.stop].copy_(part.of(values) if part else values)
 
     def storage(self, name: str) -> Storage:
         return storage_of(self._entry(_gguf_name(name)))
@@ -161,6 +165,13 @@ def _gguf_name(name: str) -> str:
         return _NAMES[name]
     layer, part, kind = match.groups()
     return f"blk.{layer}.{_LAYER_PARTS[part]}.{kind}"
+
+
+def _chunks(shape: Sequence[int], head_dim: int) -> Iterator[range]:
+    """The rows of a tensor a few at a time, in whole heads."""
+    heads = max(1, _CHUNK // (math.prod(shape[1:]) * head_dim))
+    starts = range(0, shape[0], heads * head_dim)
+    return (range(start, min(start + starts.step, shape[0])) for start in starts)
 
 
 def _rows(entry: TensorEntry, index: range) -> TensorEntry:

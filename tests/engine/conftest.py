@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from native_kernels import native_library
 from tiny_models import FAMILIES
 from transformers import PreTrainedModel
 
@@ -13,6 +14,12 @@ from transformers import PreTrainedModel
 def family(request: pytest.FixtureRequest) -> str:
     """The name of each family in turn."""
     return str(request.param)
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips a test where the C++ kernels were not built."""
+    native_library()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_kernels import native_library
 from tiny_models import VOCAB_SIZE, make_model
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels.native_attention import PART_LEN
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 PAGE_SIZE = 16
 PAGES_PER_ROW = 12
@@ -38,10 +38,7 @@ REAL_SHAPES = {
 
 @pytest.fixture(scope="module", params=["tiny", "tiny with a window", "real shapes"])
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
-    try:
-        find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
+    native_library()
     path = tmp_path_factory.mktemp("model")
     if request.param == "real shapes":
         make_model("llama", path, **REAL_SHAPES)

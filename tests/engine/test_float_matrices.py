@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_kernels import native_library
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
 from pagewire.engine.loading import linears
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.precision import default_dtype
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.kernels import cpu_flags
 from pagewire.kernels.float_linear import FloatKernel
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 from pagewire.kernels.onednn_linear import has_onednn
 
 PROMPT = list(range(40))
@@ -27,10 +30,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> F
     """Each kernel, chosen for all dtypes and whatever the CPU can do."""
     kernel: FloatKernel = request.param
     if kernel is FloatKernel.NATIVE:
-        try:
-            find_library()
-        except NativeLibraryError as error:
-            pytest.skip(str(error))
+        native_library()
     if kernel is FloatKernel.ONEDNN and not has_onednn():
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(linears, "choose_float_kernel", lambda *_: kernel)
@@ -70,6 +70,29 @@ def test_logits_are_those_of_the_model(
     assert (logits - expected).norm() / expected.norm() <= TOLERANCE[dtype]
     assert forward(runner, sampled=False).shape == (0, len(expected))
     assert f"matrices: {dtype} by {kernel}" in caplog.text
+
+
+@pytest.mark.skipif(not has_onednn(), reason="torch was built without oneDNN")
+def test_a_cpu_with_bfloat16_instructions_decodes_with_onednn(
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such a CPU is known by its flags alone; one without the instructions emulates them."""
+    model = make_model("llama")
+    flags = cpu_flags.cpu_flags() | {"avx512_bf16"}
+    monkeypatch.setattr(cpu_flags, "cpu_flags", lambda: flags)
+
+    with caplog.at_level(logging.INFO):
+        runner = load_engine(tmp_path, dtype=default_dtype("cpu", "torch"), num_pages=1)
+        [output] = generate(runner, [PROMPT], SamplingParams(max_tokens=8))
+
+    assert "matrices: bfloat16 by oneDNN" in caplog.text
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT + output])).logits[0, len(PROMPT) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+    assert (logits.max(dim=1).values - chosen <= TOLERANCE["bfloat16"] * logits.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("kernel", [FloatKernel.NATIVE], indirect=True)

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from pagewire.engine.aggregated import generate
 from pagewire.engine.errors import ModelError
 from pagewire.engine.load import load_engine
+from pagewire.engine.loading import gguf as loading_gguf
+from pagewire.engine.loading.checkpoint import Part
 from pagewire.engine.loading.dequantize import SUPPORTED, dequantize
 from pagewire.engine.loading.gguf import GGUFCheckpoint
 from pagewire.engine.loading.gguf_header import TensorEntry, read_header
@@ -121,6 +123,36 @@ def test_a_quantised_model_generates_what_its_dequantised_weights_do(
     [output] = generate(runner, [prompt], SamplingParams(max_tokens=12))
 
     assert output == greedy(reference, prompt, output)
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q4_1, Type.Q8_0], ids=lambda kind: kind.name)
+def test_a_tensor_read_in_many_chunks_is_what_it_is_in_one(
+    kind: Type, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q has its heads in another order, and parts are whole heads, too."""
+    path = tmp_path / "tiny.gguf"
+    shapes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8}
+    write_gguf(path, make_model("llama", **shapes), "llama", kind=kind)
+    checkpoint = GGUFCheckpoint(path)
+    head_dim = checkpoint.config.head_dim
+    parts = {
+        "self_attn.q_proj.weight": Part(
+            dim=0, index=range(head_dim, 4 * head_dim), size=8 * head_dim
+        ),
+        "self_attn.o_proj.weight": Part(dim=1, index=range(32, 96), size=8 * head_dim),
+        "input_layernorm.weight": None,
+    }
+
+    def read(name: str, part: Part | None) -> torch.Tensor:
+        shape = {None: (256,), 0: (3 * head_dim, 256), 1: (256, 64)}[part.dim if part else None]
+        into = torch.empty(shape)
+        checkpoint.read(f"model.layers.0.{name}", into, part)
+        return into
+
+    whole = {name: read(name, part) for name, part in parts.items()}
+    monkeypatch.setattr(loading_gguf, "_CHUNK", 1)
+    for name, part in parts.items():
+        assert torch.equal(read(name, part), whole[name])
 
 
 @pytest.fixture

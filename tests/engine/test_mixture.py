@@ -24,7 +24,6 @@ from pagewire.engine.mixture_config import MixtureConfig
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -140,13 +139,10 @@ def test_experts_in_8_bits(mixture: str, make_model: MakeModel, tmp_path: Path) 
     assert relative_error(logits(runner), expected_logits(model)) < 0.1
 
 
+@pytest.mark.usefixtures("native")
 def test_a_prompt_has_the_same_logits_alone_and_in_a_batch(
     mixture: str, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    try:
-        find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
     make_model(mixture)
     runner = load(tmp_path, deterministic=True)
     rows = tuple(

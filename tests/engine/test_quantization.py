@@ -22,22 +22,12 @@ from pagewire.engine.loading.gguf_header import TensorEntry
 from pagewire.engine.loading.quantized_matrices import NUMBERS
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 from pagewire.kernels.quantized_linears import quantize_weight
 
 MakeModel = Callable[..., PreTrainedModel]
 
 PROMPT = list(range(40))
 TOLERANCE = 0.05
-
-
-@pytest.fixture
-def native() -> None:
-    """Skips a test where the C++ kernels were not built."""
-    try:
-        find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf_files import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
+from native_kernels import native_library
 from packed_checkpoints import awq, random_numbers, write_packed
 from tiny_models import VOCAB_SIZE
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
@@ -31,7 +32,6 @@ from pagewire.engine.parallel.shard import ModelShard
 from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 T = TypeVar("T")
 
@@ -102,14 +102,6 @@ def write_awq(make_model: Callable[..., PreTrainedModel], directory: Path, famil
     return directory / "packed"
 
 
-def require_native_kernels() -> None:
-    """Skips a test where the C++ kernels were not built."""
-    try:
-        find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("size", SHAPES)
 def test_logits_of_every_family_are_those_of_one_rank(
     size: int, family: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
@@ -130,7 +122,7 @@ def test_quantised_parts_have_the_groups_of_the_whole(
     tmp_path: Path,
 ) -> None:
     if quantization is Quantization.INT4:
-        require_native_kernels()
+        native_library()
     model = make_model(
         "llama",
         hidden_size=64,
@@ -164,7 +156,7 @@ def test_ranks_read_their_parts_of_numbers_in_4_bits(
 def test_ranks_run_their_blocks_of_4_bits(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
-    require_native_kernels()
+    native_library()
     path = write_awq(make_model, tmp_path, "llama")
     expected = logits(path, quantization=Quantization.INT4)
     [found, _] = on_ranks(2, lambda group: logits(path, group, quantization=Quantization.INT4))
@@ -206,7 +198,7 @@ def test_bfloat16(make_model: Callable[..., PreTrainedModel], tmp_path: Path) ->
 def test_in_rank_order_a_row_has_the_same_bits_in_every_batch(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
-    require_native_kernels()
+    native_library()
     make_model("llama", **SHAPES[4])
 
     def alone_and_in_a_batch(group: RankGroup) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,6 @@ from pagewire.engine.loading.checkpoint import Storage
 from pagewire.engine.loading.safetensors import SafetensorsCheckpoint
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -31,15 +30,6 @@ PROMPT = list(range(40))
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture
-def native() -> None:
-    """Skips a test where the C++ kernels were not built."""
-    try:
-        find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from native_kernels import native_library
 from torch import Tensor
 
 from pagewire.kernels.experts import Routing, route
 from pagewire.kernels.int8_linear import int8_linear
 from pagewire.kernels.linear import DenseLinear
-from pagewire.kernels.native_library import NativeLibraryError, find_library
 from pagewire.kernels.native_linear import native_linear
 from pagewire.kernels.native_ops import NativeOps
 from pagewire.kernels.ops import Linear
@@ -97,10 +97,7 @@ def test_matrices_of_8_bits_take_their_tokens_quantised() -> None:
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_a_token_is_the_same_to_the_bit_in_every_batch(renormalize: bool) -> None:
-    try:
-        library = find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
+    library = native_library()
     matrices = [
         tuple(native_linear(each, None, out_dtype=torch.float32, library=library) for each in all_)
         for all_ in (GATE_UP, DOWN)

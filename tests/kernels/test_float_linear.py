@@ -1,6 +1,5 @@
 """Matrices in floating point of every kernel, against the product in float64."""
 
-import platform
 from collections.abc import Iterator
 
 import pytest
@@ -8,11 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pagewire.kernels.cpu_flags import cpu_flags
 from pagewire.kernels.float_linear import FloatKernel, choose_float_kernel, float_linear
-from pagewire.kernels.instruction_sets import runnable_sets
 from pagewire.kernels.linear import DenseLinear
-from pagewire.kernels.native_library import NativeLibrary, NativeLibraryError, load_library
+from pagewire.kernels.native_library import NativeLibrary
 from pagewire.kernels.native_linear import NativeLinear, native_linear
 from pagewire.kernels.native_ops import NativeOps
 from pagewire.kernels.onednn_linear import OneDnnLinear, has_onednn, onednn_linear
@@ -21,7 +18,6 @@ from pagewire.kernels.select import SelectedOps
 from pagewire.kernels.torch_ops import TorchOps
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-RUNNABLE = runnable_sets(platform.machine(), cpu_flags())
 # Row counts around the tiles of the kernel and its blocks of rows, channels around its panels.
 ROWS = (1, 2, 3, 4, 6, 7, 9, 13, 14, 15, 33)
 SHAPES = ((32, 16), (64, 576), (51, 37), (1, 1), (300, 64))
@@ -45,15 +41,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=RUNNABLE, ids=lambda each: str(each.name))
-def library(request: pytest.FixtureRequest) -> NativeLibrary:
-    """Each build that this CPU can run."""
-    try:
-        return load_library(request.param)
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
 
 
 def check(linear: Linear, x: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

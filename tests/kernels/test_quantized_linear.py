@@ -1,25 +1,17 @@
 """Matrices in 8 and 4 bits against the float64 product of what they stand for."""
 
-import platform
-
 import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_kernels import native_library
 from torch import Tensor
 
-from pagewire.kernels.cpu_flags import cpu_flags
-from pagewire.kernels.instruction_sets import runnable_sets
 from pagewire.kernels.int4_linear import Int4Blocks, concatenated, int4_linear
 from pagewire.kernels.int8_linear import int8_linear, quantize_weight
-from pagewire.kernels.native_library import (
-    NativeLibrary,
-    NativeLibraryError,
-    find_library,
-    load_library,
-)
+from pagewire.kernels.native_library import NativeLibrary
 from pagewire.kernels.native_quantized_linear import packed, quantized_panels
 from pagewire.kernels.ops import GROUP, GroupedActivation, Linear
 from pagewire.kernels.quantized import dequantize, quantize
@@ -27,7 +19,6 @@ from pagewire.kernels.quantized import dequantize, quantize
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 TO_UNQUANTISED = 1e-2  # 8 bits of weights and of activations
 SMALLEST_FLOAT16 = 2.0**-24
-RUNNABLE = runnable_sets(platform.machine(), cpu_flags())
 # Row counts around the tiles of the kernels, output channels around their panels.
 ROWS = (1, 2, 3, 7, 8, 9, 33)
 SHAPES = ((16, 32), (48, 96), (51, 64), (7, 160), (83, 192))
@@ -36,15 +27,6 @@ SHAPES = ((16, 32), (48, 96), (51, 64), (7, 160), (83, 192))
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=RUNNABLE, ids=lambda each: str(each.name))
-def library(request: pytest.FixtureRequest) -> NativeLibrary:
-    """Each build that this CPU can run."""
-    try:
-        return load_library(request.param)
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
 
 
 def random_blocks(out_features: int, in_features: int) -> Int4Blocks:
@@ -170,11 +152,8 @@ def test_weights_are_quantised_as_in_torch(dtype: torch.dtype, library: NativeLi
     )
 )
 def test_any_weights_are_quantised_as_in_torch(rows: list[list[float]]) -> None:
-    """On the fastest build: hypothesis and parameters of fixtures do not go together."""
-    try:
-        library = find_library()
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
+    """On the fastest build: a fixture with parameters would repeat the examples."""
+    library = native_library()
     weight = torch.tensor(rows) + 0.0  # a group of 0 and -0 has either for its minimum
     assert torch.equal(quantized_panels(weight, library), panels_in_torch(weight))
 

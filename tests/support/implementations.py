@@ -2,12 +2,11 @@
 
 import platform
 
-import pytest
+from native_kernels import native_library
 from torch import Tensor
 
 from pagewire.kernels.cpu_flags import cpu_flags
 from pagewire.kernels.instruction_sets import runnable_sets
-from pagewire.kernels.native_library import NativeLibraryError, load_library
 from pagewire.kernels.native_ops import NativeOps
 from pagewire.kernels.ops import GroupedActivation, Ops
 from pagewire.kernels.torch_ops import TorchOps
@@ -20,10 +19,7 @@ def load_implementation(name: str) -> Ops:
     """One of IMPLEMENTATIONS; skips the test where it was not built."""
     if name == "torch":
         return TorchOps()
-    try:
-        return NativeOps(load_library(_NATIVE[name]))
-    except NativeLibraryError as error:
-        pytest.skip(str(error))
+    return NativeOps(native_library(_NATIVE[name]))
 
 
 def in_groups(ops: Ops, x: Tensor) -> GroupedActivation:
