@@ -389,12 +389,25 @@ def measure(names: list[str], num_rounds: int, num_frames: int) -> dict[str, Lan
     return times
 
 
+def congestion_control() -> str | None:
+    """What the system gives TCP connections; one that paces them makes every lane of TCP slower."""
+    if not hasattr(socket, "TCP_CONGESTION"):  # not on every operating system
+        return None
+    with socket.socket() as sock:
+        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode()
+
+
 def report(times: dict[str, LaneTimes], num_frames: int) -> dict[str, Any]:
     num_bytes = num_frames * FRAME_BYTES
     return {
         "frame_bytes": FRAME_BYTES,
         "frames_per_round": num_frames,
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "system": platform.platform(),
+            "tcp_congestion_control": congestion_control(),
+        },
         "gb_per_s": {
             name: {
                 "median": num_bytes / statistics.median(lane.seconds) / 1e9,

@@ -21,8 +21,11 @@ from pagewire.kv_transfer.ucx_library import UcxLibrary
 # follow are then answered while it moves, and the link seldom runs dry.
 _STEPS_PER_TURN = 16
 _STEPS_TO_END = 10
-# UCX cannot tell when a peer makes room in shared memory. While transfers are under way it is
-# asked again at once a few times, and then this often, for a peer may be slow or stopped.
+# UCX cannot tell when a peer makes room in shared memory, which it does every few microseconds
+# while a payload moves: a turn of the event loop takes longer. So while transfers are under way UCX
+# is asked so many times in a turn, in so many turns, and then this often, for a peer may be slow or
+# stopped.
+_NUM_ASKED = 64
 _NUM_BUSY_TURNS = 100
 _POLL_S = 0.001
 
@@ -164,10 +167,15 @@ class UcxLink:
     def _advance(self) -> bool:
         """Whether UCX had something to do."""
         for num_steps in range(_STEPS_PER_TURN):
-            if not self._worker.progress_once():
+            if not self._step():
                 self._worker.progress()  # also ends what failed
                 return num_steps > 0
         return True
+
+    def _step(self) -> bool:
+        """Whether UCX had something to do, be it a moment later."""
+        num_asked = _NUM_ASKED if self._transfers else 1
+        return any(self._worker.progress_once() for _ in range(num_asked))
 
     def _finish_transfers(self) -> None:
         under_way = []
