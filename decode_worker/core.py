@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterable
 from google.protobuf.message import DecodeError
 
 from pagewire.decode_worker.admission import Admission
-from pagewire.decode_worker.drafting import Drafting, Speculation
+from pagewire.decode_worker.attach import AttachReader
+from pagewire.decode_worker.drafting import Speculation
 from pagewire.decode_worker.frame_place import FramePlace
 from pagewire.decode_worker.page_copies import PageCopies
-from pagewire.decode_worker.receiver import Receiver, ReceiverState
+from pagewire.decode_worker.receiver import ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
 from pagewire.decode_worker.running_step import RunningStep
 from pagewire.decode_worker.scheduler import DecodeScheduler
@@ -23,8 +24,6 @@ from pagewire.decode_worker.written_pages import WrittenPages
 from pagewire.engine.batch import Batch, PageCopy, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
-from pagewire.engine.sampling_params import SamplingParams
-from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import (
     Accepted,
@@ -50,8 +49,6 @@ from pagewire.worker.identity import (
     AttemptKey,
     CommandError,
     finish_reason,
-    prefix_hash,
-    read_work,
     reply_route,
 )
 from pagewire.worker.ledger import EndedAttempts
@@ -105,8 +102,15 @@ class DecodeCore:
         self._reports = CacheReports(self.cache, incarnation)
         self._hasher = hasher
         self.slots = slots
+        self._attach_reader = AttachReader(
+            layout=layout,
+            num_pages=pool.num_pages,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            hasher=hasher,
+            speculation=speculation,
+        )
         self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
         self._slot_bytes = slot_bytes
         self._speculation = speculation
         self._max_slots_per_handoff = max_slots_per_handoff
@@ -171,7 +175,7 @@ class DecodeCore:
             self._num_dropped += 1
             return []
         try:
-            request = self._read_attach(key, command)
+            request = self._attach_reader.read(command)
         except CommandError as error:
             self._ended.add(key)
             return [failed(command.route, str(error))]
@@ -191,62 +195,6 @@ class DecodeCore:
         effects = self._leave(predecessor) if key in self._requests else []
         self._admission.take_over(request, predecessor, now)
         return [*effects, *self._admit_waiting()]
-
-    def _read_attach(self, key: AttemptKey, command: pb.WorkerCommand) -> DecodeRequest:
-        body = command.attach
-        token_ids, choices = read_work(
-            body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
-        )
-        receiver = Receiver(
-            id=HandoffId(
-                request_id=key.request_id,
-                attempt=key.attempt,
-                sender=self.incarnation,
-                receiver=body.prefill,
-            ),
-            ticket=body.ticket,
-            prefix_hash=prefix_hash(token_ids),
-            num_prompt_tokens=len(token_ids),
-            layout=self.layout,
-        )
-        request = DecodeRequest(
-            key=key,
-            route=command.route,
-            token_ids=token_ids,
-            max_tokens=choices[0].max_tokens - body.num_output_tokens,
-            num_choices=len(choices),
-            receiver=receiver,
-            page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
-        )
-        prompt_end = len(token_ids) - body.num_output_tokens
-        request.sequences = [
-            DecodeSequence(
-                key=key,
-                choice=choice,
-                route=command.route,
-                token_ids=token_ids,
-                num_resumed=body.num_output_tokens,
-                sampling=sampling,
-                history=TokenHistory.for_params(
-                    sampling, token_ids[:prompt_end], token_ids[prompt_end:]
-                ),
-                cache_salt=body.cache_salt,
-                page_keys=request.page_keys,
-                priority=body.priority,
-                drafting=self._drafting(token_ids, sampling),
-            )
-            for choice, sampling in enumerate(choices)
-        ]
-        num_pages = request.demand.num_pages(self.layout.page_size)
-        if num_pages > self.pool.num_pages:
-            raise CommandError(
-                f"prompt, max_tokens and n take {num_pages} pages of KV cache; this worker has "
-                f"{self.pool.num_pages}"
-            )
-        return request
-
-    def _drafting(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> Drafting | None:
-        return self._speculation.drafting(token_ids, sampling) if self._speculation else None
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         request = self._requests.get(key)

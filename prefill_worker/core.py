@@ -5,12 +5,11 @@ router. The shell (`pagewire.worker.shell`) carries the effects out and reports 
 drives the very same class.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from pagewire.engine.batch import Batch, BatchRow, StepResult, TokenLogprobs
 from pagewire.engine.page_pool import PagePool
 from pagewire.engine.prefix_cache import PrefixCache
-from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout, require_slot
 from pagewire.kv_transfer.messages import (
     ID_BYTES,
@@ -23,11 +22,12 @@ from pagewire.kv_transfer.messages import (
     HandoffId,
     Message,
     Refused,
-    RefuseReason,
     Renew,
     Seal,
 )
 from pagewire.prefill_worker.layer_groups import layer_group_ends
+from pagewire.prefill_worker.prompts import PromptReader, addresses
+from pagewire.prefill_worker.refusals import PASSING, REFUSALS
 from pagewire.prefill_worker.scheduler import Chunk, PrefillScheduler
 from pagewire.prefill_worker.sender import Sender, SenderState
 from pagewire.prefill_worker.sequence import PrefillSequence
@@ -40,52 +40,12 @@ from pagewire.worker.identity import (
     AttemptKey,
     CommandError,
     finish_reason,
-    prefix_hash,
-    read_work,
     reply_route,
 )
 from pagewire.worker.interval import Interval
 from pagewire.worker.ledger import EndedAttempts
 from pagewire.worker.orphans import OrphanedPages
 from pagewire.worker.standstill import Standstill
-
-# After these the same pages may be of use to another decode worker, or to this one.
-_PASSING = frozenset(
-    {
-        RefuseReason.UNKNOWN_TICKET,
-        RefuseReason.INTEGRITY,
-        RefuseReason.ABORTED,
-        RefuseReason.FULL,
-    }
-)
-
-_REFUSALS = {
-    RefuseReason.UNKNOWN_TICKET: (  # it was expected there, so it was given up there
-        pb.FAILURE_CODE_PEER_LOST,
-        "the decode worker does not know the ticket of this hand-off",
-    ),
-    RefuseReason.LAYOUT: (
-        pb.FAILURE_CODE_INVALID,
-        "prefill and decode worker have KV caches of other layers, heads or head_dim, or the "
-        "decode worker's staging slots are smaller than a frame",
-    ),
-    RefuseReason.PREFIX: (
-        pb.FAILURE_CODE_INTEGRITY,
-        "prefill and decode worker were given different prompts",
-    ),
-    RefuseReason.INTEGRITY: (
-        pb.FAILURE_CODE_INTEGRITY,
-        "the decode worker rejected a KV frame that failed its checks",
-    ),
-    RefuseReason.ABORTED: (
-        pb.FAILURE_CODE_PEER_LOST,
-        "the decode worker gave the request up",
-    ),
-    RefuseReason.FULL: (
-        pb.FAILURE_CODE_FULL,
-        "the decode worker has no room, and lets no more hand-offs wait for some",
-    ),
-}
 
 
 class PrefillCore:
@@ -121,9 +81,14 @@ class PrefillCore:
         self.pool = pool
         self.cache = PrefixCache(pool)
         self._reports = CacheReports(self.cache, incarnation)
-        self._hasher = hasher
-        self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
+        self._reader = PromptReader(
+            layout=layout,
+            num_pages=pool.num_pages,
+            slot_bytes=slot_bytes,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            hasher=hasher,
+        )
         self._slot_bytes = slot_bytes
         self._stream_layers = stream_layers
         self._answer_s = answer_s
@@ -176,62 +141,13 @@ class PrefillCore:
             self._num_dropped += 1
             return []
         try:
-            sequence = self._read_prefill(key, command, now)
+            sequence = self._reader.sequence(command, now)
         except CommandError as error:
             self._ended.add(key)
             return [failed(command.route, str(error))]
         self._sequences[key] = sequence
         self._scheduler.add(sequence)
         return []
-
-    def _read_prefill(
-        self, key: AttemptKey, command: pb.WorkerCommand, now: float
-    ) -> PrefillSequence:
-        body = command.prefill
-        token_ids, (sampling, *siblings) = read_work(
-            body, vocab_size=self._vocab_size, max_model_len=self._max_model_len
-        )
-        prompt_end = len(token_ids) - body.num_output_tokens
-        num_pages = self.layout.num_pages(len(token_ids))
-        if num_pages > self.pool.num_pages:
-            raise CommandError(
-                f"the prompt takes {num_pages} pages of KV cache; this worker has "
-                f"{self.pool.num_pages}"
-            )
-        return PrefillSequence(
-            key=key,
-            route=command.route,
-            token_ids=token_ids,
-            num_resumed=body.num_output_tokens,
-            sampling=sampling,
-            siblings=tuple(siblings),
-            history=TokenHistory.for_params(
-                sampling, token_ids[:prompt_end], token_ids[prompt_end:]
-            ),
-            sender=self._make_sender(key, body, token_ids),
-            page_keys=self._hasher.keys(token_ids, body.cache_salt) if self._hasher else (),
-            addresses=_addresses(body),
-            arrived=now,
-            deadline=now + body.seconds_left,
-            priority=body.priority,
-        )
-
-    def _make_sender(
-        self, key: AttemptKey, body: pb.Prefill | pb.Repoint, token_ids: Sequence[int]
-    ) -> Sender:
-        return Sender(
-            id=HandoffId(
-                request_id=key.request_id,
-                attempt=key.attempt,
-                sender=self.incarnation,
-                receiver=body.decode,
-            ),
-            ticket=body.ticket,
-            prefix_hash=prefix_hash(token_ids),
-            num_prompt_tokens=len(token_ids),
-            layout=self.layout,
-            slot_bytes=self._slot_bytes,
-        )
 
     def _on_repoint(self, key: AttemptKey, command: pb.WorkerCommand, now: float) -> list[Effect]:
         """Hand what an earlier attempt has computed to the decode worker of this one.
@@ -259,8 +175,8 @@ class PrefillCore:
         sequence.repoint(
             key=key,
             route=command.route,
-            sender=self._make_sender(key, body, sequence.token_ids),
-            addresses=_addresses(body),
+            sender=self._reader.sender(command.route, body, sequence.token_ids),
+            addresses=addresses(body),
         )
         self._sequences[key] = sequence
         return [*effects, *(self._resume(sequence, now) if sequence.started is not None else [])]
@@ -308,8 +224,8 @@ class PrefillCore:
                 sequence.sender.on_committed()
                 return self._end(sequence) if not sequence.sender.is_open else []
             case Refused():
-                code, text = _REFUSALS[message.reason]
-                if message.reason in _PASSING:
+                code, text = REFUSALS[message.reason]
+                if message.reason in PASSING:
                     return self._park(sequence, code, text, now)
                 return [*self._end(sequence), failed(sequence.route, text, code)]
             case _:
@@ -644,10 +560,6 @@ def _row(chunk: Chunk) -> BatchRow:
         siblings=sequence.siblings if chunk.is_last else (),
         history=sequence.history,
     )
-
-
-def _addresses(body: pb.Prefill | pb.Repoint) -> tuple[tuple[str, bytes], ...]:
-    return tuple((item.kind, item.address) for item in body.transports)
 
 
 def _first_tokens(sequence: PrefillSequence, times: pb.TimeParts | None = None) -> list[Emit]:

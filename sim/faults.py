@@ -22,6 +22,7 @@ class Faults:
     worker_kills: int = 0  # a new incarnation starts a little later
     router_kills: int = 0  # likewise
     worker_stops: int = 0  # SIGSTOP, and SIGCONT a little later
+    machine_pauses: int = 0  # every process stands still, and goes on a little later
     connection_losses: int = 0  # between two workers
     session_losses: int = 0  # between router and worker
 

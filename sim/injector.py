@@ -8,8 +8,9 @@ from pagewire.sim.environment import Environment
 
 _RESTART = Range(low=0.2, high=3.0)  # until a killed process has a successor
 _STOP = Range(low=0.1, high=8.0)  # short of, and beyond, what a router takes for death
+_PAUSE = Range(low=1.0, high=8.0)  # beyond what a prefill worker takes for a stall, too
 
-LONGEST_FAULT_S = max(_RESTART.high, _STOP.high)
+LONGEST_FAULT_S = max(_RESTART.high, _STOP.high, _PAUSE.high)
 
 
 class Injector:
@@ -26,6 +27,7 @@ class Injector:
             (faults.worker_kills, self._kill_worker),
             (faults.router_kills, self._kill_router),
             (faults.worker_stops, self._stop_worker),
+            (faults.machine_pauses, self._pause_machine),
             (faults.connection_losses, self._lose_connection),
             (faults.session_losses, self._lose_session),
         ]
@@ -54,6 +56,19 @@ class Injector:
         self._environment.note(worker.process.name, "is stopped")
         worker.process.stop()
         self._later(_STOP, worker.process.resume)
+
+    def _pause_machine(self) -> None:
+        self._environment.note("machine", "stands still")
+        processes = [each.process for each in self._cluster.workers.values()]
+        processes += [router.process for router in self._cluster.routers]
+        for process in processes:
+            process.stop()
+
+        def resume() -> None:
+            for process in processes:
+                process.resume()
+
+        self._later(_PAUSE, resume)
 
     def _lose_connection(self) -> None:
         connections = self._cluster.fabric.connections()
