@@ -141,10 +141,16 @@ class ServeConfig(BaseSettings):
         default=False,
         description="float32 with results that are the same to the bit in every batch; slower",
     )
-    max_batch_tokens: int = Field(
-        default=512, ge=1, description="prompt tokens of one prefill step"
+    max_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="prompt tokens of one prefill step; none: 512 on a CPU, 2048 on a GPU",
     )
-    max_batch_size: int = Field(default=32, ge=1, description="sequences of one decode step")
+    max_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="sequences of one decode step; none: 32 on a CPU, 256 on a GPU",
+    )
     prefix_cache: bool = Field(
         default=True, description="keep the KV of prompts for those that begin alike"
     )

@@ -15,6 +15,11 @@ from pagewire.worker.config import Role, WorkerConfig
 # rows of logits it holds; how many drafts pay is decided for each sequence.
 MAX_DRAFT_TOKENS = 64
 
+# What one step takes at most, by device. A GPU is done with less before Python has launched the
+# kernels of the next step, and reads its weights for 256 tokens in the time of one.
+_MAX_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
+_MAX_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max …"
 
@@ -82,8 +87,8 @@ def worker_configs(
             core_board_slot=slot,
             kernels=config.kernels,
             deterministic=config.deterministic,
-            max_batch_tokens=config.max_batch_tokens,
-            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens or _MAX_BATCH_TOKENS[device],
+            max_batch_size=config.max_batch_size or _MAX_BATCH_SIZE[device],
             lease_s=config.lease_s,
             max_parked_share=config.max_parked_share,
             max_waiting_handoffs=config.max_waiting_handoffs,

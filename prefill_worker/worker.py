@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pagewire.engine.batch import Batch, OnLayersDone, StepResult
-from pagewire.engine.copy_stream import CopyStream
+from pagewire.engine.copy_stream import Completion, CopyStream
 from pagewire.engine.device_pages import DevicePages
 from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
@@ -67,6 +67,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         reads = self._frame_reads(shards, copies)
         self._reads = reads
         self._mark_computed = reads.mark_computed
+        self._last_step: Completion | None = None  # that a device was told to run
 
     def _frame_reads(self, shards: KVShards | None, copies: CopyStream | None) -> FrameReads:
         """Frames leave from their pages, unless these are on a device."""
@@ -95,7 +96,11 @@ class PrefillWorker(WorkerShell[PrefillCore]):
                 on_layers_done(num_layers)
 
         result = super()._run_batch(batch, on_marked_layers_done)
-        self._mark_computed()
+        step_before, self._last_step = self._last_step, self._mark_computed()
+        if step_before is not None:
+            # A device has a step to go on with. With more of them told ahead, a prompt that comes
+            # now would wait for them all.
+            step_before.wait()
         return result
 
     def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
+from pagewire.engine.copy_stream import Completion
 from pagewire.kv_transfer.messages import Frame
 from pagewire.worker.effects import SendFrame
 from pagewire.worker.frames import PageReader
@@ -25,11 +26,11 @@ class ReadFrame:
 class FrameReads(Protocol):
     """Reads frames one after another. Called on the event loop, `mark_computed` apart."""
 
-    def mark_computed(self) -> None:
+    def mark_computed(self) -> Completion | None:
         """Called in the model's thread before it reports that layers, or a step, are computed.
 
         Frames that are begun from that report on are read when what this thread has told the device
-        so far is done.
+        so far is done. Returns the end of that; None where the thread has done it itself.
         """
 
     def begin(self, effect: SendFrame) -> "asyncio.Future[ReadFrame]":
@@ -50,6 +51,7 @@ class DirectReads:
 
     def mark_computed(self) -> None:
         """What the model's thread reports it has written itself."""
+        return None
 
     def begin(self, effect: SendFrame) -> asyncio.Future[ReadFrame]:
         return asyncio.get_running_loop().run_in_executor(self._thread, self._read, effect)

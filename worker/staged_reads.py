@@ -47,9 +47,11 @@ class StagedReads:
         self._loop = asyncio.get_running_loop()
         self._computed: Completion | None = None  # of what the event loop knows to be computed
 
-    def mark_computed(self) -> None:
+    def mark_computed(self) -> Completion:
+        completion = self._copies.mark()
         # Callbacks of other threads run in their order: this one before the report.
-        self._loop.call_soon_threadsafe(self._set_computed, self._copies.mark())
+        self._loop.call_soon_threadsafe(self._set_computed, completion)
+        return completion
 
     def begin(self, effect: SendFrame) -> asyncio.Future[ReadFrame]:
         return asyncio.ensure_future(self._read(effect, self._computed))

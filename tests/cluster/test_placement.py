@@ -60,6 +60,14 @@ def test_every_worker_has_a_gpu_of_its_own_and_shares_no_cores() -> None:
     assert [item.gpu for item in place(ServeConfig(), 8)] == [None, None]
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", (512, 32)), ("cuda", (2048, 256))])
+def test_steps_are_as_large_as_the_device_wants_them(device: str, sizes: tuple[int, int]) -> None:
+    [worker, _] = place(ServeConfig(), 8, device=device)
+    assert (worker.max_batch_tokens, worker.max_batch_size) == sizes
+    [worker, _] = place(ServeConfig(max_batch_tokens=7, max_batch_size=3), 8, device=device)
+    assert (worker.max_batch_tokens, worker.max_batch_size) == (7, 3)
+
+
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [

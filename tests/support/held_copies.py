@@ -18,10 +18,6 @@ class HeldCompletion:
     def __init__(self) -> None:
         self._come = threading.Event()
 
-    @property
-    def has_come(self) -> bool:
-        return self._come.is_set()
-
     def come(self) -> None:
         self._come.set()
 
@@ -40,11 +36,12 @@ class HeldCopies:
 
     def __init__(self, *, is_free: bool = False) -> None:
         self.num_begun = 0
-        self._is_free = is_free
         self.marks: list[HeldCompletion] = []
+        self._is_free = is_free
         self._held: deque[tuple[Callable[[], None], Completion | None, HeldCompletion]] = deque()
         self._lock = threading.Lock()
         self._begun = threading.Semaphore(0)
+        self._marked = threading.Semaphore(0)
 
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
@@ -55,6 +52,7 @@ class HeldCopies:
             self.marks.append(mark)
             if self._is_free:
                 mark.come()
+        self._marked.release()
         return mark
 
     def begin(self, work: Callable[[], None], *, after: Completion | None = None) -> HeldCompletion:
@@ -71,6 +69,11 @@ class HeldCopies:
         """Until so many copies more were begun than the last time."""
         for _ in range(count):
             assert self._begun.acquire(timeout=_TIMEOUT_S), "nobody begins a copy"
+
+    def await_marks(self, count: int) -> None:
+        """Until so many marks more were made than the last time."""
+        for _ in range(count):
+            assert self._marked.acquire(timeout=_TIMEOUT_S), "nobody makes a mark"
 
     def release(self, count: int | None = None) -> None:
         """Make so many of the copies that were begun, or all."""
