@@ -62,6 +62,8 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             on_state=on_state,
             failpoint=failpoint,
         )
+        if config.device != "cpu":
+            runner.warm_up_prompts()
 
     def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         raise MessageError("a prefill worker takes no frames")

@@ -34,8 +34,7 @@ class KernelCase:
 
 def kernel_cases(scale: Scale, sizes: KernelSizes, ops: Ops) -> Iterator[KernelCase]:
     """Fresh inputs of the given sizes."""
-    yield _attention(scale, ops, "decode attention", [(1, sizes.context_len)] * sizes.num_rows)
-    yield _attention(scale, ops, "prefill attention", [(sizes.chunk_len, sizes.chunk_len)])
+    yield from attention_cases(scale, sizes, ops)
     yield _rope_and_store(scale, ops, sizes.num_tokens)
     yield _rms_norm(scale, ops, sizes.num_tokens)
     yield _silu_mul(scale, ops, sizes.num_tokens)
@@ -45,6 +44,12 @@ def kernel_cases(scale: Scale, sizes: KernelSizes, ops: Ops) -> Iterator[KernelC
     yield _matmul(scale, sizes.num_tokens, torch.int8, faster=1.3)
     if scale.device == "cuda":
         yield _matmul(scale, sizes.num_tokens, torch.float8_e4m3fn, faster=1.6)
+
+
+def attention_cases(scale: Scale, sizes: KernelSizes, ops: Ops) -> Iterator[KernelCase]:
+    """Those of attention alone."""
+    yield _attention(scale, ops, "decode attention", [(1, sizes.context_len)] * sizes.num_rows)
+    yield _attention(scale, ops, "prefill attention", [(sizes.chunk_len, sizes.chunk_len)])
 
 
 def _randn(scale: Scale, *shape: int) -> Tensor:

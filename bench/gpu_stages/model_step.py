@@ -1,6 +1,7 @@
 """Stage 3: decode steps and prompts of a whole model, sampling and the host's part included."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gpu_stages.ceilings import Ceilings
 from gpu_stages.measurement import Measurement, above_floor
@@ -51,6 +52,8 @@ def _decode(
     floor = ceilings.ms_to_move(bytes_of_step(runner.model) + kv_bytes)
     name = f"decode, {num_rows} rows of {context}"
     yield above_floor(name, step_ms, floor, times=DECODE_RATIO)
+    ahead_ms = wall_ms(lambda: _run_ahead(runner, batch, scale.repeats), scale.device, 1)
+    yield above_floor(f"{name}, one ahead", ahead_ms / scale.repeats, floor, times=DECODE_RATIO)
 
     def steps_without_waiting() -> None:
         for _ in range(scale.repeats):
@@ -64,6 +67,18 @@ def _decode(
         unit="ms",
         limit=MAX_HOST_GAP_MS if num_rows == 1 else None,
     )
+
+
+def _run_ahead(runner: ModelRunner, batch: Batch, num_steps: int) -> None:
+    """Steps each of which is launched before the tokens of the one before are read."""
+    rows = tuple(replace(row, follows=index) for index, row in enumerate(batch.rows))
+    following = Batch(rows=rows)
+    step = runner.launch(batch)
+    for _ in range(num_steps - 1):
+        ahead = runner.launch(following, previous=step)
+        step.wait()
+        step = ahead
+    step.wait()
 
 
 def _prefill(runner: ModelRunner, scale: Scale, ceilings: Ceilings, num_tokens: int) -> Measurement:
