@@ -15,6 +15,7 @@ from pagewire.decode_worker.frame_place import FramePlace
 from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
+from pagewire.decode_worker.running_step import RunningStep
 from pagewire.decode_worker.scheduler import DecodeScheduler
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.decode_worker.slots import SlotCredit, SlotHolder, SlotPool
@@ -103,9 +104,7 @@ class DecodeCore:
         self._waiting: deque[DecodeRequest] = deque()  # opened, not reserved yet
         self._receiving: dict[AttemptKey, DecodeRequest] = {}
         self._copies = PageCopies(pool)
-        self._batch: list[DecodeSequence] = []  # the step that runs now
-        self._batch_began = 0.0  # seconds on the worker's clock
-        self._orphans = OrphanedPages(pool)
+        self._steps: list[RunningStep] = []  # the one that runs now, and the one behind it
         self._written = WrittenPages(pool)
         self._ended = EndedAttempts()
         self._num_generated_tokens = 0
@@ -517,44 +516,79 @@ class DecodeCore:
     # --- The step loop ----------------------------------------------------------------------------
 
     def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
-        """What the model runs next. At most one batch is out at a time."""
-        assert not self._batch, "a batch is out already"
-        self._batch = self._scheduler.schedule()
-        self._batch_began = now
-        if not self._batch:
+        """What the model runs next, once no step is out any more."""
+        assert not self._steps, "a step is out already"
+        sequences = self._scheduler.schedule()
+        if not sequences:
             self._copies.drop()
             return None, self._admit_waiting()
         if self._speculation is not None:
             self._speculation.plan(
-                [sequence.drafting for sequence in self._batch],
-                [sequence.num_tokens_left for sequence in self._batch],
+                [sequence.drafting for sequence in sequences],
+                [sequence.num_tokens_left for sequence in sequences],
             )
-        for sequence in self._batch:
+        for sequence in sequences:
             self._grow(sequence, sequence.num_kv_tokens)
-        rows = tuple(sequence.next_row() for sequence in self._batch)
+        self._begin_step(sequences, now)
+        rows = tuple(sequence.next_row() for sequence in sequences)
         return Batch(rows=rows, copies=self._copies.begin()), []
 
+    def next_batch_ahead(self, now: float) -> Batch | None:
+        """The step behind the one that runs, of which no token is known yet; None if it must wait.
+
+        A sequence may turn out to have ended already: what the step samples for it is dropped, and
+        its pages stay in use until the step is over. Whose last token is being sampled has no part
+        in it. How many tokens a step with drafts samples is not known, so nothing runs ahead of it.
+        """
+        (step,) = self._steps
+        if self._speculation is not None or self._copies.are_waiting:
+            return None
+        row_of = {sequence: row for row, sequence in enumerate(step.sequences)}
+        sequences = [
+            sequence
+            for sequence in self._scheduler.schedule()
+            if sequence not in row_of or sequence.num_tokens_left > 1
+        ]
+        if not sequences:
+            return None
+        for sequence in sequences:
+            self._grow(sequence, sequence.num_kv_tokens + (sequence in row_of))
+        self._begin_step(sequences, now)
+        return Batch(rows=tuple(each.next_row(row_of.get(each)) for each in sequences))
+
+    def drop_batch_ahead(self) -> None:
+        """The step behind the one that runs, or has failed, is void, and nothing of it runs."""
+        step, ahead = self._steps
+        step.orphans.take_over(ahead.orphans)
+        self._steps = [step]
+
+    def _begin_step(self, sequences: list[DecodeSequence], now: float) -> None:
+        orphans = OrphanedPages(self.pool)
+        self._steps.append(RunningStep(sequences=sequences, began=now, orphans=orphans))
+
     def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
-        """The step has run."""
-        batch, self._batch = self._batch, []
+        """The older of the steps that are out has run."""
+        step = self._steps.pop(0)
         effects: list[Effect] = []
-        for index, (sequence, tokens) in enumerate(zip(batch, result.tokens, strict=True)):
+        for index, (sequence, tokens) in enumerate(zip(step.sequences, result.tokens, strict=True)):
             request = self._requests.get(sequence.key)
             if request is not None and sequence in request.sequences:
+                times = step.first_times(request, now)
                 logprobs = result.logprobs.get(index, ())
-                effects += self._on_tokens(request, sequence, tokens, logprobs, now)
+                effects += self._on_tokens(request, sequence, tokens, logprobs, times)
         self._copies.finish()
-        self._orphans.free()
+        step.orphans.free()
         return [*effects, *self._admit_waiting()]
 
     def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
         """The model raised because of `rows`: they fail, the rest of the batch runs again.
 
-        A choice that fails fails its request.
+        A choice that fails fails its request. No other step is out.
         """
-        batch, self._batch = self._batch, []
+        (step,) = self._steps
+        self._steps = []
         effects: list[Effect] = []
-        for sequence in (batch[index] for index in rows):
+        for sequence in (step.sequences[index] for index in rows):
             request = self._requests.get(sequence.key)
             if request is not None and sequence in request.sequences:
                 effects += self._end(request)
@@ -566,7 +600,7 @@ class DecodeCore:
                     )
                 )
         self._copies.retry()
-        self._orphans.free()
+        step.orphans.free()
         return [*effects, *self._admit_waiting()]
 
     def _on_tokens(
@@ -575,7 +609,7 @@ class DecodeCore:
         sequence: DecodeSequence,
         sampled: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
-        now: float,
+        times: pb.TimeParts | None,
     ) -> list[Effect]:
         """Take the tokens of a step up to the one that ends the sequence."""
         if sequence.drafting is not None:
@@ -590,17 +624,10 @@ class DecodeCore:
             if reason:
                 break
         sequence.logprobs += map(logprobs_message, logprobs)
-        effects: list[Effect] = [_tokens(sequence, reason, self._first_step_times(request, now))]
+        effects: list[Effect] = [_tokens(sequence, reason, times)]
         if reason:
             effects += self._end_choice(request, sequence)
         return effects
-
-    def _first_step_times(self, request: DecodeRequest, now: float) -> pb.TimeParts | None:
-        """Of the step that ends now, when it is the first of a request; None after that."""
-        if request.queued_at is None:
-            return None
-        queue_s, request.queued_at = self._batch_began - request.queued_at, None
-        return pb.TimeParts(decode_queue_s=queue_s, decode_s=now - self._batch_began)
 
     # --- Time and state ---------------------------------------------------------------------------
 
@@ -638,7 +665,7 @@ class DecodeCore:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left: no attempt, no step, no slot that a frame may still reach."""
-        return not (self._requests or self._batch) and self.slots.num_free == self.slots.num_slots
+        return not (self._requests or self._steps) and self.slots.num_free == self.slots.num_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books balance."""
@@ -705,8 +732,10 @@ class DecodeCore:
     def _release(self, sequence: DecodeSequence) -> None:
         """Let go of all that a sequence holds. Its full pages stay in the prefix cache."""
         self._scheduler.remove(sequence)
-        if sequence in self._batch:
-            self._orphans.adopt(sequence.pages)
+        for step in reversed(self._steps):
+            if sequence in step.sequences:
+                step.orphans.adopt(sequence.pages)
+                break
         self._cache_computed(sequence)
         self.pool.release(sequence.pages)
         if sequence.reservation is not None:

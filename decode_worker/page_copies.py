@@ -17,6 +17,11 @@ class PageCopies:
         self._waiting: list[PageCopy] = []
         self._running: list[PageCopy] = []
 
+    @property
+    def are_waiting(self) -> bool:
+        """Whether the next step has copies to make."""
+        return bool(self._waiting)
+
     def add(self, copies: Iterable[PageCopy]) -> None:
         """To be made by the next step. Both pages have an owner."""
         for copy in copies:

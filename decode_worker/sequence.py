@@ -57,17 +57,22 @@ class DecodeSequence:
         """Output tokens that it may have yet."""
         return self.sampling.max_tokens - self.num_output_tokens
 
-    def next_row(self) -> BatchRow:
-        """Run the token sampled last and the drafts behind it, sample the next of each."""
+    def next_row(self, follows: int | None = None) -> BatchRow:
+        """Run the token sampled last and the drafts behind it, sample the next of each.
+
+        `follows` is its row in the step that samples the last token just now.
+        """
         drafts = self.drafting.token_ids if self.drafting else ()
+        num_unread = int(follows is not None)
         return BatchRow(
             request_id=self.key.request_id,
             token_ids=(self.output[-1], *drafts),
-            start=self.num_prompt_tokens + len(self.output) - 1,
+            start=self.num_prompt_tokens + len(self.output) - 1 + num_unread,
             page_table=self.pages,
             sampling=self.sampling,
-            output_position=self.num_output_tokens,
+            output_position=self.num_output_tokens + num_unread,
             history=self.history,
+            follows=follows,
             num_drafts=len(drafts),
             draft_work=self.drafting.work if self.drafting else None,
         )

@@ -69,8 +69,11 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             model_thread=model_thread,
             on_state=on_state,
             failpoint=failpoint,
+            overlap_steps=config.overlaps_steps and runner.runs_ahead and speculation is None,
         )
         self._draft_model = draft_model
+        if config.device != "cpu":
+            runner.warm_up_prompts()  # steps with drafts run the same kernels
         runner.warm_up(config.max_batch_size)
         self._writer = _page_writer(config, runner, shards, copies)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pagewire.engine.sampling_params import SamplingParams
@@ -85,3 +85,14 @@ class StepResult:
     tokens: tuple[tuple[int, ...], ...]
     # By index of the row, for the rows that asked: one entry a token.
     logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+
+
+def with_known_tokens(batch: Batch, previous: StepResult) -> Batch:
+    """A batch whose rows followed those of the step before, now that its result is there."""
+    rows = (
+        row
+        if row.follows is None
+        else replace(row, token_ids=previous.tokens[row.follows], follows=None)
+        for row in batch.rows
+    )
+    return replace(batch, rows=tuple(rows))

@@ -75,6 +75,20 @@ class ModelRunner:
         for recorder, logits in self._steps.warm_up(max_batch_size):
             self._sampler.record(recorder, logits)
 
+    def warm_up_prompts(self) -> None:
+        """Run a prompt, so that no request waits until a GPU's kernels are compiled.
+
+        It overwrites page 0, which nobody owns before there are requests. Not for one of several
+        ranks: the others may not be ready.
+        """
+        if self.model.group.size > 1:
+            return
+        sampling = SamplingParams(temperature=1.0, top_k=1)
+        row = BatchRow(
+            request_id="warm-up", token_ids=[0, 0], start=0, page_table=[0], sampling=sampling
+        )
+        self.launch(Batch(rows=(row,))).wait()
+
     def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
         """As `launch`, and wait for what was sampled. Raises LogitsError too, a ValueError."""
         return self.launch(batch, on_layers_done).wait()

@@ -14,6 +14,7 @@ from pagewire.kernels.gpu import sampling
 from pagewire.kernels.gpu.activation_quant import quantize_tokens
 from pagewire.kernels.gpu.decode_attention import choose_num_splits, decode_attention
 from pagewire.kernels.gpu.graph_recorder import Capture, GraphRecorder
+from pagewire.kernels.gpu.launch_table import LaunchTable, launch_table
 from pagewire.kernels.gpu.prefill_attention import prefill_attention
 from pagewire.kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from pagewire.kernels.gpu.rms_norm_quant import add_rms_norm_quant, rms_norm_quant
@@ -75,13 +76,16 @@ class TritonOps:
         gpu: GPU,
         capture: Capture | None = None,
         activations: torch.dtype = torch.int8,
+        launches: LaunchTable | None = None,
     ) -> None:
         """`capture` makes recordings of decode steps; None: each launches anew.
 
-        `activations`: int8 or float8_e4m3fn, what activations are quantised to.
+        `activations`: int8 or float8_e4m3fn, what activations are quantised to. `launches` None: as
+        was measured for such a GPU.
         """
         self._gpu = gpu
         self._activations = activations
+        self._launches = launches or launch_table(gpu.title)
         self._recorder = GraphRecorder(self.plan_attention, capture) if capture else None
 
     @property
@@ -134,7 +138,9 @@ class TritonOps:
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> "TritonAttentionPlan":
-        return TritonAttentionPlan(batch=batch, scale=scale, window=window, gpu=self._gpu)
+        return TritonAttentionPlan(
+            batch=batch, scale=scale, window=window, gpu=self._gpu, launches=self._launches
+        )
 
     def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
         return sampling.TritonSamplingPlan(rows)
@@ -158,9 +164,10 @@ class TritonAttentionPlan:
     scale: float
     window: int | None
     gpu: GPU
+    launches: LaunchTable
 
     def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
-        num_rows, max_pages = self.batch.page_table.shape
+        num_rows = len(self.batch.page_table)
         # In float32 the tiles of decode do not fit into registers.
         if len(q) > num_rows or q.dtype is torch.float32:
             return prefill_attention(
@@ -171,8 +178,9 @@ class TritonAttentionPlan:
                 scale=self.scale,
                 window=self.window,
                 tma=self.gpu.has_tma,
+                launch=self.launches.prefill_attention,
             )
-        num_kv_heads = pool.values.shape[2]
+        num_pages, _, num_kv_heads, *_ = pool.values.shape
         return decode_attention(
             q,
             pool,
@@ -180,6 +188,7 @@ class TritonAttentionPlan:
             self.batch,
             scale=self.scale,
             window=self.window,
-            num_splits=choose_num_splits(num_rows, num_kv_heads, max_pages, self.gpu.num_sms),
+            num_splits=choose_num_splits(num_rows, num_kv_heads, num_pages, self.gpu.num_sms),
             tma=self.gpu.has_tma,
+            launch=self.launches.decode_attention,
         )

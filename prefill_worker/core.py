@@ -390,6 +390,13 @@ class PrefillCore:
         rows = tuple(_row(chunk) for chunk in self._batch)
         return Batch(rows=rows, layer_group_ends=self._layer_group_ends()), effects
 
+    def next_batch_ahead(self, now: float) -> Batch | None:
+        """None: what leaves after a step depends on how it ended."""
+        return None
+
+    def drop_batch_ahead(self) -> None:
+        """There is none."""
+
     def _layer_group_ends(self) -> tuple[int, ...]:
         """Where the step that is to run reports; nowhere when no prompt ends in it."""
         num_pages = sum(

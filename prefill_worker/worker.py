@@ -67,6 +67,8 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         reads = self._frame_reads(shards, copies)
         self._reads = reads
         self._mark_computed = reads.mark_computed
+        if config.device != "cpu":
+            runner.warm_up_prompts()
 
     def _frame_reads(self, shards: KVShards | None, copies: CopyStream | None) -> FrameReads:
         """Frames leave from their pages, unless these are on a device."""

@@ -47,6 +47,9 @@ class WorkerConfig:
     lease_s: float = 10.0  # how long a prefill worker keeps a prompt whose hand-off has failed
     max_parked_share: float = 0.5  # of its pages, beyond which it starts no prompt
     max_batch_size: int = 32  # sequences that one decode step runs
+    overlap_steps: bool | None = (
+        None  # launch a decode step before the last one ends; None: on GPUs
+    )
     max_draft_tokens: int = 0  # that a decode step checks beside its rows; 0: no speculation
     draft_model: str | None = None  # as `model`; None: drafts are looked up in the text
     draft_quantization: Quantization = Quantization.NONE
@@ -62,6 +65,11 @@ class WorkerConfig:
             return None
         secret = bytes.fromhex(self.prefix_cache_secret)
         return PageHasher(secret=secret, page_size=self.page_size)
+
+    @property
+    def overlaps_steps(self) -> bool:
+        """Whether decode steps are launched one ahead, if the model can."""
+        return self.device != "cpu" if self.overlap_steps is None else self.overlap_steps
 
     @property
     def threads_per_rank(self) -> int:

@@ -29,8 +29,14 @@ class WorkerCore(Protocol):
     def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
         """What the model runs next; None when there is nothing to do."""
 
+    def next_batch_ahead(self, now: float) -> Batch | None:
+        """What the model runs behind the batch that is out, whose tokens are not known; or None."""
+
+    def drop_batch_ahead(self) -> None:
+        """The batch that `next_batch_ahead` gave is void: it does not run, or not any more."""
+
     def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
-        """The step has run."""
+        """The step has run; of two that are out, the one that was scheduled first."""
 
     def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
         """The step raised because of `rows`, by index. They fail, the others run again."""

@@ -20,6 +20,11 @@ class OrphanedPages:
         self._pool.pin(pages)
         self._pages += pages
 
+    def take_over(self, other: "OrphanedPages") -> None:
+        """Hold the pages of another step, which is void, until this one's is over."""
+        self._pages += other._pages
+        other._pages.clear()
+
     def free(self) -> None:
         """The step is over."""
         self._pool.unpin(self._pages)

@@ -15,6 +15,7 @@ import grpc
 import torch
 
 from pagewire.engine.batch import Batch, OnLayersDone, StepResult
+from pagewire.engine.launched_step import LaunchedStep
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import IntegrityError
 from pagewire.kv_transfer.landing import Landing
@@ -80,9 +81,12 @@ class WorkerShell(Handler, Generic[Core]):
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         failpoint: Failpoint | None = None,
+        overlap_steps: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`model_thread` is the one thread in which the model was loaded, and is closed in the end.
+        """With `overlap_steps` a step is launched before the tokens of the one before are known.
+
+        `model_thread` is the one thread in which the model was loaded, and is closed in the end.
 
         Every thread that runs parallel code has OpenMP threads of its own. With more of them than
         cores, OpenMP sends them to sleep after each matrix, and a step takes twice as long.
@@ -114,6 +118,7 @@ class WorkerShell(Handler, Generic[Core]):
             carry_out=self.carry_out,
             on_idle=self._on_idle,
             on_layers_done=self._on_layers_done,
+            launch=self._launch if overlap_steps else None,
             clock=clock,
         )
         self._board: CoreBoard | None = None
@@ -298,11 +303,20 @@ class WorkerShell(Handler, Generic[Core]):
     # --- The model --------------------------------------------------------------------------------
 
     def _execute(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
-        """Run a step, in the model's thread: the number of OpenMP threads belongs to that one."""
+        """Run a step, in the model's thread."""
+        self._claim_cores()
+        return self._run_batch(batch, on_layers_done)
+
+    def _launch(self, batch: Batch, *, previous: LaunchedStep | None) -> LaunchedStep:
+        """Begin a step, in the model's thread."""
+        self._claim_cores()
+        return self._runner.launch(batch, previous=previous)
+
+    def _claim_cores(self) -> None:
+        """In the model's thread: the number of OpenMP threads belongs to that one."""
         if self._board is not None:
             size = self._config.tensor_parallel_size
             torch.set_num_threads(max(1, self._board.claim() // size))
-        return self._run_batch(batch, on_layers_done)
 
     def _run_batch(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
         return self._runner.execute(batch, on_layers_done)

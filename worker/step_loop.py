@@ -1,12 +1,16 @@
 """The model beside the event loop: one thread that runs steps, one loop that feeds it."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
+from typing import Protocol, TypeVar
 
-from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, StepResult
+from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, StepResult, with_known_tokens
+from pagewire.engine.launched_step import LaunchedStep
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Effect
 
@@ -14,11 +18,21 @@ logger = logging.getLogger(__name__)
 
 _STEP_ERRORS = (RuntimeError, ValueError, IndexError)  # what torch and our checks raise
 
+Result = TypeVar("Result")
+
+
+class Launch(Protocol):
+    """`ModelRunner.launch`."""
+
+    def __call__(self, batch: Batch, *, previous: LaunchedStep | None) -> LaunchedStep: ...
+
 
 class StepLoop:
     """Runs batch after batch while the core has any; sleeps until it is woken otherwise.
 
     A forward step never delays the event loop: only the hand-over between two steps runs on it.
+    With `launch` a GPU does not wait for that either: while it runs a step, the next one is
+    launched, before the tokens of the first are known.
     """
 
     def __init__(
@@ -30,12 +44,14 @@ class StepLoop:
         carry_out: Callable[[list[Effect]], None],
         on_idle: Callable[[], None] = lambda: None,
         on_layers_done: OnLayersDone = lambda num_layers: None,
+        launch: Launch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_idle` is called on the event loop whenever there is no batch to run.
 
         So is `on_layers_done` while a step runs, which does not wait for it: always before the
-        core is told how the step ended.
+        core is told how the step ended. With `launch` steps are run by it and not by `execute`, and
+        report no layers.
         """
         self._core = core
         self._execute = execute
@@ -43,6 +59,7 @@ class StepLoop:
         self._carry_out = carry_out
         self._on_idle = on_idle
         self._on_layers_done = on_layers_done
+        self._launch = launch
         self._clock = clock
         self._running: Batch | None = None
         self._wake = asyncio.Event()
@@ -53,7 +70,6 @@ class StepLoop:
 
     async def run(self) -> None:
         """Until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             batch, effects = self._core.next_batch(self._clock())
             self._carry_out(effects)
@@ -62,14 +78,63 @@ class StepLoop:
                 self._on_idle()
                 await self._wake.wait()
                 continue
+            if self._launch is not None:
+                await self._run_ahead(batch, self._launch)
+                continue
             try:
                 result = await self._run(batch)
             except _STEP_ERRORS:
-                logger.exception("a step of %d rows failed", len(batch.rows))
-                rows = await loop.run_in_executor(self._thread, self._faulty_rows, batch)
-                self._carry_out(self._core.on_batch_failed(rows))
+                await self._blame(batch)
             else:
                 self._carry_out(self._core.on_batch_done(result, self._clock()))
+
+    async def _run_ahead(self, batch: Batch, launch: Launch) -> None:
+        """Run a step and those behind it, each launched before the one before it is waited for.
+
+        Until the core has no step that could run ahead, or one fails.
+        """
+        known: StepResult | None = None  # of the step before `step`
+        try:
+            step: LaunchedStep | None = await self._in_thread(partial(launch, batch, previous=None))
+        except _STEP_ERRORS:
+            await self._blame(batch)
+            return
+        while step is not None:
+            ahead = await self._launch_ahead(step, launch)
+            try:
+                result = await self._in_thread(step.wait)
+            except _STEP_ERRORS:
+                if ahead is not None:
+                    await self._in_thread(partial(_end, ahead))
+                    self._core.drop_batch_ahead()
+                batch = with_known_tokens(step.batch, known) if known else step.batch
+                await self._blame(batch)
+                return
+            self._carry_out(self._core.on_batch_done(result, self._clock()))
+            step, known = ahead, result
+
+    async def _launch_ahead(self, step: LaunchedStep, launch: Launch) -> LaunchedStep | None:
+        """Launch the step behind `step`; None if there is none, or if it raises.
+
+        Then its rows run again, in a step whose failure is theirs alone.
+        """
+        batch = self._core.next_batch_ahead(self._clock())
+        if batch is None:
+            return None
+        try:
+            return await self._in_thread(partial(launch, batch, previous=step))
+        except _STEP_ERRORS:
+            self._core.drop_batch_ahead()
+            return None
+
+    async def _blame(self, batch: Batch) -> None:
+        """A step has raised: find out because of which rows, and tell the core."""
+        logger.exception("a step of %d rows failed", len(batch.rows))
+        rows = await self._in_thread(partial(self._faulty_rows, batch))
+        self._carry_out(self._core.on_batch_failed(rows))
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _run(self, batch: Batch) -> StepResult:
         """Run a step in its thread. What it says when nobody waits for it any more is void."""
@@ -106,3 +171,9 @@ class StepLoop:
         except _STEP_ERRORS:
             return True
         return False
+
+
+def _end(step: LaunchedStep) -> None:
+    """Until a step whose result is void has ended."""
+    with contextlib.suppress(*_STEP_ERRORS):
+        step.wait()

@@ -35,7 +35,8 @@ BLOCKS_PER_SM = 3  # programs that share an SM without waiting for each other
 def choose_num_splits(num_rows: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
     """Into how many parts each context is cut: the power of two that fills the GPU best.
 
-    Depends on the shapes of a batch only, never on its lengths, so that a CUDA graph can replay it.
+    max_pages: that a context can have. Nothing of it follows from the lengths of a batch: so a CUDA
+    graph can replay it, and the steps of one number of rows all run the same compiled kernel.
     """
     wanted = BLOCKS_PER_SM * num_sms / (num_rows * num_kv_heads)
     nearest: int = 1 << max(0, round(math.log2(wanted)))
@@ -190,6 +191,7 @@ def decode_attention(
     window: int | None,
     num_splits: int,
     tma: bool = False,
+    launch: LaunchConfig = LAUNCH,
 ) -> Tensor:
     """Attend with one token a row; see `AttentionPlan.run`.
 
@@ -230,8 +232,8 @@ def decode_attention(
         WINDOW=window or 0,
         NUM_SPLITS=num_splits,
         TMA=tma,
-        num_warps=LAUNCH.num_warps,
-        num_stages=LAUNCH.num_stages,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
     if num_splits > 1:
         _combine_kernel[(num_rows, num_heads)](

@@ -156,11 +156,12 @@ def prefill_attention(
     scale: float,
     window: int | None,
     tma: bool = False,
+    launch: LaunchConfig = LAUNCH,
 ) -> Tensor:
     """Attend with any number of tokens a row; see `AttentionPlan.run`.
 
     q: [num_tokens, num_heads, head_dim], contiguous. `tma` fetches pages with the TMA unit of
-    Hopper. Returns the shape of q. Raises KernelArgumentError.
+    Hopper; `launch` is for 16 bits. Returns the shape of q. Raises KernelArgumentError.
     """
     require_attention(q, pool, layer, batch)
     num_tokens, num_heads, head_dim = q.shape
@@ -168,7 +169,7 @@ def prefill_attention(
     group, num_rows = num_heads // num_kv_heads, len(batch.context_lens)
     wide = q.element_size() == 4
     tile_rows = max(WIDE_TILE_ROWS if wide else TILE_ROWS, triton.next_power_of_2(group))
-    launch = WIDE_LAUNCH if wide else LAUNCH
+    launch = WIDE_LAUNCH if wide else launch
     num_tiles = num_tokens // (tile_rows // group) + num_rows
     out = empty_like(q)
     _prefill_kernel[(num_tiles, num_kv_heads)](

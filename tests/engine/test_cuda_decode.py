@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
@@ -42,7 +43,7 @@ def rows(starts: list[int], step: int) -> tuple[BatchRow, ...]:
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3 moe"])  # the second waits, and runs without
+@pytest.mark.parametrize("kind", ["llama", "qwen3 moe"])
 def test_graphs_give_the_logits_of_steps_without(
     kind: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
@@ -59,3 +60,23 @@ def test_graphs_give_the_logits_of_steps_without(
         expected = plain.forward(Batch(rows=(*batch, extra)))
         logits = recorded.forward(Batch(rows=batch))
         torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(max_tokens=30),
+        SamplingParams(max_tokens=30, temperature=1.0, top_k=40, top_p=0.9, seed=3),
+        SamplingParams(max_tokens=30, temperature=1.0, frequency_penalty=0.7, seed=4),
+    ],
+    ids=["greedy", "drawn", "penalised"],
+)
+def test_steps_that_overlap_give_the_same_tokens(
+    sampling: SamplingParams, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model("llama")
+    runner = engine(tmp_path)
+    runner.warm_up(3)
+    prompts = [(5, 9, 23), (7,), tuple(range(40, 60))]
+    expected = generate(runner, prompts, sampling)
+    assert generate(runner, prompts, sampling, overlapped=True) == expected

@@ -75,6 +75,22 @@ def test_disaggregated_equals_aggregated_equals_transformers(
     assert tokens == [greedy_tokens(model.reference, prompt, 8) for prompt in inputs]
 
 
+def test_steps_that_overlap_give_the_same_tokens(llama: Path) -> None:
+    """Requests of different lengths, some of which end at a token that only then is known."""
+    inputs = prompts((1, 40, 65, 130))
+    expected = aggregated(llama, inputs, SamplingParams(max_tokens=20))
+    stops = {expected[0][6], expected[2][11]}
+    sampling = SamplingParams(max_tokens=20, stop_token_ids=frozenset(stops))
+    by_role = {Role.DECODE: {"overlap_steps": True}}
+
+    async def run() -> list[Result]:
+        async with pipeline(llama, tcp, by_role=by_role) as cluster:
+            return await generate_all(cluster, inputs, greedy(20, sorted(stops)))
+
+    results = asyncio.run(run())
+    assert [tokens for tokens, _ in results] == aggregated(llama, inputs, sampling)
+
+
 @pytest.mark.parametrize("stream_layers", [True, False])
 def test_the_last_chunk_is_reported_layer_by_layer(
     llama: Path, monkeypatch: pytest.MonkeyPatch, stream_layers: bool

@@ -131,9 +131,9 @@ def a_running_step_loses_its_pages(patch: pytest.MonkeyPatch) -> None:
     end = DecodeCore._end
 
     def end_carelessly(core: DecodeCore, request: DecodeRequest) -> list[Effect]:
-        batch, core._batch = core._batch, []
+        steps, core._steps = core._steps, []
         effects = end(core, request)
-        core._batch = batch
+        core._steps = steps
         return effects
 
     patch.setattr(DecodeCore, "_end", end_carelessly)

@@ -155,6 +155,8 @@ class HandoffPair:
         self._prefill_batch: Batch | None = None
         self._layer_group_ends: deque[int] = deque()  # of that batch, which it has not reported
         self._decode_batch: Batch | None = None
+        self.runs_ahead = False  # decode steps begin before the one before has ended
+        self._decode_batch_ahead: Batch | None = None  # behind the one that runs
 
     def steps(self) -> list[Step]:
         """What can happen now."""
@@ -166,6 +168,10 @@ class HandoffPair:
             (self._scattering, self.finish_scattering),
             (self._layer_group_ends, self.finish_layers),
             (True, self.step_prefill),
+            (
+                self.runs_ahead and self._decode_batch and not self._decode_batch_ahead,
+                self.begin_decode_ahead,
+            ),
             (True, self.step_decode),
         ]
         return [step for is_possible, step in possible if is_possible]
@@ -259,19 +265,29 @@ class HandoffPair:
             self._decode_batch, effects = self.decode.next_batch(0.0)
         else:
             result = self.sample(self._decode_batch)
-            self._decode_batch = None
+            self._decode_batch, self._decode_batch_ahead = self._decode_batch_ahead, None
             effects = self.decode.on_batch_done(result, 0.0)
         self.carry_out(effects)
+
+    def begin_decode_ahead(self) -> None:
+        """Begin a step behind the one that runs, if there can be one."""
+        self._decode_batch_ahead = self.decode.next_batch_ahead(0.0)
 
     def fail_decode_step(self, row: int) -> None:
         """The decode step that runs raises because of one of its rows."""
         assert self._decode_batch is not None
-        self._decode_batch = None
+        if self._decode_batch_ahead is not None:
+            self.decode.drop_batch_ahead()
+        self._decode_batch, self._decode_batch_ahead = None, None
         self.carry_out(self.decode.on_batch_failed({row}))
 
     def running_batches(self) -> tuple[Batch | None, Batch | None]:
         """What the prefill and the decode worker compute now."""
         return self._prefill_batch, self._decode_batch
+
+    def decode_batches(self) -> list[Batch]:
+        """The decode steps that are out, the older first."""
+        return [batch for batch in (self._decode_batch, self._decode_batch_ahead) if batch]
 
     def event_names(self) -> list[str | None]:
         return [event.WhichOneof("body") for event in self.events]

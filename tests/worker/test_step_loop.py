@@ -1,14 +1,17 @@
-"""The step loop: which rows a step that raised is blamed on."""
+"""The step loop: which rows a step that raised is blamed on, and what overlaps."""
 
 import asyncio
 import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import cast
 
 import pytest
 
 from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, StepResult
+from pagewire.engine.launched_step import LaunchedStep
+from pagewire.kernels.ops import LogitsError
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Effect
 from pagewire.worker.step_loop import StepLoop
@@ -161,3 +164,128 @@ def test_a_step_that_nobody_waits_for_reports_to_nobody() -> None:
         return core
 
     assert asyncio.run(run()).heard == []
+
+
+class Steps:
+    """Of a WorkerCore what an overlapped StepLoop calls, over a list of batches; notes calls."""
+
+    def __init__(self, *batches: Batch) -> None:
+        self._batches = list(batches)
+        self.calls: list[object] = []
+        self.over = asyncio.Event()
+
+    def next_batch(self, now: float) -> tuple[Batch | None, list[Effect]]:
+        if not self._batches:
+            self.over.set()
+            return None, []
+        self.calls.append("next")
+        return self._batches.pop(0), []
+
+    def next_batch_ahead(self, now: float) -> Batch | None:
+        if not self._batches:
+            return None
+        batch = self._batches.pop(0)
+        return Batch(rows=tuple(replace(row, follows=0) for row in batch.rows))
+
+    def drop_batch_ahead(self) -> None:
+        self.calls.append("drop")
+
+    def on_batch_done(self, result: StepResult, now: float) -> list[Effect]:
+        self.calls.append(f"done {result.tokens[0][0]}")
+        return []
+
+    def on_batch_failed(self, rows: Collection[int]) -> list[Effect]:
+        self.calls.append(f"failed {sorted(rows)}")
+        return []
+
+
+class FakeModel:
+    """Launches steps; the names of their rows say what becomes of them."""
+
+    def __init__(self, calls: list[object]) -> None:
+        self._calls = calls
+        self._num_steps = 0
+        self.ran_alone: list[BatchRow] = []
+
+    def execute(self, batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
+        (row,) = batch.rows
+        self.ran_alone.append(row)
+        if row.request_id != "good":
+            raise ValueError("this row cannot run")
+        return StepResult(tokens=((),))
+
+    def launch(self, batch: Batch, *, previous: LaunchedStep | None) -> LaunchedStep:
+        name = batch.rows[0].request_id
+        assert (previous is None) == (batch.rows[0].follows is None)
+        if name == "no launch" and previous is not None:
+            raise ValueError("this step cannot be launched")
+        self._num_steps += 1
+        self._calls.append(f"launch {self._num_steps}")
+        return cast(LaunchedStep, FakeStep(batch, self._num_steps, self._calls))
+
+
+class FakeStep:
+    def __init__(self, batch: Batch, number: int, calls: list[object]) -> None:
+        self.batch = batch
+        self._number = number
+        self._calls = calls
+
+    def wait(self) -> StepResult:
+        self._calls.append(f"wait {self._number}")
+        if self.batch.rows[-1].request_id == "no end":
+            raise LogitsError([len(self.batch.rows) - 1])
+        return StepResult(tokens=((self._number,),) * len(self.batch.rows))
+
+
+def overlapped(*batches: tuple[str, ...]) -> tuple[list[object], FakeModel]:
+    """What is called, in order, when batches of such rows run."""
+
+    async def run() -> tuple[list[object], FakeModel]:
+        core = Steps(*(Batch(rows=tuple(map(row, names))) for names in batches))
+        model = FakeModel(core.calls)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            loop = StepLoop(
+                core=cast(WorkerCore, core),
+                execute=model.execute,
+                thread=thread,
+                carry_out=lambda effects: None,
+                launch=model.launch,
+            )
+            task = asyncio.create_task(loop.run())
+            await core.over.wait()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return core.calls, model
+
+    return asyncio.run(run())
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_waited_for() -> None:
+    calls, _ = overlapped(("good",), ("good",), ("good",))
+    assert calls == [
+        *("next", "launch 1"),
+        *("launch 2", "wait 1", "done 1"),
+        *("launch 3", "wait 2", "done 2"),
+        *("wait 3", "done 3"),
+    ]
+
+
+def test_a_step_that_cannot_be_launched_ahead_is_dropped() -> None:
+    calls, _ = overlapped(("good",), ("no launch",), ("good",))
+    assert calls == [
+        *("next", "launch 1", "drop", "wait 1", "done 1"),
+        *("next", "launch 2", "wait 2", "done 2"),
+    ]
+
+
+def test_a_step_that_fails_takes_the_one_behind_it_along_and_is_blamed_with_known_tokens() -> None:
+    calls, model = overlapped(("good",), ("good", "no end"), ("good",))
+    assert calls == [
+        *("next", "launch 1", "launch 2", "wait 1", "done 1"),
+        *("launch 3", "wait 2", "wait 3", "drop", "failed [1]"),
+    ]
+    assert [(each.request_id, each.follows) for each in model.ran_alone] == [
+        ("good", None),
+        ("no end", None),
+    ]
+    assert [each.token_ids for each in model.ran_alone] == [(1,), (1,)]

@@ -70,7 +70,7 @@ def test_splits_fill_the_gpu() -> None:
         return choose_num_splits(num_rows, num_kv_heads=8, max_pages=max_pages, num_sms=132)
 
     assert [splits(rows) for rows in (1, 8, 32, 64, 256)] == [32, 8, 2, 1, 1]
-    assert splits(1, max_pages=3) == 4
+    assert splits(1, max_pages=3) == 4  # more would have nothing to do
 
 
 def test_what_does_not_fit_is_refused() -> None:
