@@ -37,7 +37,8 @@ def num_copies(num_bytes: float, cache_bytes: int) -> int:
 
 def _time(case: NamedCase, setting: Setting, ceilings: Ceilings) -> Iterator[Measurement]:
     scale = setting.scale
-    require_fp8(case, scale)
+    if case.needs_fp8:
+        require_fp8(scale)
     torch.manual_seed(0)
     first = case.make(setting)
     copies = num_copies(first.num_bytes, _cache_bytes(scale))

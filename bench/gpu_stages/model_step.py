@@ -1,22 +1,44 @@
 """Stage 3: decode steps and prompts of a whole model, sampling and the host's part included."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+
+import torch
 
 from gpu_stages.ceilings import Ceilings
 from gpu_stages.items import Item
+from gpu_stages.kernels import require_fp8
 from gpu_stages.measurement import Measurement, above_floor
-from gpu_stages.random_model import bytes_of_step, fill_with_noise, random_model, runner_of
+from gpu_stages.noise import fill_with_noise
+from gpu_stages.random_model import bytes_of_step, random_model, runner_of
 from gpu_stages.scale import Scale
 from gpu_stages.timing import wall_ms
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.kernels import w4a16, w8a8
 
 DECODE_RATIO, PREFILL_RATIO = 1.30, 1.35
 MAX_HOST_GAP_MS = 0.15
 GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """In which numbers a model is stored."""
+
+    name: str
+    numbers: torch.dtype  # of matrices
+    kv_dtype: str | None = None  # None: the floats of the scale
+    needs_fp8: bool = False
+
+
+PRECISIONS = (
+    Precision(name="fp8, KV too", numbers=w8a8.FP8, kv_dtype="float8_e4m3fn", needs_fp8=True),
+    Precision(name="4 bits", numbers=w4a16.DTYPE),
+    Precision(name="int8, KV too", numbers=torch.int8, kv_dtype="int8"),
+)
 
 
 def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
@@ -24,7 +46,7 @@ def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
     longest = max(scale.prefill)
     model = random_model(scale)
     runner = runner_of(model, scale, max(most_pages, -(-longest // scale.page_size)))
-    fill_with_noise(runner)
+    fill_with_noise(runner.kv_cache.pages)
     runner.warm_up(max(rows for rows, _ in scale.decode))
     for num_rows, context in scale.decode:
         yield Item(
@@ -36,6 +58,21 @@ def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
             name=f"prompt of {num_tokens}",
             measure=partial(_prefill, runner, scale, ceilings, num_tokens),
         )
+    for precision in PRECISIONS:
+        yield Item(name=precision.name, measure=partial(_quantized, precision, scale, ceilings))
+
+
+def _quantized(precision: Precision, scale: Scale, ceilings: Ceilings) -> Iterator[Measurement]:
+    """Decode steps of the same model in fewer bits."""
+    if precision.needs_fp8:
+        require_fp8(scale)
+    num_pages = max(rows * -(-context // scale.page_size) for rows, context in scale.few_decode)
+    model = random_model(scale, precision.numbers)
+    runner = runner_of(model, scale, num_pages, precision.kv_dtype)
+    fill_with_noise(runner.kv_cache.pages)
+    for num_rows, context in scale.few_decode:
+        for measurement in _decode(runner, scale, ceilings, num_rows, context):
+            yield replace(measurement, name=f"{precision.name}: {measurement.name}", limit=None)
 
 
 def _decode(

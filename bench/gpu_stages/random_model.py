@@ -13,24 +13,36 @@ from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
 from pagewire.engine.parallel.tensor_parallel import NoFollowers
 from pagewire.kernels.linear import DenseLinear
-from pagewire.kernels.ops import Ops
+from pagewire.kernels.ops import Linear, Ops
+from pagewire.kernels.quantized_linears import quantize_weight
 from pagewire.kernels.select import Kernels, select_ops
 from pagewire.kernels.triton_ops import TritonOps, find_gpu
+from pagewire.kernels.w8a8 import FP8
 
 
-def random_model(scale: Scale) -> LlamaModel:
-    """The model of `scale`, whose decode steps are recorded: on a CPU by the double of graphs."""
+def random_model(scale: Scale, numbers: torch.dtype | None = None) -> LlamaModel:
+    """The model of `scale`, whose decode steps are recorded: on a CPU by the double of graphs.
+
+    `numbers`: of its matrices, as `quantize_weight` takes them; None: the floats of the scale.
+    """
     torch.manual_seed(0)
     config = scale.model
-    ops: Ops
+    selected = select_ops(Kernels.TRITON, scale.device, fp8=numbers is FP8)
+    ops: Ops = selected.ops
     if scale.device == "cpu":
         ops = TritonOps(find_gpu("cpu"), capture)
-    else:
-        ops = select_ops(Kernels.TRITON, scale.device).ops
 
     def matrix(rows: int, columns: int) -> Tensor:
         weight = torch.empty(rows, columns, dtype=scale.torch_dtype, device=scale.device)
         return weight.normal_(std=columns**-0.5)
+
+    def linear(rows: int, columns: int) -> Linear:
+        weight = matrix(rows, columns)
+        if numbers is None:
+            return DenseLinear(weight=weight)
+        assert selected.quantized_linears is not None, "Triton has matrices in fewer bits"
+        quantized = quantize_weight(weight, numbers)
+        return selected.quantized_linears.linear([quantized], None, scale.torch_dtype)
 
     def norm() -> Tensor:
         return torch.ones(config.hidden_size, dtype=scale.torch_dtype, device=scale.device)
@@ -41,14 +53,14 @@ def random_model(scale: Scale) -> LlamaModel:
     layers = tuple(
         LayerWeights(
             input_norm=norm(),
-            qkv=DenseLinear(weight=matrix(qkv, hidden)),
+            qkv=linear(qkv, hidden),
             q_norm=None,
             k_norm=None,
-            output=DenseLinear(weight=matrix(hidden, heads)),
+            output=linear(hidden, heads),
             post_attention_norm=norm(),
             feed_forward=DenseFeedForward(
-                gate_up=DenseLinear(weight=matrix(2 * ffn, hidden)),
-                down=DenseLinear(weight=matrix(hidden, ffn)),
+                gate_up=linear(2 * ffn, hidden),
+                down=linear(hidden, ffn),
                 ops=ops,
             ),
         )
@@ -63,9 +75,11 @@ def random_model(scale: Scale) -> LlamaModel:
     return LlamaModel(config, weights, inverse_frequencies(config).to(scale.device), ops)
 
 
-def runner_of(model: LlamaModel, scale: Scale, num_pages: int) -> ModelRunner:
-    """An engine with a pool of its own."""
-    layout = kv_layout(model.config, page_size=scale.page_size, dtype=scale.dtype)
+def runner_of(
+    model: LlamaModel, scale: Scale, num_pages: int, kv_dtype: str | None = None
+) -> ModelRunner:
+    """An engine with a pool of its own; `kv_dtype` None is that of the scale."""
+    layout = kv_layout(model.config, page_size=scale.page_size, dtype=kv_dtype or scale.dtype)
     return ModelRunner(
         model,
         KVCache(layout, num_pages, scale.device),
@@ -74,12 +88,6 @@ def runner_of(model: LlamaModel, scale: Scale, num_pages: int) -> ModelRunner:
         max_model_len=model.config.max_model_len,
         digest=b"",
     )
-
-
-def fill_with_noise(runner: ModelRunner) -> None:
-    """Into every page of the KV cache: a GPU takes less power, and is faster, over zeros."""
-    for page in runner.kv_cache.pages.values:  # one by one: it is most of the memory
-        page.normal_()
 
 
 def bytes_of_step(model: LlamaModel) -> int:

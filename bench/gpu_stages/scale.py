@@ -44,6 +44,7 @@ class Scale:
     copy_bytes: int
     gemm_size: int
     decode: tuple[tuple[int, int], ...]  # (rows, context) of each step that is timed
+    few_decode: tuple[tuple[int, int], ...]  # the same of models in fewer bits
     prefill: tuple[int, ...]  # prompt lengths
     repeats: int
     num_handed_over: int  # tokens of the prompt that is handed over
@@ -122,6 +123,7 @@ FULL = Scale(
     copy_bytes=4 << 30,
     gemm_size=8192,
     decode=((1, 1024), (1, 4096), (32, 1024), (32, 4096), (128, 1024), (256, 1024)),
+    few_decode=((1, 1024), (32, 1024)),
     prefill=(1024, 4096, 8192),
     repeats=20,
     num_handed_over=4096,
@@ -159,6 +161,7 @@ TINY = Scale(
     copy_bytes=1 << 20,
     gemm_size=64,
     decode=((1, 16), (3, 20)),
+    few_decode=((1, 16),),
     prefill=(20,),
     repeats=2,
     num_handed_over=18,

@@ -4,11 +4,15 @@ An item that raises, hangs or takes its process with it is noted with what the p
 the next process goes on behind it: an error of CUDA leaves nothing usable in the one that had it.
 """
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from gpu_stages.journal import Failed, Record, decode, encode, failed, unfinished
 from gpu_stages.stages import Outcome, Stage
@@ -65,16 +69,27 @@ def _run(stage: Stage, seconds: float, files: StageFiles, command: Sequence[str]
     """One process; None where it did all that was left to do."""
     with files.log.open("a+", encoding="utf-8") as log:
         start = log.tell()
-        try:
-            status = subprocess.run(command, timeout=seconds, stdout=log, stderr=log).returncode
-        except subprocess.TimeoutExpired:
-            log.seek(start)
-            reason = f"the stage took longer than {stage.budget_s:.0f} s"
-            return failed(unfinished(files.records()) or stage.name, reason, log.read())
-        if not status:
+        status = _status(command, seconds, log)
+        if status == 0:
             return None
         log.seek(start)
         said = log.read()
+    item = unfinished(files.records()) or stage.name
+    if status is None:
+        return failed(item, f"the stage took longer than {stage.budget_s:.0f} s", said)
     last = said.strip().rpartition("\n")[2]
     reason = f"exit status {status}: {last[:SHOWN_OF_ERROR]}"
-    return failed(unfinished(files.records()) or stage.name, reason, said)
+    return failed(item, reason, said)
+
+
+def _status(command: Sequence[str], seconds: float, log: TextIO) -> int | None:
+    """How a process ended; None: it did not. Whatever it has started is gone then, too."""
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -220,3 +220,20 @@ def test_a_driver_that_fails_is_an_error_and_let_go() -> None:
     with pytest.raises(GpuDriverError, match="GPU is lost"):
         inspect_gpus(nvml)
     assert nvml.num_open == 0
+
+
+def test_all_that_a_hand_off_between_gpus_needs_is_told() -> None:
+    found = findings(inspect_gpus(FakeNvml()), replace(TORCH, cuda="12.8", num_gpus=2))
+    assert {
+        subject: found[subject].detail for subject in ("GPU driver", "NCCL", "UCX on GPUs")
+    } == {
+        "GPU driver": "580.65.06, runs CUDA up to 12.8",
+        "NCCL": "2.29.7",
+        "UCX on GPUs": "cuda_copy, cuda_ipc",
+    }
+    assert "79.0 of 80.0 GiB free" in found["GPU 1"].detail
+    assert [line.split() for line in found["GPU peers"].detail.splitlines()] == [
+        ["0", "1"],
+        ["0", "-", "NVLink"],
+        ["1", "PCIe", "-"],
+    ]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_stages.noise import fill_with_noise
 from gpu_stages.scale import KernelSizes, Scale
 from pagewire.engine.kv_cache import KVCache
-from pagewire.kernels.kv_pool import quantize_vectors
 from pagewire.kernels.ops import Ops
 from pagewire.kv_transfer.layout import KVLayout
 
@@ -73,13 +73,7 @@ class Setting:
             dtype=dtype or self.scale.dtype,
         )
         cache = KVCache(layout, num_pages, self.scale.device)
-        pool = cache.pages
-        for page in range(num_pages):  # one by one: all in float32 may not fit
-            floats = torch.randn(pool.values.shape[1:], device=self.scale.device)
-            if pool.scales is None:
-                pool.values[page] = floats.to(pool.values.dtype)
-            else:
-                pool.values[page], pool.scales[page] = quantize_vectors(floats, pool.values.dtype)
+        fill_with_noise(cache.pages)
         return cache
 
 
