@@ -8,8 +8,9 @@ import logging
 import socket
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from pagewire.kv_transfer.handshake import (
@@ -88,7 +89,7 @@ class SocketTransport(ABC, Generic[ConnectionT]):
                 f"cannot listen on host {self._host!r}: {error}; "
                 "give an address that this machine has"
             ) from error
-        self._spawn(self._accept(self._listener))
+        self._listen_on(self._listener)
 
     def obstacle(self, address: bytes) -> str | None:
         return None
@@ -111,24 +112,37 @@ class SocketTransport(ABC, Generic[ConnectionT]):
         return self._peers.get(peer)
 
     async def close(self) -> None:
+        listener = self._listener
+        if listener is not None and listener.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
         making = [*self._accepting, *self._connecting.values()]
         for task in making:
             task.cancel()
         await asyncio.gather(*making, return_exceptions=True)
-        if self._listener is not None:
-            self._listener.close()
         await self._peers.close()
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError as error:  # out of file descriptors, most likely: this may pass
-                logger.warning("cannot accept a %s connection: %s", self.kind, error)
-                await asyncio.sleep(_ACCEPT_RETRY_S)
-                continue
-            self._spawn(self._welcome(sock))
+    def _listen_on(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:  # it may have been closed before a retry
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take one connection that waits. Not a task, which could be cancelled with it in hand."""
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # who connected has gone again
+            return
+        except OSError as error:  # out of file descriptors, most likely: this may pass
+            logger.warning("cannot accept a %s connection: %s", self.kind, error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(_ACCEPT_RETRY_S, self._listen_on, listener)
+            return
+        sock.setblocking(False)
+        task = asyncio.create_task(self._welcome(sock))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+        task.add_done_callback(partial(_close_unless_begun, sock))
 
     async def _welcome(self, sock: socket.socket) -> None:
         """Answer one process that connected."""
@@ -207,11 +221,6 @@ class SocketTransport(ABC, Generic[ConnectionT]):
     def _hello(self, receiver: bytes, note: bytes) -> Hello:
         return Hello(kind=self.kind, sender=self._incarnation, receiver=receiver, note=note)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._accepting.add(task)
-        task.add_done_callback(self._accepting.discard)
-
 
 async def _listen(host: str) -> socket.socket:
     """A listening socket on a free port of `host`. Raises OSError."""
@@ -242,6 +251,12 @@ async def _socket_for(host: str, port: int) -> tuple[socket.socket, Any]:
     sock = socket.socket(family, kind, protocol)
     sock.setblocking(False)
     return sock, address
+
+
+def _close_unless_begun(sock: socket.socket, task: asyncio.Task[None]) -> None:
+    """A task that is cancelled before it begins closes nothing itself."""
+    if task.cancelled():
+        sock.close()
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """Bytes that no worker would send, thrown at the listening socket and at an open connection."""
 
 import asyncio
+import contextlib
+import gc
+import socket
 import struct
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -135,6 +138,23 @@ def test_a_silent_stranger_blocks_nobody(kind: str) -> None:
             writer.close()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+def test_who_connects_while_the_transport_closes_is_disconnected(num_turns: int) -> None:
+    """A socket that nobody closes warns when it is collected, which fails the test."""
+
+    async def scenario() -> None:
+        async with started("tcp", ME, Inbox()) as transport:
+            host, port = transport.address.decode().split(":")
+            client = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+        with client, contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+
+    run(scenario())
+    gc.collect()
 
 
 @pytest.mark.parametrize("kind", KINDS)
