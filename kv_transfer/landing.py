@@ -47,7 +47,8 @@ class Landing:
         OSError when the connection has failed, and IndexError when full.
         """
         count = sock.recv_into(self.next_piece(limit))
-        self.advance(count)
+        if count:
+            self.advance(count)
         return count
 
     def write(self, data: memoryview) -> None:
