@@ -34,7 +34,7 @@ loss of D, when D says so (for a reason that may pass), and when P says so (Park
     RETRYING             enqueue                      QUEUED
 
 The attempt after the loss of P takes the Reservation over with its Attach. Where it goes to another
-D, or there is none, the D that holds it gets an Abort.
+D, or the request ends, the D that holds it gets an Abort.
 
 A retry of one choice continues behind the tokens that its client has; one of several begins anew,
 and what is told again is not delivered.
@@ -145,7 +145,7 @@ class Lifecycle:
         self.num_refused = 0  # of them, those that found a decode worker full
         self.num_dispatches = 0  # attempts that began with the prompt, not with a Repoint
         self.failed_decodes: set[bytes] = set()  # decode workers to which a hand-off has failed
-        self.repeat_at = 0.0  # seconds on the router's clock: before that it is of no use to them
+        self.repeat_at = 0.0  # seconds on the router's clock, when these may be asked again
         self.error: RequestFailed | None = None  # why it is PARKED or RETRYING
         self.queue_deadline = request.queue_deadline  # seconds on the router's clock
         self.logs = tuple(TokenLog() for _ in range(request.n))  # by choice
@@ -308,16 +308,15 @@ class Lifecycle:
         self.assignment = assignment
         self.decode = assignment.decode
         self._is_sealed = False
-        held, effects = 0, []
+        held_attempt = 0
         if self.held is not None and self.held.decode == assignment.decode:
-            held, self.held = self.held.attempt, None
-        else:
-            effects = self._drop_held("another decode worker was chosen")
-        attach = commands.attach(self.request, assignment, self._output, held)
+            held_attempt, self.held = self.held.attempt, None
+        aborts = self._drop_held("another decode worker was chosen")
+        attach = commands.attach(self.request, assignment, self._output, held_attempt)
         route = self._route(assignment.decode, assignment.attempt)
         ended = sorted(set(range(self.request.n)) - self._unfinished)
         return [
-            *effects,
+            *aborts,
             SendCommand(command=pb.WorkerCommand(route=route, attach=attach)),
             *(self._stop_choice(assignment.decode, choice) for choice in ended),
         ]

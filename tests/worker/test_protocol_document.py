@@ -245,3 +245,4 @@ def test_every_timer() -> None:
         "closing_s": decode["closing_s"].default,
     }
     assert documented == {name: f"{value:g}" for name, value in values.items()}
+    assert prefill["lease_s"].default == decode["lease_s"].default
