@@ -53,6 +53,7 @@ def available_bytes(device: str) -> int:
     Raises MemoryBudgetError when the system does not say.
     """
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what was needed to quantise weights, and is free since
         free, _ = torch.cuda.mem_get_info(device)
         return free
     try:

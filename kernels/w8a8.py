@@ -7,11 +7,11 @@ for Deep Learning", 2022), rounded to the nearest.
 import torch
 from torch import Tensor
 
-from pagewire.kernels.kv_pool import quantize_vectors
+from pagewire.kernels.kv_pool import QUANTIZED, quantize_vectors
 from pagewire.kernels.quantized_matrix import QuantizedMatrix, consecutive_groups
 
 FP8 = torch.float8_e4m3fn
-DTYPES = (torch.int8, FP8)
+DTYPES = tuple(QUANTIZED)  # int8 and FP8
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

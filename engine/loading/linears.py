@@ -57,8 +57,7 @@ class LinearLoader:
         """How the matrices are stored and what multiplies them, for people."""
         if self._quantization is Quantization.NONE:
             return f"{str(self._dtype).removeprefix('torch.')} by {self._float_kernel}"
-        linears = self._selected.quantized_linears if self._quantized else None
-        emulated = ", emulated" if linears and linears.emulated else ""
+        emulated = ", emulated" if self._quantized and self._quantized.emulated else ""
         return f"{self._quantization} by {self._selected.explanation}{emulated}"
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -115,13 +114,14 @@ class LinearLoader:
 
     def experts(self, gate_up: Sequence[Linear], down: Sequence[Linear]) -> Experts:
         """All experts of a layer, of what `linear` made; in one product where there is one."""
-        selected, together = self._selected, None
+        together = self._quantized.experts(gate_up, down) if self._quantized else None
+        if together is not None:
+            return together
+        group_experts = self._selected.group_experts
         dense = [each.weight for each in (*gate_up, *down) if isinstance(each, DenseLinear)]
-        if self._quantized is not None and selected.quantized_linears is not None:
-            together = selected.quantized_linears.experts(gate_up, down)
-        elif selected.group_experts is not None and len(dense) == 2 * len(down):
-            together = selected.group_experts(dense[: len(down)], dense[len(down) :])
-        return together or SortedExperts(gate_up=tuple(gate_up), down=tuple(down), ops=selected.ops)
+        if group_experts is not None and len(dense) == 2 * len(down):
+            return group_experts(dense[: len(down)], dense[len(down) :])
+        return SortedExperts(gate_up=tuple(gate_up), down=tuple(down), ops=self._selected.ops)
 
     def finish(self) -> None:
         """Once all matrices are made: say what became of those of the files.

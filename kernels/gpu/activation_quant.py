@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pagewire.kernels.gpu.arguments import FLOATS, require, require_array
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
+from pagewire.kernels.kv_pool import QUANTIZED
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LARGEST = QUANTIZED
 
 # Added and taken away again, it leaves a float32 below 2^22 rounded to an integer, halves to even.
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23

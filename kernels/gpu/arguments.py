@@ -59,6 +59,19 @@ def require_contiguous(**tensors: Tensor) -> None:
         require(tensor.is_contiguous(), f"{name} is not contiguous; give a contiguous copy")
 
 
+def require_scaled_product(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, *dtypes: torch.dtype
+) -> None:
+    """What (x * x_scales) @ (weight * weight_scales)ᵀ takes: x and weight of one of `dtypes`.
+
+    x: [num_tokens, num_inputs]; weight: [num_outputs, num_inputs]; scales: float32, one a row.
+    """
+    require_array("x", x, (None, None), *dtypes)
+    require_array("weight", weight, (None, x.shape[1]), x.dtype, device=x.device)
+    require_array("x_scales", x_scales, (len(x),), torch.float32, device=x.device)
+    require_array("weight_scales", weight_scales, (len(weight),), torch.float32, device=x.device)
+
+
 def require_array(
     name: str,
     tensor: Tensor,

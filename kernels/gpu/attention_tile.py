@@ -6,6 +6,8 @@ that of a V its weights, so values are never restored. The softmax is the online
 Gimelshein, 2018; Dao et al., FlashAttention, 2022), with powers of two in place of those of e.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor, int32
@@ -117,8 +119,26 @@ def kv_argument(pool: KVPool, *, tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(segments, [1, page_size, head_dim])
 
 
-def require_attention(q: Tensor, pool: KVPool, layer: int, batch: AttentionBatch) -> None:
-    """Raise KernelArgumentError for what no attention kernel takes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSizes:
+    """Of the arguments of one launch."""
+
+    num_rows: int
+    num_tokens: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def attention_sizes(q: Tensor, pool: KVPool, layer: int, batch: AttentionBatch) -> AttentionSizes:
+    """Raises KernelArgumentError for what no attention kernel takes."""
     if pool.scales is None:
         require_floats(q=q, pool=pool.values)
     else:
@@ -150,3 +170,12 @@ def require_attention(q: Tensor, pool: KVPool, layer: int, batch: AttentionBatch
         require_dtype(name, table, int32)
     require_contiguous(q=q, **tables)
     require_same_device(q=q, pool=pool.values, **tables)
+    return AttentionSizes(
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+    )

@@ -15,10 +15,10 @@ from pagewire.kernels.gpu.arguments import require
 from pagewire.kernels.gpu.attention_tile import (
     LOG2_E,
     attend,
+    attention_sizes,
     hide_unwritten,
     kv_argument,
     load_kv,
-    require_attention,
 )
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 from pagewire.kernels.kv_pool import KVPool
@@ -198,20 +198,17 @@ def decode_attention(
     q: [num_rows, num_heads, head_dim], contiguous. `num_splits` is a power of two; `tma` fetches
     pages with the TMA unit of Hopper. Returns the shape of q. Raises KernelArgumentError.
     """
-    require_attention(q, pool, layer, batch)
-    num_rows, num_heads, head_dim = q.shape
-    _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
+    sizes = attention_sizes(q, pool, layer, batch)
     require(
-        num_rows == len(batch.context_lens),
-        f"q has {num_rows} tokens for {len(batch.context_lens)} rows; give one for each",
+        sizes.num_tokens == sizes.num_rows,
+        f"q has {sizes.num_tokens} tokens for {sizes.num_rows} rows; give one for each",
     )
     require(num_splits.bit_count() == 1, f"num_splits is {num_splits}; give a power of two")
-    group = num_heads // num_kv_heads
     out = empty_like(q)
-    parts = (num_rows, num_heads, num_splits) if num_splits > 1 else (0,)
+    parts = (sizes.num_rows, sizes.num_heads, num_splits) if num_splits > 1 else (0,)
     lse = empty(parts, dtype=float32, device=q.device)
-    partial = empty((*parts, head_dim), dtype=float32, device=q.device)
-    _decode_kernel[(num_rows, num_kv_heads, num_splits)](
+    partial = empty((*parts, sizes.head_dim), dtype=float32, device=q.device)
+    _decode_kernel[(sizes.num_rows, sizes.num_kv_heads, num_splits)](
         q,
         kv_argument(pool, tma=tma),
         pool.scales,
@@ -223,12 +220,12 @@ def decode_attention(
         layer,
         scale * LOG2_E,
         batch.page_table.shape[1],
-        NUM_LAYERS=num_layers,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        GROUP_BLOCK=max(MIN_GROUP, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim,
-        PAGE=page_size,
+        NUM_LAYERS=sizes.num_layers,
+        NUM_KV_HEADS=sizes.num_kv_heads,
+        GROUP=sizes.group,
+        GROUP_BLOCK=max(MIN_GROUP, triton.next_power_of_2(sizes.group)),
+        HEAD_DIM=sizes.head_dim,
+        PAGE=sizes.page_size,
         WINDOW=window or 0,
         NUM_SPLITS=num_splits,
         TMA=tma,
@@ -236,14 +233,14 @@ def decode_attention(
         num_stages=launch.num_stages,
     )
     if num_splits > 1:
-        _combine_kernel[(num_rows, num_heads)](
+        _combine_kernel[(sizes.num_rows, sizes.num_heads)](
             partial,
             lse,
             batch.context_lens,
             out,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            PAGE=page_size,
+            NUM_HEADS=sizes.num_heads,
+            HEAD_DIM=sizes.head_dim,
+            PAGE=sizes.page_size,
             WINDOW=window or 0,
             NUM_SPLITS=num_splits,
             num_warps=COMBINE_LAUNCH.num_warps,
@@ -306,6 +303,7 @@ VARIANTS = (
     _decode_variant("128 TMA, pool in int8", quantized="i8"),
     _decode_variant("128, pool in int8", quantized="i8", tma=False),
     _decode_variant("128 TMA, pool in fp8", quantized="fp8e4nv"),
+    _decode_variant("128, pool in fp8", quantized="fp8e4nv", tma=False),
     _decode_variant("64 TMA, groups of 3", head_dim=64, num_kv_heads=3, group=3),
     Variant(
         name="decode attention bf16 combine",

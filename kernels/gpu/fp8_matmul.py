@@ -6,7 +6,7 @@ On CUDA it is the fastest that there is; `w8a8_matmul` computes the same anywher
 import torch
 from torch import Tensor
 
-from pagewire.kernels.gpu.arguments import require, require_array
+from pagewire.kernels.gpu.arguments import require, require_scaled_product
 
 MULTIPLE = 16  # of the inputs and outputs of a matrix that cuBLAS takes in float8
 
@@ -28,14 +28,9 @@ def fp8_matmul(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tenso
     x_scales: float32 [num_tokens]; weight_scales: float32 [num_outputs]; all contiguous, on CUDA.
     Raises KernelArgumentError.
     """
-    require_array("x", x, (None, None), torch.float8_e4m3fn)
-    num_tokens, num_inputs = x.shape
-    require_array("weight", weight, (None, num_inputs), torch.float8_e4m3fn, device=x.device)
-    num_outputs = len(weight)
-    require_array("x_scales", x_scales, (num_tokens,), torch.float32, device=x.device)
-    require_array("weight_scales", weight_scales, (num_outputs,), torch.float32, device=x.device)
+    require_scaled_product(x, x_scales, weight, weight_scales, torch.float8_e4m3fn)
     require(
-        num_inputs % MULTIPLE == 0 and num_outputs % MULTIPLE == 0,
+        all(size % MULTIPLE == 0 for size in weight.shape),
         f"the matrix is {list(weight.shape)}; give multiples of {MULTIPLE}, or use w8a8_matmul",
     )
     require(x.is_cuda, f"x is on {x.device}; move it to CUDA, or use w8a8_matmul")

@@ -123,8 +123,8 @@ def moe_matmul_8_bits(
     """
     require_array("x", x, (None, None), *LARGEST)
     require_array("x_scales", x_scales, (len(x),), torch.float32, device=x.device)
-    wanted = tuple(weight.shape[:2])
-    require_array("weight_scales", weight_scales, wanted, torch.float32, device=x.device)
+    outputs = tuple(weight.shape[:2])
+    require_array("weight_scales", weight_scales, outputs, torch.float32, device=x.device)
     require(dtype in FLOATS, f"dtype is {dtype}; give one of {', '.join(map(str, FLOATS))}")
     return _run(x, x_scales, weight, weight_scales, tiles, factors, dtype)
 

@@ -13,10 +13,10 @@ from torch import Tensor, empty_like
 from pagewire.kernels.gpu.attention_tile import (
     LOG2_E,
     attend,
+    attention_sizes,
     hide_unwritten,
     kv_argument,
     load_kv,
-    require_attention,
 )
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 from pagewire.kernels.kv_pool import KVPool
@@ -163,16 +163,13 @@ def prefill_attention(
     q: [num_tokens, num_heads, head_dim], contiguous. `tma` fetches pages with the TMA unit of
     Hopper; `launch` is for 16 bits. Returns the shape of q. Raises KernelArgumentError.
     """
-    require_attention(q, pool, layer, batch)
-    num_tokens, num_heads, head_dim = q.shape
-    _, num_layers, num_kv_heads, _, page_size, _ = pool.values.shape
-    group, num_rows = num_heads // num_kv_heads, len(batch.context_lens)
+    sizes = attention_sizes(q, pool, layer, batch)
     wide = q.element_size() == 4
-    tile_rows = max(WIDE_TILE_ROWS if wide else TILE_ROWS, triton.next_power_of_2(group))
+    tile_rows = max(WIDE_TILE_ROWS if wide else TILE_ROWS, triton.next_power_of_2(sizes.group))
     launch = WIDE_LAUNCH if wide else launch
-    num_tiles = num_tokens // (tile_rows // group) + num_rows
+    num_tiles = sizes.num_tokens // (tile_rows // sizes.group) + sizes.num_rows
     out = empty_like(q)
-    _prefill_kernel[(num_tiles, num_kv_heads)](
+    _prefill_kernel[(num_tiles, sizes.num_kv_heads)](
         q,
         kv_argument(pool, tma=tma),
         pool.scales,
@@ -182,14 +179,14 @@ def prefill_attention(
         out,
         layer,
         scale * LOG2_E,
-        num_rows,
+        sizes.num_rows,
         batch.page_table.shape[1],
-        NUM_LAYERS=num_layers,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
+        NUM_LAYERS=sizes.num_layers,
+        NUM_KV_HEADS=sizes.num_kv_heads,
+        GROUP=sizes.group,
         ROWS=tile_rows,
-        HEAD_DIM=head_dim,
-        PAGE=page_size,
+        HEAD_DIM=sizes.head_dim,
+        PAGE=sizes.page_size,
         WINDOW=window or 0,
         TMA=tma,
         num_warps=launch.num_warps,
@@ -251,7 +248,9 @@ VARIANTS = (
     _prefill_variant("128 TMA window", window=4096),
     _prefill_variant("128", tma=False),
     _prefill_variant("128 TMA, pool in int8", quantized="i8"),
+    _prefill_variant("128, pool in int8", quantized="i8", tma=False),
     _prefill_variant("128 TMA, pool in fp8", quantized="fp8e4nv"),
+    _prefill_variant("128, pool in fp8", quantized="fp8e4nv", tma=False),
     _prefill_variant("64 TMA, groups of 3", head_dim=64, num_kv_heads=3, group=3),
     _prefill_variant("128 TMA", dtype="fp32"),
 )

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire.kernels.gpu.activation_quant import LARGEST
-from pagewire.kernels.gpu.arguments import FLOATS, require, require_array
+from pagewire.kernels.gpu.arguments import FLOATS, require, require_scaled_product
 from pagewire.kernels.gpu.matmul_tile import GROUP_TILES, Tile, choose_tile
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 
@@ -82,13 +82,10 @@ def w8a8_matmul(
     [num_outputs, num_inputs]; x_scales: float32 [num_tokens]; weight_scales: float32 [num_outputs];
     all contiguous. Raises KernelArgumentError.
     """
-    require_array("x", x, (None, None), *LARGEST)
-    num_tokens, num_inputs = x.shape
-    require_array("weight", weight, (None, num_inputs), x.dtype, device=x.device)
-    num_outputs = len(weight)
-    require_array("x_scales", x_scales, (num_tokens,), torch.float32, device=x.device)
-    require_array("weight_scales", weight_scales, (num_outputs,), torch.float32, device=x.device)
+    require_scaled_product(x, x_scales, weight, weight_scales, *LARGEST)
     require(dtype in FLOATS, f"dtype is {dtype}; give one of {', '.join(map(str, FLOATS))}")
+    num_tokens, num_inputs = x.shape
+    num_outputs = len(weight)
     out = torch.empty((num_tokens, num_outputs), dtype=dtype, device=x.device)
     tile = choose_tile(_TILES, num_tokens)
     grid = (triton.cdiv(num_tokens, tile.tokens), triton.cdiv(num_outputs, tile.outputs))

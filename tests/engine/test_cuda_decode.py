@@ -4,23 +4,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.gpu
 PAGE_SIZE, NUM_PAGES = 16, 40
 
 
-def engine(path: Path) -> ModelRunner:
+def engine(path: Path, dtype: str, quantization: Quantization) -> ModelRunner:
     runner = load_engine(
         path,
-        dtype="float16",
+        dtype=dtype,
+        quantization=quantization,
         device="cuda",
         page_size=PAGE_SIZE,
         num_pages=NUM_PAGES,
@@ -43,12 +44,26 @@ def rows(starts: list[int], step: int) -> tuple[BatchRow, ...]:
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3 moe"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "quantization"),
+    [
+        ("llama", "float16", Quantization.NONE),
+        ("qwen3 moe", "float16", Quantization.NONE),  # waits, and runs without
+        ("llama", "float16", Quantization.INT8),
+        ("llama", "float16", Quantization.W4A16),
+        ("llama", "float16", Quantization.FP8),  # by Triton
+        ("llama", "bfloat16", Quantization.FP8),  # by cuBLAS
+    ],
+)
 def test_graphs_give_the_logits_of_steps_without(
-    kind: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+    kind: str,
+    dtype: str,
+    quantization: Quantization,
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
 ) -> None:
     make_model(kind)
-    recorded, plain = engine(tmp_path), engine(tmp_path)
+    recorded, plain = (engine(tmp_path, dtype, quantization) for _ in range(2))
     recorded.warm_up(3)
     # What samples nothing is no row of a recorded step.
     extra = BatchRow(
@@ -59,7 +74,9 @@ def test_graphs_give_the_logits_of_steps_without(
         batch = rows(starts, step)
         expected = plain.forward(Batch(rows=(*batch, extra)))
         logits = recorded.forward(Batch(rows=batch))
-        torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+        # What lies at the border of two steps of 8 bits may be rounded to either.
+        tolerance = 1e-2 if quantization is Quantization.NONE else 5e-2
+        assert (logits - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +92,7 @@ def test_steps_that_overlap_give_the_same_tokens(
     sampling: SamplingParams, make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     make_model("llama")
-    runner = engine(tmp_path)
+    runner = engine(tmp_path, "float16", Quantization.NONE)
     runner.warm_up(3)
     prompts = [(5, 9, 23), (7,), tuple(range(40, 60))]
     expected = generate(runner, prompts, sampling)

@@ -70,8 +70,11 @@ def test_experts_run_in_one_product(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # the second has a kernel for decode
 @pytest.mark.parametrize("kv_cache_dtype", [KVCacheDtype.INT8, KVCacheDtype.FP8])
-def test_a_model_over_a_pool_in_8_bits(kv_cache_dtype: KVCacheDtype, tmp_path: Path) -> None:
+def test_a_model_over_a_pool_in_8_bits(
+    kv_cache_dtype: KVCacheDtype, dtype: str, tmp_path: Path
+) -> None:
     """A step of a value where the rotation of a key rounds differently is all that may differ."""
     make_model("llama", tmp_path, num_hidden_layers=2)
     tokens = torch.randint(193, (20,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -79,7 +82,7 @@ def test_a_model_over_a_pool_in_8_bits(kv_cache_dtype: KVCacheDtype, tmp_path: P
     for kernels in ("triton", "torch"):
         runner = load_engine(
             tmp_path,
-            dtype="float32",
+            dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
             page_size=16,
             num_pages=2,
