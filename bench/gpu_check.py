@@ -29,7 +29,7 @@ from gpu_stages.stages import STAGES, TOTAL_S, Outcome, Stage, StageRun, StageRu
 OUT = Path(".bench/gpu_check")
 RESULT = "result.json"
 PATIENCE = 5.0  # of a check without a GPU, on a machine that others may use as well
-SPARE_S = 15.0  # in which the item ends that has begun when the time of its stage is over
+BEGIN_SHARE = 0.88  # of a stage's time; in the rest the item ends that has begun
 
 
 def check(directory: Path) -> bool:
@@ -118,7 +118,7 @@ def run_stage(name: str, directory: Path, seconds: float) -> None:
         _items(name, directory),
         write,
         begun=begun(files.records()),
-        seconds=seconds - SPARE_S - (time.monotonic() - start),
+        seconds=BEGIN_SHARE * seconds - (time.monotonic() - start),
         clock=time.monotonic,
         free=free,
         log=sys.stderr,

@@ -89,7 +89,9 @@ def add(result: Path, results: Path) -> Path:
 
 def update(readme: Path, results: Path) -> None:
     """Write the table into README. Raises ResultError."""
-    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("gpu_*"))]
+    kept = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("gpu_*.json"))
+    ]
     text = insert(readme.read_text(encoding="utf-8"), section(kept))
     readme.write_text(text, encoding="utf-8")
 

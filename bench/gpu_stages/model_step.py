@@ -70,6 +70,7 @@ def _quantized(precision: Precision, scale: Scale, ceilings: Ceilings) -> Iterat
     model = random_model(scale, precision.numbers)
     runner = runner_of(model, scale, num_pages, precision.kv_dtype)
     fill_with_noise(runner.kv_cache.pages)
+    runner.warm_up(max(rows for rows, _ in scale.few_decode))
     for num_rows, context in scale.few_decode:
         for measurement in _decode(runner, scale, ceilings, num_rows, context):
             yield replace(measurement, name=f"{precision.name}: {measurement.name}", limit=None)
