@@ -99,11 +99,13 @@ def test_the_request_is_done_when_all_choices_are() -> None:
     assert lifecycle.state is State.DONE
 
 
-def test_when_all_end_at_token_0_the_decode_worker_is_told() -> None:
+def test_when_all_end_at_token_0_both_workers_are_told() -> None:
     lifecycle = prefill_sent(2)
     assert command_names(lifecycle.on_event(first_token(P, 5, finish=LENGTH), 0.0)) == []
     effects = lifecycle.on_event(first_token(P, 7, choice=1, finish=LENGTH), 0.0)
-    assert command_names(effects) == ["abort"]
+    aborts = [effect.command for effect in effects if isinstance(effect, SendCommand)]
+    assert command_names(effects) == ["abort", "abort"]
+    assert {command.route.receiver for command in aborts} == {P, D}
     assert lifecycle.state is State.DONE
 
 
