@@ -139,17 +139,12 @@ def test_quantised_parts_have_the_groups_of_the_whole(
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.W4A16])
 def test_ranks_read_their_parts_of_numbers_in_4_bits(
-    quantization: Quantization,
-    family: str,
-    make_model: Callable[..., PreTrainedModel],
-    tmp_path: Path,
+    family: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     path = write_awq(make_model, tmp_path, family)
-    options: dict[str, Any] = {"quantization": quantization, "kernels": "torch"}
-    expected = logits(path, **options)
-    [found, _] = on_ranks(2, lambda group: logits(path, group, **options))
+    expected = logits(path)
+    [found, _] = on_ranks(2, lambda group: logits(path, group))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
