@@ -5,6 +5,7 @@ when it fails.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -34,7 +35,8 @@ class SubprocessLauncher:
                 stdin=asyncio.subprocess.PIPE,  # never written: it ends when this process does
                 stderr=asyncio.subprocess.PIPE,
                 limit=_MAX_LINE_BYTES,
-                start_new_session=True,  # Ctrl-C in the terminal is for the parent alone
+                # Ctrl-C in the terminal is for the parent alone, and `kill` for all ranks.
+                start_new_session=True,
             )
         except OSError as error:
             raise LaunchError(f"cannot start {config.name}: {error}") from error
@@ -64,7 +66,10 @@ class SubprocessHandle:
             await self.kill()
 
     async def kill(self) -> None:
-        self._signal(signal.SIGKILL)
+        """The ranks that it started, too: stopped ones would not notice that it is gone."""
+        if not self._end.done():
+            with contextlib.suppress(ProcessLookupError):  # it is ending just now
+                os.killpg(self._process.pid, signal.SIGKILL)
         await self.wait()
 
     def _signal(self, number: signal.Signals) -> None:

@@ -30,8 +30,8 @@ class Supervisor:
     """Runs `configs` on `launcher` while its context is open, each restarted when it ends.
 
     `on_exit` is called with the worker's name for every process that ended without being asked.
-    `is_heard` says whether a router hears of the worker of a name: without a word for the time of
-    `hang_policy` it is killed, and started again.
+    `is_heard` says whether a router hears of the process of a worker, by the worker's name and the
+    process id: without a word for the time of `hang_policy` it is killed, and started again.
     Leaving the context stops all workers, those that do not end in `grace_s` seconds by force.
     """
 
@@ -41,7 +41,7 @@ class Supervisor:
         configs: Iterable[WorkerConfig],
         *,
         on_exit: Callable[[str, WorkerExit], None],
-        is_heard: Callable[[str], bool],
+        is_heard: Callable[[str, int], bool],
         policy: RestartPolicy | None = None,
         hang_policy: HangPolicy | None = None,
         grace_s: float = 5.0,
@@ -72,7 +72,7 @@ class Supervisor:
             config,
             stop=self._stop,
             on_exit=self._on_exit,
-            is_heard=lambda: self._is_heard(config.name),
+            is_heard=lambda pid: self._is_heard(config.name, pid),
             hang_policy=self._hang_policy,
             grace_s=self._grace_s,
         )
@@ -92,7 +92,7 @@ class _Worker:
         *,
         stop: asyncio.Event,
         on_exit: Callable[[str, WorkerExit], None],
-        is_heard: Callable[[], bool],
+        is_heard: Callable[[int], bool],
         hang_policy: HangPolicy,
         grace_s: float,
     ) -> None:
@@ -130,7 +130,7 @@ class _Worker:
             return Event.EXITED
         end = asyncio.create_task(self._handle.wait())
         stop = asyncio.create_task(self._stop.wait())
-        hang = asyncio.create_task(self._hang())
+        hang = asyncio.create_task(self._hang(self._handle.pid))
         await asyncio.wait({end, stop, hang}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         hang.cancel()
@@ -141,10 +141,10 @@ class _Worker:
             self._on_exit(self._config.name, end.result())
         return Event.EXITED
 
-    async def _hang(self) -> None:
+    async def _hang(self, pid: int) -> None:
         """Return when the process has hung."""
         watch = HangWatch(self._hang_policy)
-        while not watch.look(self._is_heard()):
+        while not watch.look(self._is_heard(pid)):
             await asyncio.sleep(self._hang_policy.look_s)
 
     async def _kill(self) -> Event:

@@ -179,10 +179,11 @@ class DecodeCore:
         except CommandError as error:
             self._ended.add(key)
             return [failed(command.route, str(error))]
-        self._requests[key] = request
         held = AttemptKey(key.request_id, command.attach.held_attempt)
+        effects = self._take_over(request, held, now)
+        self._requests[key] = request  # only now: nobody takes over from itself
         attached = pb.WorkerEvent(route=reply_route(command.route), attached=pb.Attached())
-        return [*self._take_over(request, held, now), Emit(event=attached)]
+        return [*effects, Emit(event=attached)]
 
     def _take_over(self, request: DecodeRequest, key: AttemptKey, now: float) -> list[Effect]:
         """Give an attempt what an earlier one was promised, whose prefill worker is lost.

@@ -136,6 +136,7 @@ class Cluster:
             max_model_len=scenario.max_model_len,
             fabric=self.fabric,
             routers=self.desks,
+            runs_ahead=scenario.runs_ahead,
         )
         self._checks[worker.process] = partial(check_worker, worker)
         return worker

@@ -32,6 +32,7 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
         max_model_len: int,
         fabric: Fabric,
         routers: Sequence[RegistrationDesk],
+        runs_ahead: bool = False,
     ) -> None:
         super().__init__(
             process=process,
@@ -39,6 +40,7 @@ class SimDecodeWorker(SimWorker[DecodeCore]):
             max_model_len=max_model_len,
             fabric=fabric,
             routers=routers,
+            runs_ahead=runs_ahead,
         )
         self._slots: dict[int, bytes] = {}  # what landed last
         self._places: dict[int, tuple[Frame, FramePlace]] = {}  # by slot

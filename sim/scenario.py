@@ -20,6 +20,7 @@ class Scenario:
     decode_pages: int = 32
     max_batch_tokens: int = 64
     max_batch_size: int = 4
+    runs_ahead: bool = False  # decode steps are launched before those before them have ended
     slot_bytes: int = 2 * LAYOUT.page_bytes
     num_slots: int = 4
     max_waiting_handoffs: int = 16
@@ -72,4 +73,5 @@ def random_scenario(
         costs=random.choice((BALANCED, SLOW_STEPS, SLOW_FRAMES)),
         faults=faults,
         max_waiting_handoffs=random.choice((0, 1, 16)),
+        runs_ahead=random.choice((False, True)),
     )

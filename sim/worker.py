@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from pagewire.engine.batch import Batch
+from pagewire.engine.batch import Batch, with_known_tokens
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Frame, decode
 from pagewire.proto import worker_pb2 as pb
@@ -60,7 +60,9 @@ class SimWorker(SimHandler, Generic[Core]):
         max_model_len: int,
         fabric: Fabric,
         routers: Sequence[RegistrationDesk],
+        runs_ahead: bool = False,
     ) -> None:
+        """With `runs_ahead` a step is launched before the one before it has ended."""
         self.process = process
         self.core = core
         self.memory = KvMemory(core.pool.num_pages)
@@ -72,6 +74,8 @@ class SimWorker(SimHandler, Generic[Core]):
         self._environment = process.environment
         self._model = SimModel(self.memory)
         self._is_stepping = False
+        self._runs_ahead = runs_ahead
+        self._ahead: Batch | None = None  # launched behind the step that runs
         self._outbox = Outbox(
             process=process,
             transport=self.transport,
@@ -212,12 +216,27 @@ class SimWorker(SimHandler, Generic[Core]):
         if batch is None:
             self._is_stepping = False
             return
+        self._begin_step(batch)
+
+    def _begin_step(self, batch: Batch) -> None:
         duration = self._environment.costs.step(batch, self._environment.random)
         ends = batch.layer_group_ends
         for index, num_layers in enumerate(ends, 1):
             delay = duration * index / (len(ends) + 1)
             self.process.after(delay, partial(self._finish_layers, batch, num_layers))
+        if self._runs_ahead:
+            self.process.after(duration * self._environment.random.random(), self._launch_ahead)
         self.process.after(duration, partial(self._finish_step, batch))
+
+    def _launch_ahead(self) -> None:
+        self._ahead = self.core.next_batch_ahead(self.process.now)
+        if self._ahead and self._environment.happens(self._environment.faults.step_failure):
+            self._drop_ahead()
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self.core.drop_batch_ahead()
+            self._ahead = None
 
     def _finish_layers(self, batch: Batch, num_layers: int) -> None:
         self._model.compute_layers(batch, num_layers)
@@ -227,11 +246,17 @@ class SimWorker(SimHandler, Generic[Core]):
         # The model writes at the end of the step, so that pages freed too early would show.
         if self._environment.happens(self._environment.faults.step_failure):
             faulty = self._environment.random.randrange(len(batch.rows))
+            self._drop_ahead()
             self.carry_out(self.core.on_batch_failed({faulty}))
-        else:
-            result = self._model.execute(batch)
-            self.carry_out(self.core.on_batch_done(result, self.process.now))
-        self.process.after(0.0, self._step)
+            self.process.after(0.0, self._step)
+            return
+        result = self._model.execute(batch)
+        self.carry_out(self.core.on_batch_done(result, self.process.now))
+        if self._ahead is None:
+            self.process.after(0.0, self._step)
+            return
+        ahead, self._ahead = self._ahead, None
+        self._begin_step(with_known_tokens(ahead, result))
 
     # --- Time -------------------------------------------------------------------------------------
 

@@ -29,6 +29,10 @@ PROGRAMS = {
     "report": "out.write_text(sys.argv[1] + '\\n' + os.environ['OMP_NUM_THREADS']); ready()",
     "wait": "ready(); signal.pause()",
     "deaf": "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); signal.pause()",
+    "ranks": (
+        "import subprocess; rank = subprocess.Popen(['sh', '-c', 'kill -STOP $$']); "
+        "os.waitpid(rank.pid, os.WUNTRACED); ready(); signal.pause()"
+    ),
     "clean": "ready()",
     "fail": "print('a warning', file=sys.stderr); sys.exit('decode-0: the model is damaged')",
     "silent": "os._exit(3)",
@@ -85,6 +89,18 @@ def test_a_stopped_process_can_be_killed(tmp_path: Path) -> None:
         await handle.kill()
         assert (await handle.wait()).reason == "killed by SIGKILL"
         await handle.kill()  # of an ended process: nothing happens
+
+    run(scenario)
+
+
+def test_a_killed_process_takes_its_ranks_along(tmp_path: Path) -> None:
+    """One that is stopped keeps its standard error open, and would be waited for without end."""
+
+    async def scenario() -> None:
+        handle = await launcher("ranks", tmp_path).launch(CONFIG)
+        await appear(tmp_path / "ready")
+        await handle.kill()
+        assert (await handle.wait()).reason == "killed by SIGKILL"
 
     run(scenario)
 

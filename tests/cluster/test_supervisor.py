@@ -1,6 +1,7 @@
 """The supervisor against a scripted launcher: what ends is started again, until all is stopped."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 
 from pagewire.cluster.errors import LaunchError
@@ -18,7 +19,7 @@ def supervisor(
     names: Sequence[str],
     *,
     on_exit: Callable[[str, WorkerExit], None] = lambda *_: None,
-    is_heard: Callable[[str], bool] = lambda _: True,
+    is_heard: Callable[[str, int], bool] = lambda *_: True,
     policy: RestartPolicy | None = None,
     hang_policy: HangPolicy | None = None,
     grace_s: float = 5.0,
@@ -178,7 +179,7 @@ def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
         heard = {"decode-0": True, "decode-1": True}
         looked: set[str] = set()
 
-        def is_heard(name: str) -> bool:
+        def is_heard(name: str, pid: int) -> bool:
             looked.add(name)
             return heard[name]
 
@@ -209,12 +210,39 @@ def test_a_worker_that_loads_its_model_has_time() -> None:
         async with supervisor(
             launcher,
             ["decode-0"],
-            is_heard=lambda _: False,
+            is_heard=lambda *_: False,
             hang_policy=HangPolicy(start_s=1e6, silence_s=0.001, look_s=0.001),
         ):
             _, handle = await launcher.launched.get()
             for _ in range(20):
                 await asyncio.sleep(0)
             assert not handle.was_killed
+
+    run(scenario)
+
+
+def test_a_successor_has_time_while_its_predecessor_is_still_known() -> None:
+    """A router may hear of the end of a process later than the supervisor."""
+
+    async def scenario() -> None:
+        launcher = FakeLauncher()
+        num_looks: Counter[int] = Counter()  # by process
+
+        def is_heard(name: str, pid: int) -> bool:
+            num_looks[pid] += 1
+            return pid == 100
+
+        async with supervisor(
+            launcher,
+            ["decode-0"],
+            is_heard=is_heard,
+            hang_policy=HangPolicy(start_s=1e6, silence_s=0.001, look_s=0.001),
+        ):
+            _, first = await launcher.launched.get()
+            first.die("killed")
+            _, second = await launcher.launched.get()
+            while num_looks[second.pid] < 3:
+                await asyncio.sleep(0)
+            assert not second.was_killed
 
     run(scenario)

@@ -247,6 +247,13 @@ def test_an_attempt_that_finds_nothing_held_waits_like_all_others() -> None:
     assert accepted(effects) == ["waiting"]
 
 
+def test_an_attempt_does_not_take_over_from_itself() -> None:
+    core = decode_core()
+    attach(core, "first", attempt=2, held_attempt=2)
+    (answer,) = open_handoff(core, "first", attempt=2)
+    assert isinstance(answer, Accepted)
+
+
 def test_another_router_can_neither_take_over_nor_give_back() -> None:
     core = full_core()
     core.on_peer_lost(PREFILL, 0.0)

@@ -58,7 +58,9 @@ async def play() -> None:
         control.register(second)  # ends the session of the first, and the question with it
         (view,) = await inspecting
         assert not view.is_responding
-        assert control.has_worker("decode-0") and not control.has_worker("decode-1")
+        pid = second.pid
+        assert control.has_worker("decode-0", pid) and not control.has_worker("decode-1", pid)
+        assert not control.has_worker("decode-0", pid + 1)  # that of its successor
     finally:
         await control.stop()
         await server.stop(None)

@@ -9,6 +9,7 @@ from pagewire.decode_worker.core import DecodeCore
 from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
+from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.engine.batch import Batch
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.messages import Frame, Message, RefuseReason
@@ -139,6 +140,18 @@ def a_running_step_loses_its_pages(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DecodeCore, "_end", end_carelessly)
 
 
+def pages_are_freed_before_the_last_step_ends(patch: pytest.MonkeyPatch) -> None:
+    """With the older of the two that are out, and not with the one that was launched behind it."""
+    release = DecodeCore._release
+
+    def release_carelessly(core: DecodeCore, sequence: DecodeSequence) -> None:
+        core._steps.reverse()
+        release(core, sequence)
+        core._steps.reverse()
+
+    patch.setattr(DecodeCore, "_release", release_carelessly)
+
+
 def copies_are_not_made(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KvMemory, "copy", lambda memory, source, destination: None)
 
@@ -199,7 +212,7 @@ def a_retry_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Lifecycle, "_told", lambda lifecycle: told(lifecycle) + told(lifecycle)[-1:])
 
 
-def busy_scenario(seed: int, costs: Costs) -> Scenario:
+def busy_scenario(seed: int, costs: Costs, *, runs_ahead: bool = False) -> Scenario:
     """One decode worker whose pages change hands all the time."""
     return Scenario(
         seed=seed,
@@ -212,6 +225,30 @@ def busy_scenario(seed: int, costs: Costs) -> Scenario:
         max_output_tokens=24,
         cancel_probability=0.6,
         costs=costs,
+        runs_ahead=runs_ahead,
+    )
+
+
+def overtaking_scenario(seed: int) -> Scenario:
+    """Frames of hand-offs that have ended still land after those of hand-offs that have begun.
+
+    These come from other prefill workers, and the pages that were freed last are the first to be
+    used again.
+    """
+    return Scenario(
+        seed=seed,
+        num_prefill=6,
+        num_decode=1,
+        prefill_pages=64,
+        decode_pages=64,
+        max_batch_size=16,
+        num_slots=24,
+        num_requests=60,
+        arrival_s=1.0,
+        max_choices=1,
+        shared_prefix_probability=0.0,
+        cancel_probability=0.8,
+        costs=Costs(wire=Range(low=0.0, high=0.5)),
     )
 
 
@@ -237,14 +274,17 @@ def interrupted_scenario(seed: int) -> Scenario:
 
 
 @pytest.mark.parametrize("costs", [SLOW_WIRE, SLOW_STEPS])
-def test_without_a_bug_nothing_is_noticed(costs: Costs) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_without_a_bug_nothing_is_noticed(costs: Costs, runs_ahead: bool) -> None:
     for seed in range(3):
-        World(busy_scenario(seed, costs)).run()
+        World(busy_scenario(seed, costs, runs_ahead=runs_ahead)).run()
 
 
 def test_hand_offs_that_end_while_frames_land_leave_no_wrong_page() -> None:
     for seed in range(10):
         World(interrupted_scenario(seed)).run()
+    for seed in range(3):
+        World(overtaking_scenario(seed)).run()
 
 
 def test_a_page_that_is_kept_before_it_is_here_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,17 +294,27 @@ def test_a_page_that_is_kept_before_it_is_here_is_noticed(monkeypatch: pytest.Mo
             World(interrupted_scenario(seed)).run()
 
 
-@pytest.mark.parametrize(
-    ("plant", "costs"),
-    [(pages_are_not_pinned, SLOW_WIRE), (a_running_step_loses_its_pages, SLOW_STEPS)],
-)
-def test_a_page_that_is_freed_too_early_is_noticed(
-    plant: Plant, costs: Costs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(monkeypatch)
+def test_a_page_that_is_freed_while_a_step_runs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_running_step_loses_its_pages(monkeypatch)
     with pytest.raises(InvariantViolation, match="wrong token"):
         for seed in range(MAX_RUNS):
-            World(busy_scenario(seed, costs)).run()
+            World(busy_scenario(seed, SLOW_STEPS)).run()
+
+
+def test_a_page_that_is_freed_while_a_frame_lands_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages_are_not_pinned(monkeypatch)
+    with pytest.raises(InvariantViolation, match="wrong token"):
+        for seed in range(MAX_RUNS):
+            World(overtaking_scenario(seed)).run()
+
+
+def test_a_page_that_a_step_ahead_still_uses_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages_are_freed_before_the_last_step_ends(monkeypatch)
+    with pytest.raises(InvariantViolation, match="wrong token"):
+        for seed in range(MAX_RUNS):
+            World(busy_scenario(seed, SLOW_STEPS, runs_ahead=True)).run()
 
 
 @pytest.mark.parametrize("plant", [copies_are_not_made, copies_are_made_once_only])
