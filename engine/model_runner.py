@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, PageCopy, StepResult
 from pagewire.engine.forward_steps import ForwardSteps
-from pagewire.engine.host_copies import to_device
+from pagewire.engine.host_copies import to_device, wait_for
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.launched_step import LaunchedStep
 from pagewire.engine.logit_adjustments import UnreadTokens
@@ -115,8 +115,17 @@ class ModelRunner:
         Rows may follow those of `previous`, the step launched before. `on_layers_done` is called in
         this thread at the `layer_group_ends` of the batch, for memory that this thread writes: what
         a GPU was told to compute may not be there yet. Raises ValueError and RankLost as `forward`
-        does.
+        does, once nothing of the step runs any more: its pages may get other owners then.
         """
+        try:
+            return self._launch(batch, on_layers_done, previous)
+        except (RuntimeError, ValueError, IndexError):  # what torch and our checks raise
+            wait_for(torch.device(self.model.device))
+            raise
+
+    def _launch(
+        self, batch: Batch, on_layers_done: OnLayersDone | None, previous: LaunchedStep | None
+    ) -> LaunchedStep:
         if batch.copies:
             self._followers.copy_pages(batch.copies)
             self.copy_pages(batch.copies)
