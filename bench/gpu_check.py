@@ -50,7 +50,7 @@ def check(directory: Path) -> bool:
         date=datetime.now(UTC).isoformat("T", "minutes"),
         versions=versions(),
     )
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # kernels are those of this checkout, and writable
         run_stages(
             [stage.extended(patience) for stage in STAGES],
