@@ -79,19 +79,27 @@ class ModelRunner:
         for recorder, logits in self._steps.warm_up(max_batch_size):
             self._sampler.record(recorder, logits)
 
-    def warm_up_prompts(self) -> None:
-        """Run a prompt, so that no request waits until a GPU's kernels are compiled.
+    def warm_up_prompts(self, max_tokens: int) -> None:
+        """Run prompts of up to so many tokens, so that no request waits for a GPU's compiler.
 
-        It overwrites page 0, which nobody owns before there are requests. Not for one of several
-        ranks: the others may not be ready.
+        Of several lengths: which kernels a prompt runs depends on its number of tokens. They
+        overwrite page 0, which nobody owns before there are requests. Not for one of several ranks:
+        the others may not be ready.
         """
         if self.model.group.size > 1:
             return
         sampling = SamplingParams(temperature=1.0, top_k=1)
-        row = BatchRow(
-            request_id="warm-up", token_ids=[0, 0], start=0, page_table=[0], sampling=sampling
-        )
-        self.launch(Batch(rows=(row,))).wait()
+        most = min(max_tokens, self.max_model_len)
+        for doublings in range(1, max(1, (most - 1).bit_length()) + 1):
+            token_ids = [0] * min(2**doublings, most)
+            row = BatchRow(
+                request_id="warm-up",
+                token_ids=token_ids,
+                start=0,
+                page_table=[0] * self.layout.num_pages(len(token_ids)),
+                sampling=sampling,
+            )
+            self.launch(Batch(rows=(row,))).wait()
 
     def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
         """As `launch`, and wait for what was sampled. Raises LogitsError too, a ValueError."""
