@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ OUT = Path(".bench/gpu_check")
 RESULT = "result.json"
 PATIENCE = 5.0  # of a check without a GPU, on a machine that others may use as well
 BEGIN_SHARE = 0.88  # of a stage's time; in the rest the item ends that has begun
+QUERY_S = 15.0  # for what nvidia-smi knows; it hangs where a driver does
 
 
 def check(directory: Path) -> bool:
@@ -48,7 +50,7 @@ def check(directory: Path) -> bool:
         date=datetime.now(UTC).isoformat("T", "minutes"),
         versions=versions(),
     )
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # kernels are those of this checkout, and writable
         run_stages(
             [stage.extended(patience) for stage in STAGES],
@@ -73,7 +75,10 @@ def versions() -> dict[str, str]:
         query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         if shutil.which(command[0]):
-            found[query] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            with suppress(subprocess.TimeoutExpired):
+                found[query] = subprocess.run(
+                    command, capture_output=True, text=True, timeout=QUERY_S
+                ).stdout.strip()
     return found
 
 

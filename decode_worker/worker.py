@@ -75,7 +75,9 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         )
         self._draft_model = draft_model
         if config.device != "cpu":
-            runner.warm_up_prompts()  # steps with drafts run the same kernels
+            # Steps with drafts run the kernels of prompts.
+            num_drafts = speculation.max_draft_tokens if speculation else 0
+            runner.warm_up_prompts(config.max_batch_size + num_drafts)
         runner.warm_up(config.max_batch_size)
         self._writer = _page_writer(config, runner, shards, copies)
 

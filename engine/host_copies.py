@@ -16,6 +16,12 @@ def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that this process has told it to; at once for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class HostCopy:
     """What a tensor holds now, for the host to read later."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, PageCopy, StepResult
 from pagewire.engine.forward_steps import ForwardSteps
-from pagewire.engine.host_copies import to_device
+from pagewire.engine.host_copies import to_device, wait_for
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.launched_step import LaunchedStep
 from pagewire.engine.logit_adjustments import UnreadTokens
@@ -79,19 +79,27 @@ class ModelRunner:
         for recorder, logits in self._steps.warm_up(max_batch_size):
             self._sampler.record(recorder, logits)
 
-    def warm_up_prompts(self) -> None:
-        """Run a prompt, so that no request waits until a GPU's kernels are compiled.
+    def warm_up_prompts(self, max_tokens: int) -> None:
+        """Run prompts of up to so many tokens, so that no request waits for a GPU's compiler.
 
-        It overwrites page 0, which nobody owns before there are requests. Not for one of several
-        ranks: the others may not be ready.
+        Of several lengths: which kernels a prompt runs depends on its number of tokens. They
+        overwrite page 0, which nobody owns before there are requests. Not for one of several ranks:
+        the others may not be ready.
         """
         if self.model.group.size > 1:
             return
         sampling = SamplingParams(temperature=1.0, top_k=1)
-        row = BatchRow(
-            request_id="warm-up", token_ids=[0, 0], start=0, page_table=[0], sampling=sampling
-        )
-        self.launch(Batch(rows=(row,))).wait()
+        most = min(max_tokens, self.max_model_len)
+        for doublings in range(1, max(1, (most - 1).bit_length()) + 1):
+            token_ids = [0] * min(2**doublings, most)
+            row = BatchRow(
+                request_id="warm-up",
+                token_ids=token_ids,
+                start=0,
+                page_table=[0] * self.layout.num_pages(len(token_ids)),
+                sampling=sampling,
+            )
+            self.launch(Batch(rows=(row,))).wait()
 
     def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
         """As `launch`, and wait for what was sampled. Raises LogitsError too, a ValueError."""
@@ -115,8 +123,17 @@ class ModelRunner:
         Rows may follow those of `previous`, the step launched before. `on_layers_done` is called in
         this thread at the `layer_group_ends` of the batch, for memory that this thread writes: what
         a GPU was told to compute may not be there yet. Raises ValueError and RankLost as `forward`
-        does.
+        does, once nothing of the step runs any more: its pages may get other owners then.
         """
+        try:
+            return self._launch(batch, on_layers_done, previous)
+        except (RuntimeError, ValueError, IndexError):  # what torch and our checks raise
+            wait_for(torch.device(self.model.device))
+            raise
+
+    def _launch(
+        self, batch: Batch, on_layers_done: OnLayersDone | None, previous: LaunchedStep | None
+    ) -> LaunchedStep:
         if batch.copies:
             self._followers.copy_pages(batch.copies)
             self.copy_pages(batch.copies)

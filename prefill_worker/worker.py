@@ -69,7 +69,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         self._mark_computed = reads.mark_computed
         self._last_step: Completion | None = None  # that a device was told to run
         if config.device != "cpu":
-            runner.warm_up_prompts()
+            runner.warm_up_prompts(config.max_batch_tokens)
 
     def _frame_reads(self, shards: KVShards | None, copies: CopyStream | None) -> FrameReads:
         """Frames leave from their pages, unless these are on a device."""

@@ -67,7 +67,8 @@ def run_stage_in_processes(
 
 def _run(stage: Stage, seconds: float, files: StageFiles, command: Sequence[str]) -> Failed | None:
     """One process; None where it did all that was left to do."""
-    with files.log.open("a+", encoding="utf-8") as log:
+    # Compilers and drivers write there, in whatever encoding.
+    with files.log.open("a+", encoding="utf-8", errors="replace") as log:
         start = log.tell()
         status = _status(command, seconds, log)
         if status == 0:

@@ -1,6 +1,8 @@
 """Captures steps as CUDA graphs. Needs a GPU: all else about recordings is tested without."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +42,25 @@ class CudaGraphs:
 
 def _run_without_waiting(step: Callable[[], Tensor]) -> None:
     """Raise NotRecordableError where the host waits: a capture that fails leaves torch unusable."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        with _waiting_forbidden():
+            step()
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise
         raise NotRecordableError("a step that waits for the GPU") from error
+
+
+@contextmanager
+def _waiting_forbidden() -> Iterator[None]:
+    """Within it torch raises RuntimeError where the host would wait for the GPU."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # It does not see every wait; those of our steps it does.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 

@@ -226,6 +226,10 @@ def dies():
 def hangs():
     time.sleep(1000)
 
+def babbles():
+    os.write(2, bytes([0xFF, 0xFE]))
+    raise ValueError("no text")
+
 files = StageFiles.of(Path(sys.argv[1]), "stage")
 items = [
     Item(name=name, measure=globals()[name.split()[0]], limit_s=1) for name in sys.argv[2:]
@@ -261,6 +265,14 @@ def test_an_item_that_fails_costs_itself(bench_path: None, tmp_path: Path) -> No
     assert "Traceback" in raised.details
     assert "exit status -6" in died.reason
     assert "in hangs" in hung.details
+
+
+def test_what_is_no_text_in_the_log_costs_nothing(bench_path: None, tmp_path: Path) -> None:
+    outcome = run_program(tmp_path, "babbles", "fine")
+    assert [failure.reason for failure in outcome.failures] == [
+        "exit status 1: ValueError: no text"
+    ]
+    assert outcome.measurements == (FIGURE,)
 
 
 def test_a_stage_that_cannot_begin_is_not_begun_again(bench_path: None, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def rows(starts: list[int], step: int) -> tuple[BatchRow, ...]:
     ("kind", "dtype", "quantization"),
     [
         ("llama", "float16", Quantization.NONE),
-        ("qwen3 moe", "float16", Quantization.NONE),  # waits, and runs without
+        ("qwen3 moe", "float16", Quantization.NONE),
         ("llama", "float16", Quantization.INT8),
         ("llama", "float16", Quantization.W4A16),
         ("llama", "float16", Quantization.FP8),  # by Triton

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from pagewire.engine import model_runner
 from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import Batch, BatchRow, PageCopy
 from pagewire.engine.load import load_engine
@@ -70,6 +71,22 @@ def test_a_row_out_of_range_is_refused_and_nothing_is_written(
     with pytest.raises(ValueError, match=sentence):
         runner.execute(Batch(rows=(row(page_table=[1]), row(**values))))
     assert bool((runner.kv_cache.pool == 7).all())
+
+
+def test_a_step_that_raises_half_way_is_over_before_anybody_hears_of_it(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def sample(*arguments: object) -> None:
+        events.append("sample")
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(runner._sampler, "launch", sample)
+    monkeypatch.setattr(model_runner, "wait_for", lambda device: events.append(f"wait {device}"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner.launch(Batch(rows=(row(),)))
+    assert events == ["sample", "wait cpu"]
 
 
 def test_a_step_writes_the_slots_of_its_tokens_only(runner: ModelRunner) -> None:

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from unread_device import DEVICE, unread_device
 
 from gpu_stages.random_model import random_model, runner_of
 from gpu_stages.scale import TINY
 from pagewire.engine.batch import Batch, BatchRow
+from pagewire.engine.launched_step import LaunchedStep
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kernels.triton_ops import TritonOps, find_gpu
@@ -15,9 +17,10 @@ from pagewire.kernels.triton_ops import TritonOps, find_gpu
 DRAWN = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
 
 
-def runner() -> ModelRunner:
-    scale = replace(TINY, device=DEVICE)
-    model = random_model(scale)
+def runner(numbers: torch.dtype | None = None) -> ModelRunner:
+    """`numbers`: of matrices; None: floats."""
+    scale = replace(TINY, device=DEVICE, model=replace(TINY.model, max_model_len=200))
+    model = random_model(scale, numbers)
     model.ops = TritonOps(find_gpu("cpu"))  # no recordings: every step launches its kernels
     return runner_of(model, scale, num_pages=20)
 
@@ -47,13 +50,43 @@ def test_decode_steps_of_all_lengths_run_the_same_kernels(num_rows: int) -> None
         assert device.specialisations == compiled
 
 
-def test_prompts_of_all_lengths_run_what_the_warm_up_has_compiled() -> None:
-    model = runner()
+@pytest.mark.parametrize("numbers", [None, torch.int8], ids=["floats", "int8"])
+def test_prompts_of_all_lengths_run_what_the_warm_up_has_compiled(
+    numbers: torch.dtype | None,
+) -> None:
+    model = runner(numbers)
     with unread_device() as device:
-        model.warm_up_prompts()
+        model.warm_up_prompts(150)
         compiled = set(device.specialisations)
         assert any("_prefill_kernel" in key for key in compiled)
-        for num_tokens in (2, 3, 15, 16, 17, 32, 33):
-            for contexts in ((40,), (33, 64), (48, 48, 48)):
+        for num_tokens in (3, 15, 16, 17, 33, 50):
+            for contexts in ((60,), (58, 58, 64)):
                 model.launch(Batch(rows=rows(*contexts, num_tokens=num_tokens)))
         assert device.specialisations == compiled
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "lengths"),
+    [
+        (1, [1]),
+        (2, [2]),
+        (3, [2, 3]),
+        (64, [2, 4, 8, 16, 32, 64]),
+        (900, [2, 4, 8, 16, 32, 64, 80]),
+    ],
+)
+def test_the_warm_up_runs_no_more_than_a_step_may(
+    max_tokens: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runner()
+    monkeypatch.setattr(model, "max_model_len", 80)
+    launch, launched = model.launch, list[int]()
+
+    def hear(batch: Batch) -> LaunchedStep:
+        launched.append(batch.num_tokens)
+        return launch(batch)
+
+    monkeypatch.setattr(model, "launch", hear)
+    with unread_device():
+        model.warm_up_prompts(max_tokens)
+    assert launched == lengths
