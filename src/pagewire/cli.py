@@ -124,7 +124,7 @@ def serve(
         str | None, typer.Option(help="a smaller model that drafts, with --speculation draft")
     ] = None,
     draft_quantization: Annotated[
-        str | None, typer.Option(help="of the draft model: none, int8 or int4")
+        str | None, typer.Option(help="of the draft model, as --quantization")
     ] = None,
     prefix_cache: Annotated[
         bool | None,
