@@ -268,3 +268,7 @@ def config_show(config: ConfigFile = None) -> None:
         shown = "-" if value is None else str(value)
         table.add_row(name, shown, loaded.origins[name], field.description)
     Console().print(table)
+
+
+if __name__ == "__main__":  # python -m pagewire.cli
+    main()
