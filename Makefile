@@ -68,8 +68,9 @@ proto: $(INSTALLED) ## regenerate the stubs in proto/
 		--python_out=src --grpc_python_out=src --mypy_out=quiet:src --mypy_grpc_out=quiet:src \
 		proto/*.proto
 
+# A program in bench/ without a quick form is a tool, and measures nothing by itself.
 bench: $(KERNELS) ## the quick form of every benchmark
-	@set -e; for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
+	@set -e; for file in $(shell grep -le '"--quick"' bench/*.py); do echo "== $$file"; $(BIN)/python $$file --quick; done
 
 bench-peers: $(INSTALLED) ## the engines that bench/cpu.py compares with, each in .bench/<peer>
 	PYTHONPATH=bench $(BIN)/python -m peers.install $(ARGS)

@@ -9,6 +9,7 @@ from pagewire.cluster.config import ServeConfig
 from pagewire.cluster.errors import GpuDriverError, StartError
 from pagewire.cluster.nvml import inspect_gpus
 from pagewire.engine.errors import DeviceError
+from pagewire.engine.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,8 @@ def _obstacle(config: ServeConfig, num_gpus: int) -> str:
         return "deterministic needs the C++ kernels, which run on a CPU"
     if config.kernels == "native":
         return "kernels is native, which run on a CPU; choose auto for GPUs"
+    if config.quantization is Quantization.INT4:
+        return "quantization int4 has kernels on a CPU only; choose w4a16 for GPUs"
     sizes = (config.prefill_tensor_parallel_size, config.decode_tensor_parallel_size)
     if max(size or config.tensor_parallel_size for size in sizes) > 1:
         return (

@@ -8,7 +8,6 @@ class KVCacheDtype(StrEnum):
 
     AUTO = "auto"  # the model's dtype
     INT8 = "int8"  # 8 bits, a scale for each token's K and V of each head
-
     FP8 = "fp8"  # e4m3, likewise
 
     def resolve(self, model_dtype: str) -> str:

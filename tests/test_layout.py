@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,21 @@ def test_the_architecture_page_names_every_file(folder: str) -> None:
     section = page.partition(f"### {folder}/:")[2].partition("\n##")[0]
     files = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")]
     assert [str(file) for file in sorted(files) if f"`{file}`" not in section] == []
+
+
+def test_the_architecture_page_names_every_benchmark() -> None:
+    section = (ROOT / "ARCHITECTURE.md").read_text().partition("### bench/:")[2]
+    files = sorted(path.name for path in (ROOT / "bench").glob("*.py"))
+    assert [file for file in files if f"| `{file}` |" not in section] == []
+
+
+def test_make_bench_runs_what_has_a_quick_form() -> None:
+    commands = subprocess.run(
+        ["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    files = re.findall(r"bench/\w+\.py", commands.partition("for file in")[2].partition(";")[0])
+    assert "bench/cpu.py" in files
+    assert [file for file in files if '"--quick"' not in (ROOT / file).read_text()] == []
 
 
 def test_command_line_knows_the_cluster_only() -> None:

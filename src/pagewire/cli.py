@@ -124,7 +124,7 @@ def serve(
         str | None, typer.Option(help="a smaller model that drafts, with --speculation draft")
     ] = None,
     draft_quantization: Annotated[
-        str | None, typer.Option(help="of the draft model: none, int8 or int4")
+        str | None, typer.Option(help="of the draft model, as --quantization")
     ] = None,
     prefix_cache: Annotated[
         bool | None,
@@ -268,3 +268,7 @@ def config_show(config: ConfigFile = None) -> None:
         shown = "-" if value is None else str(value)
         table.add_row(name, shown, loaded.origins[name], field.description)
     Console().print(table)
+
+
+if __name__ == "__main__":  # python -m pagewire.cli
+    main()

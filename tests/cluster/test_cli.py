@@ -20,7 +20,7 @@ TIMEOUT_S = 60
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: each for name, each in os.environ.items() if "PAGEWIRE" not in name}
     return subprocess.run(
-        [sys.executable, "-c", "from pagewire.cli import main; main()", *arguments],
+        [sys.executable, "-m", "pagewire.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

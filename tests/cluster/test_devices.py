@@ -40,6 +40,7 @@ def test_every_worker_has_a_gpu(device: str) -> None:
         ({"decode": 4}, FoundGpus(count=4), "5 workers need 5 GPUs"),
         ({}, FoundGpus(problem="built for the CPU"), "built for the CPU"),
         ({"kernels": "native"}, FoundGpus(count=2), "kernels is native"),
+        ({"quantization": "int4"}, FoundGpus(count=2), "choose w4a16 for GPUs"),
         ({"tensor_parallel_size": 2}, FoundGpus(count=4), "set tensor_parallel_size to 1"),
         ({"decode_tensor_parallel_size": 2}, FoundGpus(count=4), "tensor_parallel_size"),
     ],

@@ -13,6 +13,7 @@ from handoff_pair import (
     abort_command,
     attach_command,
     decode_core,
+    page_frame,
     pass_time,
     sampling,
     stop_command,
@@ -101,21 +102,8 @@ def receive(core: DecodeCore, request_id: str, seq: int) -> None:
     core.on_scattered(item, True, 0.0)
 
 
-def frame(request_id: str, seq: int) -> Frame:
-    """For a slot that was granted, in its first generation."""
-    return Frame(
-        id=HandoffId(request_id=request_id, attempt=1, sender=PREFILL, receiver=DECODE),
-        seq=seq,
-        slot=seq,
-        slot_generation=0,
-        first_page=seq,
-        num_pages=1,
-        first_layer=0,
-        num_layers=LAYOUT.num_layers,
-        layout_digest=LAYOUT.digest(),
-        prefix_hash=prefix_hash(PROMPT),
-        checksum=5,
-    )
+def frame(request_id: str, page: int) -> Frame:
+    return page_frame(page, request_id=request_id, prefix_hash=prefix_hash(PROMPT))
 
 
 def full_core(max_waiting_handoffs: int = 16) -> DecodeCore:

@@ -10,7 +10,7 @@ from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.page_pool import PagePool
 from pagewire.kv_transfer.layout import KVLayout
-from pagewire.kv_transfer.messages import Frame, Message
+from pagewire.kv_transfer.messages import Frame, HandoffId, Message
 from pagewire.prefill_worker.core import PrefillCore
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import KEY_BYTES, PageHasher
@@ -89,6 +89,29 @@ def abort_command(
 def stop_command(choice: int, request_id: str = "request") -> pb.WorkerCommand:
     return pb.WorkerCommand(
         route=route(DECODE, request_id), stop_choice=pb.StopChoice(choice=choice)
+    )
+
+
+def page_frame(
+    page: int,
+    *,
+    request_id: str = "request",
+    receiver: bytes = DECODE,
+    prefix_hash: bytes = bytes(16),
+) -> Frame:
+    """All layers of one page, for the slot of the same number in its first generation."""
+    return Frame(
+        id=HandoffId(request_id=request_id, attempt=1, sender=PREFILL, receiver=receiver),
+        seq=page,
+        slot=page,
+        slot_generation=0,
+        first_page=page,
+        num_pages=1,
+        first_layer=0,
+        num_layers=LAYOUT.num_layers,
+        layout_digest=LAYOUT.digest(),
+        prefix_hash=prefix_hash,
+        checksum=0,
     )
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from typing import Any, ParamSpec, TypeVar
 
-from handoff_pair import DECODE, LAYOUT, PREFILL
+from handoff_pair import DECODE, LAYOUT, page_frame
 
-from pagewire.kv_transfer.messages import Frame, HandoffId
+from pagewire.kv_transfer.messages import Frame
 from pagewire.kv_transfer.transport import Connection, TransferStats
 from pagewire.worker.effects import SendFrame
 from pagewire.worker.frame_reads import DirectReads
@@ -76,22 +76,6 @@ class OneConnection:
         raise AssertionError
 
 
-def frame(seq: int) -> Frame:
-    return Frame(
-        id=HandoffId(request_id="request", attempt=1, sender=PREFILL, receiver=DECODE),
-        seq=seq,
-        slot=seq,
-        slot_generation=0,
-        first_page=seq,
-        num_pages=1,
-        first_layer=0,
-        num_layers=LAYOUT.num_layers,
-        layout_digest=LAYOUT.digest(),
-        prefix_hash=bytes(16),
-        checksum=0,
-    )
-
-
 class Stage:
     """Links over one connection, with two frames to send."""
 
@@ -110,7 +94,7 @@ class Stage:
             clock=lambda: 0.0,
         )
         for seq in range(2):
-            self.links.put(SendFrame(frame=frame(seq), page_table=(0, 1)))
+            self.links.put(SendFrame(frame=page_frame(seq), page_table=(0, 1)))
 
     def _on_frame_sent(self, item: Frame, checksum: int | None, gathered: Interval | None) -> None:
         self.sent.append((item.seq, checksum is not None))

@@ -5,13 +5,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from handoff_pair import DECODE, LAYOUT, PREFILL
+from handoff_pair import DECODE, LAYOUT, page_frame
 from held_copies import HeldCopies
 
 from pagewire.engine.device_pages import DevicePages
 from pagewire.engine.kv_cache import KVCache
 from pagewire.kv_transfer.checksum import checksum
-from pagewire.kv_transfer.messages import Frame, HandoffId
 from pagewire.worker.effects import SendFrame
 from pagewire.worker.interval import Interval
 from pagewire.worker.staged_reads import StagedReads
@@ -24,20 +23,7 @@ _TURNS = 20  # of the event loop: enough for everything that can happen
 
 def effect(page: int, receiver: bytes = DECODE) -> SendFrame:
     """One page of a sequence."""
-    frame = Frame(
-        id=HandoffId(request_id="request", attempt=1, sender=PREFILL, receiver=receiver),
-        seq=page,
-        slot=page,
-        slot_generation=0,
-        first_page=page,
-        num_pages=1,
-        first_layer=0,
-        num_layers=LAYOUT.num_layers,
-        layout_digest=LAYOUT.digest(),
-        prefix_hash=bytes(16),
-        checksum=0,
-    )
-    return SendFrame(frame=frame, page_table=TABLE)
+    return SendFrame(frame=page_frame(page, receiver=receiver), page_table=TABLE)
 
 
 class Stage:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import cast
@@ -52,6 +52,13 @@ def execute(batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
     return StepResult(tokens=((),) * len(names))
 
 
+async def run_until(loop: StepLoop, over: Awaitable[object]) -> None:
+    task = asyncio.create_task(loop.run())
+    await over
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 @pytest.mark.parametrize(
     ("names", "blamed"),
     [
@@ -73,10 +80,7 @@ def test_a_step_that_raises_is_blamed_on_the_rows_that_raise_alone(
                 thread=thread,
                 carry_out=lambda effects: None,
             )
-            task = asyncio.create_task(loop.run())
-            await core.over.wait()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await run_until(loop, core.over.wait())
         return core
 
     assert asyncio.run(run()).failed == blamed
@@ -123,10 +127,7 @@ def test_layers_are_reported_on_the_event_loop_before_the_end_of_their_step(end:
                 carry_out=lambda effects: None,
                 on_layers_done=core.on_layers_done,
             )
-            task = asyncio.create_task(loop.run())
-            await core.over.wait()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await run_until(loop, core.over.wait())
         return core
 
     core = asyncio.run(run())
@@ -154,10 +155,7 @@ def test_a_step_that_nobody_waits_for_reports_to_nobody() -> None:
                 carry_out=lambda effects: None,
                 on_layers_done=core.on_layers_done,
             )
-            task = asyncio.create_task(loop.run())
-            await asyncio.to_thread(started.wait)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await run_until(loop, asyncio.to_thread(started.wait))
             go_on.set()
             await asyncio.to_thread(thread.shutdown)
             await asyncio.sleep(0)
@@ -251,10 +249,7 @@ def overlapped(*batches: tuple[str, ...]) -> tuple[list[object], FakeModel]:
                 carry_out=lambda effects: None,
                 launch=model.launch,
             )
-            task = asyncio.create_task(loop.run())
-            await core.over.wait()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await run_until(loop, core.over.wait())
         return core.calls, model
 
     return asyncio.run(run())
