@@ -5,10 +5,10 @@ sum that is exact in any order, so that blocks of the data are read by whichever
 
 What it detects: another word in a place always gives another sum, since the mix maps words one to
 one. Where several words change, move or change places, the differences of their terms are like
-random numbers of 64 bits, as is the term of a word that is missing, zeros included. The number of
-bytes is mixed in last. Of the result 32 bits are kept, as many as the header of a frame holds: an
-accident goes unnoticed once in 2^32, as with a CRC-32, which besides finds every short burst. It
-stops no attacker.
+random numbers of 64 bits, as is the term of a word that is missing, zeros included. The host mixes
+the number of bytes in and keeps 32 bits, as many as the header of a frame holds: an accident goes
+unnoticed once in 2^32, as with a CRC-32, which besides finds every short burst. It stops no
+attacker.
 """
 
 import torch
@@ -25,7 +25,7 @@ WORD_BYTES = 8
 BLOCK_WORDS = 2048  # 16 KiB of a program
 
 
-@triton.jit(do_not_specialize=["num_words"])
+@triton.jit(do_not_specialize=["sum_ptr", "num_words"])
 def _checksum_kernel(
     data_ptr: tl.tensor,  # int64 [num_words]
     sum_ptr: tl.tensor,  # int64 [1], 0 before
@@ -40,7 +40,8 @@ def _checksum_kernel(
 
 
 def begin_checksum(data: Tensor, total: Tensor, *, block_words: int = BLOCK_WORDS) -> None:
-    """Tell the device to make the sum over `data`, from which `checksum_of` makes the checksum.
+    """Tell the device to make the sum over `data`, from which the checksum is made
+    (`pagewire.kv_transfer.checksum.checksum_of_sum`).
 
     data: uint8 [num_bytes], contiguous, a multiple of 8; total: int64 [1], which is written.
     `block_words`, a power of 2, are added up by one program and change nothing else. Raises
@@ -64,27 +65,11 @@ def begin_checksum(data: Tensor, total: Tensor, *, block_words: int = BLOCK_WORD
     )
 
 
-def checksum_of(total: int, num_bytes: int) -> int:
-    """The checksum, 32 bits, of `num_bytes` whose sum is `total`, as int64 has it: on the host.
-
-    The same for the same bytes, and for no others that an accident is likely to make of them.
-    """
-    return _mix_on_host(total + num_bytes) >> 32
-
-
-def _mix_on_host(state: int) -> int:
-    """What `mix` computes, for the one number that the host finishes."""
-    state = (state + 0x9E3779B97F4A7C15) % 2**64
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-    return state ^ (state >> 31)
-
-
 VARIANTS = (
     Variant(
         name="page_checksum",
         kernel=_checksum_kernel,
-        arguments={"data_ptr": "*i64:16", "sum_ptr": "*i64:16", "num_words": "i32"},
+        arguments={"data_ptr": "*i64:16", "sum_ptr": "*i64", "num_words": "i32"},
         constants={"BLOCK": BLOCK_WORDS},
         launch=LAUNCH,
     ),

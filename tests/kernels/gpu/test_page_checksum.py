@@ -6,12 +6,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from fake_device import page_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagewire.engine import random_numbers
 from pagewire.kernels.gpu.arguments import KernelArgumentError
-from pagewire.kernels.gpu.page_checksum import begin_checksum, checksum_of
+from pagewire.kernels.gpu.page_checksum import begin_checksum
+from pagewire.kv_transfer.checksum import checksum_of_sum
 
 NUM_WORDS = 300
 Words = npt.NDArray[np.uint64]
@@ -20,21 +21,11 @@ Words = npt.NDArray[np.uint64]
 def checksum(words: Words, block_words: int = 128) -> int:
     data, total = torch.from_numpy(words.view(np.uint8)), torch.full((1,), -1)
     begin_checksum(data, total, block_words=block_words)
-    return checksum_of(int(total), words.nbytes)
-
-
-def mix(state: Words) -> Words:
-    """SplitMix64, as its authors wrote it down."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    return checksum_of_sum(int(total), words.nbytes)
 
 
 def oracle(words: Words) -> int:
-    terms = mix(mix(np.arange(len(words), dtype=np.uint64)) + words)
-    total = (sum(map(int, terms)) + words.nbytes) % 2**64
-    return int(mix(np.array([total], dtype=np.uint64))[0]) >> 32
+    return checksum_of_sum(page_sum(words), words.nbytes)
 
 
 def random_words(count: int = NUM_WORDS, seed: int = 0) -> Words:
@@ -104,13 +95,6 @@ def test_accidents_change_it(accident: str) -> None:
 def test_zeros_have_a_checksum_for_each_length(count: int) -> None:
     zeros = [np.zeros(length, np.uint64) for length in (count, count + 1)]
     assert len({0, *map(checksum, zeros)}) == 3
-
-
-def test_the_mix_is_that_of_the_random_numbers() -> None:
-    """One SplitMix64: uniform is the mix of a mixed seed, plus a position."""
-    seeds = random_words(4)
-    bits = mix(mix(seeds) + np.uint64(5)) >> np.uint64(11)
-    assert (random_numbers.uniform(seeds, [5] * 4) == bits * 2.0**-53).all()
 
 
 def test_what_it_does_not_take() -> None:
