@@ -25,7 +25,8 @@ from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.frames import FrameWriter, PageWriter
 from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
-from pagewire.worker.slot_frames import SlotFrameWriter
+from pagewire.worker.slot_frames import FrameWriterByPeer, SlotFrameWriter
+from pagewire.worker.slot_memory import DeviceSlots, HostSlots
 
 
 class DecodeWorker(WorkerShell[DecodeCore]):
@@ -79,7 +80,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             num_drafts = speculation.max_draft_tokens if speculation else 0
             runner.warm_up_prompts(config.max_batch_size + num_drafts)
         runner.warm_up(config.max_batch_size)
-        self._writer = _page_writer(config, runner, shards, copies)
+        self._writer = self._page_writer(shards, copies)
 
     def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         frame = decode(header)
@@ -123,15 +124,19 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.clock()))
 
-
-def _page_writer(
-    config: WorkerConfig, runner: ModelRunner, shards: KVShards | None, copies: CopyStream | None
-) -> PageWriter:
-    """Frames land in pages, unless these are of several ranks or on a device."""
-    num_slots, slot_bytes = config.num_slots, config.slot_bytes
-    if copies is not None:
-        slots = copies.host_memory(num_slots * slot_bytes).view(num_slots, slot_bytes)
-        return SlotFrameWriter(DevicePages(runner.kv_cache, copies), slots.numpy())
-    if shards is not None:
-        return SlotFrameWriter(shards, np.empty((num_slots, slot_bytes), dtype=np.uint8))
-    return FrameWriter(runner.kv_cache, num_slots=num_slots, slot_bytes=slot_bytes)
+    def _page_writer(self, shards: KVShards | None, copies: CopyStream | None) -> PageWriter:
+        """Frames land in pages, unless these are of several ranks or on a device."""
+        num_slots, slot_bytes = self._config.num_slots, self._config.slot_bytes
+        if copies is not None:
+            pages = DevicePages(self._runner.kv_cache, copies)
+            memory = copies.host_memory(num_slots * slot_bytes).view(num_slots, slot_bytes)
+            on_device = DeviceSlots(copies, num_slots=num_slots, slot_bytes=slot_bytes)
+            return FrameWriterByPeer(
+                host=SlotFrameWriter(pages, HostSlots(memory.numpy())),
+                device=SlotFrameWriter(pages, on_device),
+                is_direct=self.is_direct,
+            )
+        if shards is not None:
+            in_host_memory = HostSlots(np.empty((num_slots, slot_bytes), dtype=np.uint8))
+            return SlotFrameWriter(shards, in_host_memory)
+        return FrameWriter(self._runner.kv_cache, num_slots=num_slots, slot_bytes=slot_bytes)

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pagewire.kv_transfer.device_memory import DeviceMemory
+
 
 class Completion(Protocol):
     """The end of everything that a device had been told to do when this was made."""
@@ -30,6 +32,18 @@ class CopyStream(Protocol):
         """uint8 [num_bytes] that the device can copy from and to while the host goes on.
 
         Dear to make, so once, at the start.
+        """
+
+    def device_memory(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] on the device. As dear as memory of the host."""
+
+    def lend(self, data: Tensor) -> DeviceMemory:
+        """`data`, contiguous bytes on the device, as what moves them from device to device."""
+
+    def begin_checksum(self, data: Tensor, total: Tensor) -> None:
+        """Told to the device by the work of `begin`: the sum that a checksum is made of.
+
+        data: uint8 [num_bytes], a multiple of 8; total: int64 [1]; both on the device.
         """
 
     def mark(self) -> Completion:

@@ -42,20 +42,26 @@ class DevicePages:
     ) -> Completion:
         """Begin to copy `part` of a sequence out of its pages, once `after` has come.
 
-        into: uint8 [bytes of the part], in host memory of the stream.
+        into: uint8 [bytes of the part], in memory of the stream, its host's or its device's.
         """
         return self._copies.begin(partial(self._read, part, page_table, into), after=after)
 
     def write(
-        self, payload: Bytes, part: FrameRange, source: KVLayout, page_table: tuple[int, ...]
+        self,
+        payload: Bytes | Tensor,
+        part: FrameRange,
+        source: KVLayout,
+        page_table: tuple[int, ...],
     ) -> None:
         """Put `payload`, which is `part` in the layout `source`, into the pages of a sequence.
 
-        payload: in host memory of the stream. The layouts must hold the same KV; slots that the
-        page table does not reach are left out. It is there when this returns.
+        payload: uint8 [bytes of the part] in memory of the stream, its device's if it is a tensor.
+        The layouts must hold the same KV; slots that the page table does not reach are left out. It
+        is there when this returns.
         """
         scatter = self._write if source == self.layout else self._convert
-        work = partial(scatter, torch.from_numpy(payload), part, source, page_table)
+        staged = payload if isinstance(payload, Tensor) else torch.from_numpy(payload)
+        work = partial(scatter, staged, part, source, page_table)
         self._copies.begin(work).wait()
 
     def _read(self, part: FrameRange, page_table: tuple[int, ...], into: Tensor) -> None:

@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from pagewire.kv_transfer.device_memory import DeviceLanding, DeviceMemory, DeviceSender
 from pagewire.kv_transfer.framing import PREFIX_BYTES, Decoder, Encoder, FramingError, Kind, Prefix
 from pagewire.kv_transfer.landing import Landing
 from pagewire.kv_transfer.peers import CLOSED_HERE, place
@@ -43,11 +46,21 @@ class PayloadLink(Protocol):
         """Free what is left after `close`."""
 
 
+class DeviceLink(Protocol):
+    """The same way for payloads in the memory of GPUs, in one order with those of the host."""
+
+    def send(self, payload: DeviceMemory, done: asyncio.Future[None]) -> None:
+        """As that of PayloadLink."""
+
+    def receive(self, target: DeviceMemory, done: asyncio.Future[None]) -> None:
+        """As that of PayloadLink."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outgoing:
     """A payload that was announced."""
 
-    payload: memoryview
+    begin: Callable[[asyncio.Future[None]], None]  # once the peer is ready
     done: asyncio.Future[None]
 
 
@@ -64,14 +77,14 @@ class _Incoming:
     """A payload under way to its place."""
 
     landing: Landing
-    received: memoryview  # the landing itself, or memory in one part where that has several
+    staged: memoryview | None  # in one part, where the landing has several
     done: asyncio.Future[None]
     started: float
 
     def settle(self) -> None:
         """The payload is complete: bring it to its place, unless it is there."""
-        if self.landing.whole is None:
-            self.landing.write(self.received)
+        if self.staged is not None:
+            self.landing.write(self.staged)
 
 
 class AnnouncedConnection:
@@ -86,11 +99,14 @@ class AnnouncedConnection:
         peer: bytes,
         handler: Handler,
         stats: TransferStats,
+        device_link: DeviceLink | None = None,
     ) -> None:
+        """`device_link`: of a pair with pages on GPUs at both ends, whose link moves those."""
         self.closed_here = False
         self._reader = reader
         self._writer = writer
         self._link = link
+        self._device_link = device_link
         self._peer = peer
         self._handler = handler
         self._stats = stats
@@ -104,18 +120,34 @@ class AnnouncedConnection:
     def peer(self) -> bytes:
         return self._peer
 
+    @property
+    def on_device(self) -> DeviceSender | None:
+        return None if self._device_link is None else self
+
     async def send(self, header: bytes, *payload: memoryview) -> None:
         num_bytes = sum(part.nbytes for part in payload)
-        kind = Kind.ANNOUNCE if num_bytes else Kind.MESSAGE
+        async with self._sending(num_bytes):
+            if num_bytes:
+                self._write(Kind.ANNOUNCE, header, num_bytes)
+                await self._send_payload(partial(self._link.send, _gathered(payload)))
+            else:
+                self._write(Kind.MESSAGE, header)
+                await self._writer.drain()
+
+    async def send_from_device(self, header: bytes, payload: DeviceMemory) -> None:
+        assert self._device_link is not None, "the pair moves host memory; see on_device"
+        async with self._sending(payload.nbytes):
+            self._write(Kind.ANNOUNCE, header, payload.nbytes)
+            await self._send_payload(partial(self._device_link.send, payload))
+
+    @contextlib.asynccontextmanager
+    async def _sending(self, num_bytes: int) -> AsyncIterator[None]:
+        """Around the sending of a message with so many bytes of payload. Raises ConnectionLost."""
         if self._ended:
             raise ConnectionLost("the connection has ended")
         started = time.perf_counter()
         try:
-            self._write(kind, header, num_bytes)
-            if num_bytes:
-                await self._send_payload(_gathered(payload))
-            else:
-                await self._writer.drain()
+            yield
         except (OSError, ConnectionLost) as error:
             self._end()
             raise ConnectionLost(f"the peer cannot be reached: {error}") from error
@@ -160,9 +192,9 @@ class AnnouncedConnection:
             raise ConnectionResetError(PEER_CLOSED)
         self._writer.write(self._encoder.encode(kind, header, payload_bytes))
 
-    async def _send_payload(self, payload: memoryview) -> None:
+    async def _send_payload(self, begin: Callable[[asyncio.Future[None]], None]) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._unanswered.append(_Outgoing(payload=payload, done=done))
+        self._unanswered.append(_Outgoing(begin=begin, done=done))
         await done
 
     async def _read(self) -> str:
@@ -213,17 +245,29 @@ class AnnouncedConnection:
         if landing is None:
             self._write(Kind.DISCARD)
             return
-        received = landing.whole or memoryview(bytearray(num_bytes))  # a link fills one part
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._link.receive(received, done)
+        staged = self._receive(landing, done)
         self._write(Kind.READY)
-        payload = _Incoming(landing=landing, received=received, done=done, started=started)
+        payload = _Incoming(landing=landing, staged=staged, done=done, started=started)
         await self._arrivals.put(_Arrival(header=header, payload=payload))
+
+    def _receive(self, landing: Landing, done: asyncio.Future[None]) -> memoryview | None:
+        """Let a payload come. Returns where it does, unless it comes to its place itself."""
+        if isinstance(landing, DeviceLanding):
+            assert self._device_link is not None, "the pair moves host memory; see on_device"
+            self._device_link.receive(landing.memory, done)
+            return None
+        if landing.whole is not None:
+            self._link.receive(landing.whole, done)
+            return None
+        staged = memoryview(bytearray(landing.num_bytes))  # a link fills one part
+        self._link.receive(staged, done)
+        return staged
 
     def _on_ready(self) -> None:
         outgoing = self._oldest_unanswered()
         if not outgoing.done.done():  # else its sender gave up, and is about to close
-            self._link.send(outgoing.payload, outgoing.done)
+            outgoing.begin(outgoing.done)
 
     def _on_discard(self) -> None:
         outgoing = self._oldest_unanswered()

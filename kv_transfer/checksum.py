@@ -1,7 +1,7 @@
-"""The checksum of a frame, and the digest that a Seal carries over all of them.
+"""The checksums of a frame, and the digest that a Seal carries over all of them.
 
-Both detect accidents: memory or a network that changed a byte, a frame that was lost or applied
-twice. Neither stops an attacker.
+All detect accidents: memory or a network that changed a byte, a frame that was lost or applied
+twice. None stops an attacker.
 """
 
 import hashlib
@@ -39,6 +39,17 @@ def receive_checked(sock: socket.socket, target: memoryview, value: int) -> tupl
     and OSError when the connection has failed.
     """
     return receive_crc32(sock, target, value)
+
+
+def checksum_of_sum(total: int, num_bytes: int) -> int:
+    """The checksum, 32 bits, of a frame of `num_bytes` that goes from GPU to GPU.
+
+    `total`: the sum that a GPU has made (`pagewire.kernels.gpu.page_checksum`), as int64 has it.
+    """
+    state = (total + num_bytes + 0x9E3779B97F4A7C15) % 2**64  # SplitMix64, as the kernel has it
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return (state ^ (state >> 31)) >> 32
 
 
 def digest_of(frame_checksums: Iterable[int]) -> int:

@@ -17,7 +17,7 @@ MAX_NOTE_BYTES = 16 * 1024
 _FIXED = struct.Struct(f"!4sB4s{ID_BYTES}s{ID_BYTES}sH")
 _MAGIC = b"PGWR"
 _CHECKSUM = struct.Struct("!I")  # of all that is before it
-_VERSION = 2
+_VERSION = 3
 NOBODY = bytes(ID_BYTES)  # the sender of an answer to somebody who wanted another process
 
 

@@ -49,6 +49,8 @@ class _Message:
 class LocalConnection:
     """One end of a pair. What one end sends, the other end's task copies and delivers."""
 
+    on_device = None  # payloads are in host memory
+
     def __init__(self, *, peer: bytes, handler: Handler, stats: TransferStats) -> None:
         self.closed_here = False
         self._peer = peer

@@ -1,7 +1,9 @@
 """Which transports a worker starts."""
 
 from dataclasses import dataclass
+from functools import partial
 
+from pagewire.kv_transfer.device_memory import settle_gpu
 from pagewire.kv_transfer.exposure import LOOPBACK, is_loopback, require_protected
 from pagewire.kv_transfer.gloo import GlooTransport
 from pagewire.kv_transfer.nccl import NcclTransport
@@ -112,7 +114,10 @@ class _Worker:
 
     def ucx(self) -> Transport:
         return UcxTransport(
-            incarnation=self.incarnation, handler=self.pairs.lane("ucx"), host=self.host
+            incarnation=self.incarnation,
+            handler=self.pairs.lane("ucx"),
+            host=self.host,
+            settle_device=None if self.device == "cpu" else partial(settle_gpu, self.device),
         )
 
     def nccl(self) -> Transport:

@@ -48,6 +48,8 @@ class _Arrival:
 class ShmConnection:
     """One peer's TCP connection for headers and two rings for payloads."""
 
+    on_device = None  # payloads are in host memory
+
     def __init__(
         self,
         reader: asyncio.StreamReader,

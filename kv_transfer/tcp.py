@@ -29,6 +29,8 @@ _DISCARD_BYTES = 64 * 1024
 class TcpConnection:
     """One socket to a peer; a frame is read straight to where the Handler wants it to land."""
 
+    on_device = None  # payloads are in host memory
+
     def __init__(
         self, sock: socket.socket, *, peer: bytes, handler: Handler, stats: TransferStats
     ) -> None:

@@ -7,6 +7,7 @@ nothing of their meaning. Each implementation is driven by one asyncio loop.
 from dataclasses import dataclass
 from typing import Protocol
 
+from pagewire.kv_transfer.device_memory import DeviceSender
 from pagewire.kv_transfer.landing import Landing
 
 
@@ -53,6 +54,13 @@ class Connection(Protocol):
     @property
     def peer(self) -> bytes:
         """Incarnation of the process at the other end."""
+
+    @property
+    def on_device(self) -> DeviceSender | None:
+        """What sends from GPU to GPU; None where an end or the way between knows host memory only.
+
+        Both ends have it, or neither.
+        """
 
     async def send(self, header: bytes, *payload: memoryview) -> None:
         """Send one message; when this returns, the memory of `payload` may be reused.

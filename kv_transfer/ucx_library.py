@@ -22,11 +22,17 @@ _REQUIRED = {
     # Above this size by rendezvous: such a receive can be ended in the middle, an eager one not.
     "RNDV_THRESH": "4096",
 }
+# Whoever receives fetches, and nobody writes into the memory of another: so copies that a GPU was
+# told of and that outlive their connection can be waited for where they write.
+_REQUIRED_ON_GPUS = {"RNDV_SCHEME": "get_zcopy"}
 _DEFAULTS = {  # unless the environment says otherwise
     # 8 KiB, UCX's own default, makes TCP slower than a plain socket.
     "TCP_TX_SEG_SIZE": "256k",
     "TCP_RX_SEG_SIZE": "256k",
 }
+
+
+GPU_TRANSPORTS = frozenset({"cuda_copy", "cuda_ipc"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +59,11 @@ class UcxLibrary:
         found = re.findall(r"resource \d+ .* (\w+)/\S+$", self.context.info, re.MULTILINE)
         return tuple(sorted(set(found)))
 
+    @property
+    def moves_gpu_memory(self) -> bool:
+        """Whether UCX was built with CUDA and finds a GPU."""
+        return not GPU_TRANSPORTS.isdisjoint(self.transports)
+
 
 def versions() -> tuple[str, str]:
     """Versions of ucxx and of UCX. Raises TransportError when ucxx cannot be imported."""
@@ -60,10 +71,11 @@ def versions() -> tuple[str, str]:
     return ucxx.__version__, ".".join(map(str, ucxx.get_ucx_version()))
 
 
-def open_library(host: str | None = None) -> UcxLibrary:
+def open_library(host: str | None = None, *, on_gpu: bool = False) -> UcxLibrary:
     """Import ucxx, which takes about half a second, and make a context.
 
-    With a loopback address as `host` nothing of it listens on another. Raises TransportError with
+    With a loopback address as `host` nothing of it listens on another. `on_gpu`: for memory there,
+    as far as UCX can. Raises TransportError with
     a remedy when it is missing or finds no network.
     """
     ucxx = _import()
@@ -73,10 +85,11 @@ def open_library(host: str | None = None) -> UcxLibrary:
     defaults = dict(_DEFAULTS)
     if host is not None and is_loopback(host):
         defaults["NET_DEVICES"] = "lo"
+    required = _REQUIRED | (_REQUIRED_ON_GPUS if on_gpu else {})
     for name in [name for name in defaults if f"UCX_{name}" in os.environ]:
         del defaults[name]
     try:
-        context = api.UCXContext(defaults | _REQUIRED, (api.Feature.TAG, api.Feature.WAKEUP))
+        context = api.UCXContext(defaults | required, (api.Feature.TAG, api.Feature.WAKEUP))
     except api.UCXError as error:
         raise TransportError(
             f"UCX cannot start: {error}; check the UCX_* environment variables, or use tcp"

@@ -10,10 +10,12 @@ ends.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pagewire.kv_transfer.announced import fail
+from pagewire.kv_transfer.device_memory import DeviceMemory
 from pagewire.kv_transfer.transport import TransportError
 from pagewire.kv_transfer.ucx_library import UcxLibrary
 
@@ -42,11 +44,19 @@ class _Transfer:
 class UcxLink:
     """Moves payloads to and from one peer. `done` futures end when UCX has let go of a buffer.
 
-    Raises TransportError when UCX cannot make a worker.
+    UCX itself tells the memory of a GPU from the host's. Raises TransportError when UCX cannot make
+    a worker.
     """
 
-    def __init__(self, library: UcxLibrary) -> None:
+    def __init__(
+        self, library: UcxLibrary, *, settle_device: Callable[[], None] | None = None
+    ) -> None:
+        """`settle_device` returns when this worker's GPU has made every copy that it was told of.
+
+        UCX tells it of some, and cannot take them back.
+        """
         self._library = library
+        self._settle_device = settle_device
         self._loop = asyncio.get_running_loop()
         self._worker: Any = library.new_worker()
         self._descriptor: int = self._worker.epoll_file_descriptor
@@ -71,14 +81,14 @@ class UcxLink:
         self.send(byte_out, sent)
         await asyncio.gather(received, sent)
 
-    def send(self, payload: memoryview, done: asyncio.Future[None]) -> None:
+    def send(self, payload: memoryview | DeviceMemory, done: asyncio.Future[None]) -> None:
         """Send `payload` to the receive of the same number at the peer."""
         array = self._library.array(payload)
         request = self._endpoint.tag_send(array, self._library.api.UCXXTag(self._num_sends))
         self._num_sends += 1
         self._follow(request, array, done)
 
-    def receive(self, target: memoryview, done: asyncio.Future[None]) -> None:
+    def receive(self, target: memoryview | DeviceMemory, done: asyncio.Future[None]) -> None:
         """Receive into `target` what the peer sends under the same number."""
         array = self._library.array(target)
         request = self._worker.tag_recv(array, self._library.api.UCXXTag(self._num_receives))
@@ -86,7 +96,7 @@ class UcxLink:
         self._follow(request, array, done)
 
     def close(self) -> None:
-        """End every transfer at once: no buffer is touched any more when this returns."""
+        """End every transfer at once: no buffer of the host is touched when this returns."""
         if self._worker is None:
             return
         self._loop.remove_reader(self._descriptor)
@@ -101,7 +111,9 @@ class UcxLink:
         self._worker = None
 
     async def wait_closed(self) -> None:
-        """Nothing is left to free after `close`."""
+        """Return when no buffer of a GPU is touched any more, either. The event loop goes on."""
+        if self._settle_device is not None:
+            await asyncio.to_thread(self._settle_device)
 
     def _create_endpoint(self, address: bytes) -> None:
         api = self._library.api

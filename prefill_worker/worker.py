@@ -87,6 +87,7 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             copies,
             num_buffers=self._config.num_slots,
             buffer_bytes=self._config.slot_bytes,
+            is_direct=self.is_direct,
             thread=thread,
             clock=clock,
         )

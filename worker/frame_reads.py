@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pagewire.engine.copy_stream import Completion
+from pagewire.kv_transfer.device_memory import DeviceMemory
 from pagewire.kv_transfer.messages import Frame
 from pagewire.worker.effects import SendFrame
 from pagewire.worker.frames import PageReader
 from pagewire.worker.interval import Interval
+
+# In host memory, of one part or several, or in that of a device.
+Payload = tuple[memoryview, ...] | DeviceMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -18,7 +22,7 @@ class ReadFrame:
     """A frame that can be sent."""
 
     frame: Frame  # with its checksum
-    payload: tuple[memoryview, ...]
+    payload: Payload
     gathered: Interval
     buffer: int | None = None  # that the payload lies in; None: in pages
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from pagewire.kv_transfer.circuit import CircuitLimits
 from pagewire.kv_transfer.messages import Frame, Message, encode
 from pagewire.kv_transfer.one_connection import OneConnection
-from pagewire.kv_transfer.transport import Connection, Transport, TransportError
+from pagewire.kv_transfer.transport import (
+    Connection,
+    ConnectionLost,
+    Transport,
+    TransportError,
+)
 from pagewire.worker.connections import Connections
 from pagewire.worker.effects import Connect, Send, SendFrame
 from pagewire.worker.frame_reads import FrameReads, ReadFrame
@@ -95,6 +100,11 @@ class Links:
         """Give up the connection to `peer`, on which something stalled; its loss is reported."""
         self.connections.give_up(peer)
 
+    def is_direct(self, peer: bytes) -> bool:
+        """Whether the connection to `peer` moves frames from device to device."""
+        connection = self.connections.get(peer)
+        return connection is not None and connection.on_device is not None
+
     def read_frame(self, effect: SendFrame) -> QueuedFrame:
         """Begin to read a frame, so that it is there when those before it have left."""
         return QueuedFrame(effect=effect, reading=self._frame_reads.begin(effect))
@@ -106,7 +116,7 @@ class Links:
         try:
             read = await queued.reading
             if connection is not None:
-                await connection.send(encode(read.frame), *read.payload)
+                await _send(connection, read)
                 checksum = read.frame.checksum
         finally:
             if read is not None:
@@ -188,6 +198,17 @@ class _Link:
             await connection.send(encode(item.message))
         if connection is None:
             raise TransportError("there is no connection any more")
+
+
+async def _send(connection: Connection, read: ReadFrame) -> None:
+    """Raises ConnectionLost."""
+    header = encode(read.frame)
+    if isinstance(read.payload, tuple):
+        await connection.send(header, *read.payload)
+    elif connection.on_device is None:
+        raise ConnectionLost("the connection that the frame was read for has ended")
+    else:
+        await connection.on_device.send_from_device(header, read.payload)
 
 
 def _message(effect: Send | SendFrame) -> Message:

@@ -261,6 +261,10 @@ class WorkerShell(Handler, Generic[Core]):
                 self._links.drop(peer)
             self.carry_out(effects)
 
+    def is_direct(self, peer: bytes) -> bool:
+        """Whether frames between this worker and `peer` go from device to device."""
+        return self._links is not None and self._links.is_direct(peer)
+
     def _improve_connections(self) -> None:
         """A hand-off may have ended that kept a pair on a transport which is not its best."""
         if self._links is not None:

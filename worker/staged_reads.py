@@ -1,4 +1,4 @@
-"""Frames out of the pages of a device, through host memory that transports send from.
+"""Frames out of the pages of a device, through buffers that transports send from.
 
 The device copies behind the steps that compute a frame, and the steps never wait: copies of several
 frames are begun before the first is complete.
@@ -9,16 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 
-from torch import Tensor
-
 from pagewire.engine.copy_stream import Completion, CopyStream
 from pagewire.engine.device_pages import DevicePages
-from pagewire.kv_transfer.checksum import checksum
-from pagewire.kv_transfer.messages import Frame
+from pagewire.kv_transfer.layout import FrameRange
 from pagewire.worker.effects import SendFrame
-from pagewire.worker.frame_reads import ReadFrame
+from pagewire.worker.frame_reads import Payload, ReadFrame
 from pagewire.worker.interval import Interval
-from pagewire.worker.send_buffers import SendBuffers
+from pagewire.worker.staging import DeviceStaging, HostStaging, Staging
 
 
 class StagedReads:
@@ -31,19 +28,20 @@ class StagedReads:
         *,
         num_buffers: int,
         buffer_bytes: int,
+        is_direct: Callable[[bytes], bool],
         thread: Executor,
         clock: Callable[[], float],
     ) -> None:
-        """A buffer holds one frame. `thread` is one thread: it begins copies, in their order, and
-        waits for them.
+        """A buffer holds one frame. `is_direct`: whether frames to that peer go from device to
+        device. `thread` is one thread: it begins copies, in their order, and waits for them.
         """
-        self._pages = pages
         self._copies = copies
+        self._is_direct = is_direct
         self._thread = thread
         self._clock = clock
-        memory = copies.host_memory(num_buffers * buffer_bytes)
-        self._memory = memory.view(num_buffers, buffer_bytes)
-        self._buffers = SendBuffers(num_buffers)
+        sizes = {"num_buffers": num_buffers, "buffer_bytes": buffer_bytes}
+        self._in_host_memory = HostStaging(pages, copies, **sizes)
+        self._on_device = DeviceStaging(pages, copies, **sizes)
         self._loop = asyncio.get_running_loop()
         self._computed: Completion | None = None  # of what the event loop knows to be computed
 
@@ -54,33 +52,41 @@ class StagedReads:
         return completion
 
     def begin(self, effect: SendFrame) -> asyncio.Future[ReadFrame]:
-        return asyncio.ensure_future(self._read(effect, self._computed))
+        is_direct = self._is_direct(effect.frame.id.receiver)
+        staging: Staging = self._on_device if is_direct else self._in_host_memory
+        return asyncio.ensure_future(self._read(effect, staging, self._computed))
 
     def end(self, read: ReadFrame) -> None:
         if read.buffer is not None:
-            self._buffers.give_back(read.frame.id.receiver, read.buffer)
+            is_direct = not isinstance(read.payload, tuple)
+            staging = self._on_device if is_direct else self._in_host_memory
+            staging.buffers.give_back(read.frame.id.receiver, read.buffer)
 
     def _set_computed(self, completion: Completion) -> None:
         self._computed = completion
 
-    async def _read(self, effect: SendFrame, computed: Completion | None) -> ReadFrame:
+    async def _read(
+        self, effect: SendFrame, staging: Staging, computed: Completion | None
+    ) -> ReadFrame:
         frame = effect.frame
-        buffer = await self._buffers.take(frame.id.receiver)
-        payload = self._memory[buffer, : frame.part.num_bytes(self._pages.layout)]
+        buffer = await staging.buffers.take(frame.id.receiver)
         started = self._clock()
         copied = await self._loop.run_in_executor(
-            self._thread, self._pages.gather, frame.part, effect.page_table, payload, computed
+            self._thread, staging.begin, frame.part, effect.page_table, buffer, computed
         )
-        frame = await self._loop.run_in_executor(self._thread, _check, frame, payload, copied)
+        checksum, payload = await self._loop.run_in_executor(
+            self._thread, _finish, staging, frame.part, buffer, copied
+        )
         return ReadFrame(
-            frame=frame,
-            payload=(payload.numpy().data,),
+            frame=replace(frame, checksum=checksum),
+            payload=payload,
             gathered=Interval(started, self._clock()),
             buffer=buffer,
         )
 
 
-def _check(frame: Frame, payload: Tensor, copied: Completion) -> Frame:
-    """The frame with the checksum of its payload, once that is there."""
+def _finish(
+    staging: Staging, part: FrameRange, buffer: int, copied: Completion
+) -> tuple[int, Payload]:
     copied.wait()
-    return replace(frame, checksum=checksum(payload.numpy().data))
+    return staging.finish(part, buffer)

@@ -46,6 +46,8 @@ class SlowTransport:
 class _SlowConnection:
     """One connection over the link."""
 
+    on_device = None
+
     def __init__(self, connection: Connection, link: SlowTransport) -> None:
         self._connection = connection
         self._link = link

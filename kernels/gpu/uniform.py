@@ -1,7 +1,7 @@
 """Random numbers keyed by a seed and a position, made where they are used.
 
 To the bit those of `pagewire.engine.random_numbers`, so a stream that moves to another kind of
-worker draws on with the same numbers: SplitMix64 (Steele, Lea and Flood, 2014), twice.
+worker draws on with the same numbers: SplitMix64, twice.
 """
 
 import torch
@@ -10,19 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire.kernels.gpu.arguments import require_array
+from pagewire.kernels.gpu.split_mix import mix
 from pagewire.kernels.gpu.variant import LaunchConfig, Variant
 
 LAUNCH = LaunchConfig(num_warps=4)
 _BLOCK = 128
-
-
-@triton.jit
-def _mix(state: tl.tensor) -> tl.tensor:
-    """The finaliser of SplitMix64, modulo 2^64; state: uint64."""
-    state += 0x9E3779B97F4A7C15  # the golden ratio's fraction
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB
-    return state ^ (state >> 31)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -37,7 +29,7 @@ def _uniform_kernel(
     inside = row < num_rows
     seed = tl.load(seeds_ptr + row, mask=inside, other=0).to(tl.uint64, bitcast=True)
     position = tl.load(positions_ptr + row, mask=inside, other=0).to(tl.uint64, bitcast=True)
-    bits = _mix(_mix(seed) + position) >> 11  # as many as a float64 holds exactly
+    bits = mix(mix(seed) + position) >> 11  # as many as a float64 holds exactly
     tl.store(numbers_ptr + row, bits.to(tl.float64) * (1.0 / (1 << 53)), mask=inside)
 
 

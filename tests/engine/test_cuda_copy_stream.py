@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from fake_device import page_sum
 
 from pagewire.engine.cuda_copy_stream import CudaCopyStream
 from pagewire.engine.device_pages import DevicePages
 from pagewire.engine.kv_cache import KVCache
+from pagewire.kv_transfer.checksum import checksum_of_sum
 from pagewire.kv_transfer.layout import FrameRange, KVLayout
+from pagewire.worker.device_checksums import DeviceChecksums
 
 pytestmark = pytest.mark.gpu
 LAYOUT = KVLayout(page_size=64, num_layers=8, num_kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -61,6 +64,17 @@ def test_pages_of_another_size_or_dtype_are_converted_on_the_gpu(page_size: int)
             DevicePages(each, copies).write(payload.numpy(), PART, LAYOUT, table)
         on_gpu, on_cpu = (each.pages.values.float().cpu() for each in caches)
         assert torch.equal(on_gpu, on_cpu)
+
+
+def test_frames_are_copied_and_summed_on_the_gpu() -> None:
+    pages, copies = cache(), CudaCopyStream("cuda")
+    data = copies.device_memory(PART.num_bytes(LAYOUT))
+    checksums = DeviceChecksums(copies, num_buffers=2)
+    DevicePages(pages, copies).gather(PART, SOURCES, data)
+    checksums.begin(1, data).wait()
+    words = data.cpu().numpy().view("uint64")
+    assert checksums.value(1, len(data)) == checksum_of_sum(page_sum(words), len(data))
+    assert copies.lend(data).__cuda_array_interface__["data"][0] == data.data_ptr()
 
 
 def _compute(num_cycles: int) -> None:

@@ -52,6 +52,10 @@ class FakeTransport:
     def connection(self, peer: bytes) -> Any:
         return None if self.is_closed else self
 
+    @property
+    def on_device(self) -> None:
+        return None
+
     async def send(self, header: bytes, *payload: memoryview) -> None: ...
 
     def close(self) -> Any:

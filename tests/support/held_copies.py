@@ -4,7 +4,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from fake_device import FakeDeviceMemory, page_sum
 from torch import Tensor
 
 from pagewire.engine.copy_stream import Completion
@@ -45,6 +47,15 @@ class HeldCopies:
 
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def device_memory(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def lend(self, data: Tensor) -> FakeDeviceMemory:
+        return FakeDeviceMemory(data)
+
+    def begin_checksum(self, data: Tensor, total: Tensor) -> None:
+        total.numpy().view(np.uint64)[0] = page_sum(data.numpy().view(np.uint64))
 
     def mark(self) -> HeldCompletion:
         mark = HeldCompletion()

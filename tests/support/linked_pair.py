@@ -109,6 +109,8 @@ class Recorder:
 class RecordedConnection:
     """One connection of a Recorder."""
 
+    on_device = None
+
     def __init__(self, connection: Connection, sent: list[bytes]) -> None:
         self._connection = connection
         self._sent = sent

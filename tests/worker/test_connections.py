@@ -23,6 +23,7 @@ class FakeConnection:
     """A connection that ends when it is told to."""
 
     peer = PEER
+    on_device = None
 
     def __init__(self, transport: "FakeTransport") -> None:
         self._transport = transport

@@ -35,6 +35,7 @@ class SlowConnection:
     """Takes a message only when the test lets it; ends when it is told to."""
 
     peer = DECODE
+    on_device = None
 
     def __init__(self, transport: "SlowTransport") -> None:
         self.sent: list[bytes] = []

@@ -37,6 +37,7 @@ class SlowConnection:
     """Counts what is sent; no send ends before the test lets it."""
 
     peer = DECODE
+    on_device = None
 
     def __init__(self) -> None:
         self.num_begun = 0

@@ -12,6 +12,7 @@ from pagewire.kv_transfer.layout import KVLayout
 from pagewire.kv_transfer.messages import Frame, HandoffId
 from pagewire.worker.sharded_frames import ShardedFrameReader
 from pagewire.worker.slot_frames import SlotFrameWriter
+from pagewire.worker.slot_memory import HostSlots
 
 LAYOUT = KVLayout(page_size=16, num_layers=2, num_kv_heads=4, head_dim=8, dtype="float32")
 FRAME = Frame(
@@ -52,7 +53,7 @@ def test_a_frame_arrives_on_every_rank_or_on_none(lands_in_pages: bool) -> None:
         )
     frame, payload = ShardedFrameReader(KVShards(LAYOUT, senders)).read(FRAME, (3, 1))
     slots = np.zeros((2, NUM_BYTES), dtype=np.uint8)
-    writer = SlotFrameWriter(KVShards(LAYOUT, receivers), slots)
+    writer = SlotFrameWriter(KVShards(LAYOUT, receivers), HostSlots(slots))
 
     def arrives(payload: bytes) -> bool:
         if not lands_in_pages:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+from fake_device import FakeDeviceMemory, page_sum
 from handoff_pair import DECODE, LAYOUT, page_frame
 from held_copies import HeldCopies
 
 from pagewire.engine.device_pages import DevicePages
 from pagewire.engine.kv_cache import KVCache
-from pagewire.kv_transfer.checksum import checksum
+from pagewire.kv_transfer.checksum import checksum, checksum_of_sum
 from pagewire.worker.effects import SendFrame
 from pagewire.worker.interval import Interval
 from pagewire.worker.staged_reads import StagedReads
@@ -35,11 +37,13 @@ class Stage:
             self.cache.pool[page].fill_(page + 1)
         self.copies = HeldCopies()
         self.thread = thread
+        self.direct: set[bytes] = set()  # peers to which frames go from device to device
         self.reads = StagedReads(
             DevicePages(self.cache, self.copies),
             self.copies,
             num_buffers=NUM_BUFFERS,
             buffer_bytes=LAYOUT.page_bytes,
+            is_direct=self.direct.__contains__,
             thread=thread,
             clock=lambda: 5.0,
         )
@@ -65,9 +69,35 @@ def test_copies_are_begun_before_others_are_complete() -> None:
         for page, each in enumerate(reading):
             read = await each
             assert read.gathered == Interval(5.0, 5.0)
+            assert isinstance(read.payload, tuple)
             assert b"".join(read.payload) == bytes([TABLE[page] + 1]) * LAYOUT.page_bytes
             assert read.frame.checksum == checksum(*read.payload)
             stage.reads.end(read)
+
+    run(scenario)
+
+
+def test_a_frame_that_goes_to_a_device_is_copied_and_summed_there() -> None:
+    """Both in the order in which they were begun, and with buffers of its own."""
+
+    async def scenario(stage: Stage) -> None:
+        stage.direct.add(DECODE)
+        reading = stage.reads.begin(effect(1))
+        others = [stage.reads.begin(effect(page, receiver=bytes(16))) for page in range(2)]
+        await stage.await_begun(4)
+        stage.copies.release(1)
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        assert not reading.done()
+        stage.copies.free()
+        read = await reading
+        assert isinstance(read.payload, FakeDeviceMemory)
+        data = read.payload.read()
+        assert data.tobytes() == bytes([TABLE[1] + 1]) * LAYOUT.page_bytes
+        total = page_sum(data.view(np.uint64))
+        assert read.frame.checksum == checksum_of_sum(total, len(data))
+        for each in (read, *[await other for other in others]):
+            stage.reads.end(each)
 
     run(scenario)
 

@@ -2,11 +2,14 @@
 
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gpu_stages.cases.kernel_case import KernelCase, NamedCase, Setting, same_bytes
 from pagewire.engine.kv_cache import KVCache
+from pagewire.kernels.gpu.page_checksum import begin_checksum
 from pagewire.kernels.gpu.pages import PagePart, gather_pages, scatter_pages
 from pagewire.kernels.gpu.requantize_pages import requantize_pages
 from pagewire.kernels.gpu.retile import retile_pages
@@ -94,7 +97,27 @@ def requantize_case(setting: Setting, *, dtype: str) -> KernelCase:
     )
 
 
+def checksum_case(setting: Setting) -> KernelCase:
+    """The sum that a checksum is made of, over all bytes of many pages."""
+    data = _whole(setting).pool.view(-1)
+    total = torch.zeros(1, dtype=torch.int64, device=data.device)
+
+    def expected() -> Tensor:
+        words = data.cpu().numpy().view(np.uint64)
+        terms = _split_mix(_split_mix(np.arange(len(words), dtype=np.uint64)) + words)
+        return torch.from_numpy(terms.sum(keepdims=True).view(np.int64))
+
+    return KernelCase(
+        run=lambda: begin_checksum(data, total),
+        read=lambda _: total,
+        expected=expected,
+        num_bytes=data.nbytes,
+        max_ratio=1.3,
+    )
+
+
 CASES = (
+    NamedCase(name="page checksum", make=checksum_case),
     NamedCase(name="page gather", make=gather_case),
     NamedCase(name="page scatter", make=scatter_case),
     NamedCase(name="page re-tile", make=retile_case),
@@ -110,6 +133,14 @@ CASES = (
 def _whole(setting: Setting) -> KVCache:
     """Pages of all layers."""
     return setting.cache(setting.sizes.num_pages, setting.scale.model.num_layers)
+
+
+def _split_mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64 as its authors wrote it down."""
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 def _all_of(cache: KVCache) -> PagePart:
