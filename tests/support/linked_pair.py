@@ -333,6 +333,8 @@ class LinkedPair:
                 for worker in self._workers:
                     worker.step()
                 await asyncio.sleep(0)
+            # Threads resolve addresses: virtual time passes no faster than one gets its turn.
+            await asyncio.to_thread(lambda: None)
             self.now += _TICK_S
             for worker in self._workers:
                 worker.tick(self.now)
