@@ -91,6 +91,10 @@ def create_transports(
         device=device,
     )
     transports, explanation = _all_usable(worker) if kind == "auto" else _configured(kind, worker)
+    if device != "cpu":
+        explanation += (
+            "; pages go through pinned host memory, except over ucx where its line says so"
+        )
     worker.pairs.join(transports)
     return Choice(transports=tuple(transports), explanation=explanation, pairs=worker.pairs)
 

@@ -40,6 +40,12 @@ def test_tcp_is_what_was_asked_for() -> None:
     assert kinds("tcp")[0] == ["tcp"]
 
 
+def test_pages_on_a_gpu_are_said_to_go_through_host_memory() -> None:
+    choice = create_transports("tcp", ME, Nobody(), "127.0.0.1", device="cuda")
+    assert "pages go through pinned host memory" in choice.explanation
+    assert "pinned" not in kinds("tcp")[1]
+
+
 def test_shm_alone() -> None:
     assert kinds("shm")[0] == ["shm"]
 
