@@ -40,6 +40,9 @@ class CopyStream(Protocol):
     def lend(self, data: Tensor) -> DeviceMemory:
         """`data`, contiguous bytes on the device, as what moves them from device to device."""
 
+    def prepare_checksums(self) -> None:
+        """Compile what makes them, so that no frame waits for that."""
+
     def begin_checksum(self, data: Tensor, total: Tensor) -> None:
         """Told to the device by the work of `begin`: the sum that a checksum is made of.
 

@@ -43,13 +43,6 @@ class CudaCopyStream:
         """`device` as torch names it. Raises RuntimeError where there is no such GPU."""
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Imports Triton, which is not there on every machine that has this module.
-        from pagewire.kernels.gpu.page_checksum import begin_checksum
-
-        self._begin_checksum = begin_checksum
-        with torch.cuda.stream(self._stream):  # compiled now, and not while a frame waits
-            data = torch.zeros(16, dtype=torch.uint8, device=device)
-            begin_checksum(data, torch.zeros(1, dtype=torch.int64, device=device))
 
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -60,8 +53,17 @@ class CudaCopyStream:
     def lend(self, data: Tensor) -> Tensor:
         return data
 
+    def prepare_checksums(self) -> None:
+        with torch.cuda.stream(self._stream):
+            data = torch.zeros(16, dtype=torch.uint8, device=self._device)
+            total = torch.zeros(1, dtype=torch.int64, device=self._device)
+            self.begin_checksum(data, total)
+
     def begin_checksum(self, data: Tensor, total: Tensor) -> None:
-        self._begin_checksum(data, total)
+        # Triton is not there on every machine that has this module.
+        from pagewire.kernels.gpu.page_checksum import begin_checksum
+
+        begin_checksum(data, total)
 
     def mark(self) -> CudaCompletion:
         return CudaCompletion.of(torch.cuda.current_stream(self._device))

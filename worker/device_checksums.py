@@ -16,6 +16,7 @@ class DeviceChecksums:
 
     def __init__(self, copies: CopyStream, num_buffers: int) -> None:
         self._copies = copies
+        copies.prepare_checksums()
         # int64 [num_buffers]
         self._sums = copies.device_memory(num_buffers * _SUM_BYTES).view(torch.int64)
         self._read = copies.host_memory(num_buffers * _SUM_BYTES).view(torch.int64)

@@ -54,6 +54,9 @@ class HeldCopies:
     def lend(self, data: Tensor) -> FakeDeviceMemory:
         return FakeDeviceMemory(data)
 
+    def prepare_checksums(self) -> None:
+        """There is nothing to compile."""
+
     def begin_checksum(self, data: Tensor, total: Tensor) -> None:
         total.numpy().view(np.uint64)[0] = page_sum(data.numpy().view(np.uint64))
 
