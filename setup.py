@@ -4,6 +4,7 @@ All other settings are in pyproject.toml. A library that cannot be built is left
 Pagewire then runs in plain torch, and says so.
 """
 
+import copy
 import platform
 from pathlib import Path
 
@@ -52,6 +53,13 @@ class BuildPlainLibrary(build_ext):
     def initialize_options(self) -> None:
         super().initialize_options()
         self.parallel = True  # the instruction sets side by side
+
+    def build_extension(self, ext: Extension) -> None:
+        # The libraries share their sources. In one folder, one would be linked from objects that
+        # were compiled for another's instructions.
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        super(BuildPlainLibrary, own).build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
