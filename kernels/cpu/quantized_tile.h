@@ -53,14 +53,30 @@ inline __attribute__((always_inline)) void add_term(PanelInts (&sums)[R][P],
     }
 }
 
-// sums = sums * kRefinement + the products of one row's remainders. Rare, and kept out of the tile.
-template <int64_t P, typename Weights>
-__attribute__((noinline)) void refine(PanelInts (&sums)[P], const Weights* const (&weights)[P],
-                                      const int8_t* remainders) {
-    PanelInts refined[1][P];
-    for (int64_t p = 0; p < P; ++p) refined[0][p] = sums[p] * static_cast<int32_t>(kRefinement);
-    add_term(refined, weights, remainders, 0);
-    std::memcpy(sums, refined, sizeof refined);
+// sums = sums * kRefinement + the products of the remainders of R rows, where these are refined.
+template <int64_t R, int64_t P, typename Weights>
+inline __attribute__((always_inline)) void refine_rows(PanelInts (*sums)[P],
+                                                       const Weights* const (&weights)[P],
+                                                       const ActivationGroup* x, int64_t stride) {
+    PanelInts refined[R][P];
+    UNROLL for (int64_t r = 0; r < R; ++r) {
+        const int32_t factor = x[r * stride].refined ? static_cast<int32_t>(kRefinement) : 1;
+        UNROLL for (int64_t p = 0; p < P; ++p) refined[r][p] = sums[r][p] * factor;
+    }
+    add_term(refined, weights, x->remainders, stride * sizeof(ActivationGroup));
+    UNROLL for (int64_t r = 0; r < R; ++r)
+        UNROLL for (int64_t p = 0; p < P; ++p) sums[r][p] = refined[r][p];
+}
+
+// The same for a tile in which `num_refined` rows are. Rare, and kept out of the tile's own loop.
+template <int64_t R, int64_t P, typename Weights>
+__attribute__((noinline)) void refine(PanelInts (&sums)[R][P], const Weights* const (&weights)[P],
+                                      const ActivationGroup* x, int64_t stride,
+                                      int32_t num_refined) {
+    // Weights that are in registers serve all rows: some may be multiplied in vain.
+    if (2 * num_refined > R) return refine_rows<R>(sums, weights, x, stride);
+    for (int64_t r = 0; r < R; ++r)
+        if (x[r * stride].refined) refine_rows<1>(sums + r, weights, x + r * stride, stride);
 }
 
 // Adds the products of one group of R rows, `stride` apart, and P panels to their totals.
@@ -72,13 +88,15 @@ inline __attribute__((always_inline)) void add_group(PanelFloats (&totals)[R][P]
     UNROLL for (int64_t r = 0; r < R; ++r)
         UNROLL for (int64_t p = 0; p < P; ++p) sums[r][p] = PanelInts{};
     add_term(sums, weights, x->values, stride * sizeof(ActivationGroup));
-    UNROLL for (int64_t r = 0; r < R; ++r) {
-        if (__builtin_expect(x[r * stride].refined, 0)) {
-            PanelInts row[P];
-            UNROLL for (int64_t p = 0; p < P; ++p) row[p] = sums[r][p];
-            refine(row, weights, x[r * stride].remainders);
-            UNROLL for (int64_t p = 0; p < P; ++p) sums[r][p] = row[p];
-        }
+    int32_t num_refined = 0;
+    UNROLL for (int64_t r = 0; r < R; ++r) num_refined += x[r * stride].refined;
+    if (__builtin_expect(num_refined, 0)) {
+        PanelInts tile[R][P];
+        UNROLL for (int64_t r = 0; r < R; ++r)
+            UNROLL for (int64_t p = 0; p < P; ++p) tile[r][p] = sums[r][p];
+        refine(tile, weights, x, stride, num_refined);
+        UNROLL for (int64_t r = 0; r < R; ++r)
+            UNROLL for (int64_t p = 0; p < P; ++p) sums[r][p] = tile[r][p];
     }
     UNROLL for (int64_t p = 0; p < P; ++p) {
         const PanelFloats scale = load_panel(weights[p]->scale);
