@@ -1,35 +1,41 @@
 """Reasoning loads on Pagewire: long outputs of swinging length, arriving at their own pace.
 
-Each variant of the server gets the same requests at the same times. Measured are the KV use and the
-batch of the decode worker over time, the time until a request is complete and how far the slowest
-lag behind, and what quantisation, speculation and the prefix cache change. A switch that this
-version of `pagewire serve` does not have is skipped, and the output says so.
+Each variant of the server gets the same requests at the same times: all begin with the same
+instructions and are sampled as makers of reasoning models recommend. Measured are the KV use and
+the batch of the decode worker over time, the time until a request is complete and how far the
+slowest lag behind, and what quantisation, speculation and the prefix cache change.
 """
 
 import argparse
 import json
 import statistics
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harness.figures import output_rate, percentile, tpots_s
+from harness.http_endpoint import open_http_endpoint
 from harness.load import Arrival, open_loop
 from harness.plot import sparkline
-from harness.process import run_async
+from harness.process import StartError, run_async
 from harness.prompts import TEXT, PromptSource
-from harness.streams import StreamTimes
+from harness.streams import StreamError, StreamTimes
 from harness.table import markdown_table, number
 from harness.worker_samples import DecodeSample, sampled
 from harness.workload import TimedRequest, TraceError, read_trace, reasoning_load, scaled
 from pagewire.cluster.api import tokenizer_of
 from pagewire.engine.loading.resolve import resolve_model
-from peers.pagewire_server import PagewireServer, serve_has
+from peers.pagewire_server import SERVED_MODEL, PagewireServer
 from peers.workspace import Workspace
 
 SEED = 1
 SAMPLE_S = 0.25
 PLOT_WIDTH = 72
+# Sampled, since a small model that is greedy soon repeats itself; with a seed, so that variants of
+# the same weights write the same.
+SAMPLING = {"temperature": 0.6, "top_p": 0.95, "seed": SEED}
 
 # Arguments of `pagewire serve`, by what they are to show.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -46,13 +52,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 class Load:
     """What is sent."""
 
-    num_requests: int = 40
-    rate_per_s: float = 0.4
-    prompt_tokens: int = 128
-    mean_output_tokens: float = 500.0
+    num_requests: int = 24
+    rate_per_s: float = 1.0
+    prompt_tokens: int = 64  # of the question, behind the instructions that all have in common
+    mean_output_tokens: float = 200.0
     sigma: float = 0.9
-    max_output_tokens: int = 4000
+    max_output_tokens: int = 800
 
+
+INSTRUCTION_TOKENS = 320
 
 QUICK = Load(num_requests=6, rate_per_s=1.5, mean_output_tokens=24.0, max_output_tokens=96)
 
@@ -68,21 +76,23 @@ class Outcome:
     e2e_p50: float
     e2e_p99: float
     last_tenth: float  # from the end of 90 % of the requests to the end of all, by the whole time
-    kv_peak: float  # share of the decode workers' pages
+    kv_peak: int  # pages of the decode workers that requests hold
     kv_mean: float
+    kv_total: int
     batch_peak: int
     batch_mean: float  # over the samples in which anything ran
     samples: tuple[DecodeSample, ...]
 
 
 def make_arrivals(requests: Sequence[TimedRequest], workspace: Workspace) -> list[Arrival]:
-    """Requests with prompts, the same in every variant."""
+    """Requests with prompts, the same in every variant; all begin with the same instructions."""
     tokens = tokenizer_of(workspace.model).encode(TEXT.read_text(encoding="utf-8"))
     source = PromptSource(tokens, seed=SEED)
+    (instructions,) = source.take(1, INSTRUCTION_TOKENS)
     return [
         Arrival(
             at_s=request.at_s,
-            prompt=source.take(1, request.prompt_tokens)[0],
+            prompt=instructions + source.take(1, request.prompt_tokens)[0],
             max_tokens=request.output_tokens,
         )
         for request in requests
@@ -90,11 +100,17 @@ def make_arrivals(requests: Sequence[TimedRequest], workspace: Workspace) -> lis
 
 
 async def run(options: Sequence[str], arrivals: Sequence[Arrival], workspace: Workspace) -> Outcome:
-    """Start a server with these options and put it under the load. Raises StreamError."""
+    """Start a server with these options and put it under the load.
+
+    Raises StartError and StreamError.
+    """
     async with PagewireServer(options=options).start(workspace) as running:
         assert running.url is not None
-        async with sampled(running.url, interval_s=SAMPLE_S) as samples:
-            streams = await open_loop(running.endpoint, arrivals)
+        async with (
+            open_http_endpoint(running.url, SERVED_MODEL, sampling=SAMPLING) as endpoint,
+            sampled(running.url, interval_s=SAMPLE_S) as samples,
+        ):
+            streams = await open_loop(endpoint, arrivals)
     return outcome(streams, samples)
 
 
@@ -104,7 +120,7 @@ def outcome(streams: Sequence[StreamTimes], samples: Sequence[DecodeSample]) -> 
     ends = sorted(stream.end for stream in streams)
     start = min(stream.sent for stream in streams)
     tpots = tpots_s(streams)
-    kv = [sample.used_pages / sample.total_pages for sample in samples]
+    used = [sample.used_pages for sample in samples]
     batches = [sample.running for sample in samples if sample.running]
     return Outcome(
         output_tokens_per_s=output_rate(streams),
@@ -114,8 +130,9 @@ def outcome(streams: Sequence[StreamTimes], samples: Sequence[DecodeSample]) -> 
         e2e_p50=percentile(e2e, 0.5),
         e2e_p99=percentile(e2e, 0.99),
         last_tenth=(ends[-1] - percentile(ends, 0.9)) / (ends[-1] - start),
-        kv_peak=max(kv),
-        kv_mean=statistics.mean(kv),
+        kv_peak=max(used),
+        kv_mean=statistics.mean(used),
+        kv_total=samples[-1].total_pages,
         batch_peak=max(batches, default=0),
         batch_mean=statistics.mean(batches) if batches else 0.0,
         samples=tuple(samples),
@@ -125,27 +142,30 @@ def outcome(streams: Sequence[StreamTimes], samples: Sequence[DecodeSample]) -> 
 def table(outcomes: dict[str, Outcome]) -> str:
     """All variants, one a row."""
     header = ["variant", "output tok/s", "TTFT p50 (ms)", "TPOT p50", "TPOT p99 (ms)"]
-    header += ["E2E p50", "E2E p99 (s)", "last tenth", "KV peak", "KV mean", "batch peak", "mean"]
+    header += ["E2E p50", "E2E p99 (s)", "last tenth", "KV pages, peak", "mean"]
+    header += ["batch, peak", "mean"]
     rows = []
     for name, each in outcomes.items():
         values = [each.output_tokens_per_s, each.ttft_p50_ms, each.tpot_p50_ms, each.tpot_p99_ms]
         values += [each.e2e_p50, each.e2e_p99]
-        shares = [f"{share:.0%}" for share in (each.last_tenth, each.kv_peak, each.kv_mean)]
+        kv = [f"{each.kv_peak} of {each.kv_total}", number(each.kv_mean)]
         batch = [str(each.batch_peak), number(each.batch_mean)]
-        rows.append([name, *map(number, values), *shares, *batch])
+        rows.append([name, *map(number, values), f"{each.last_tenth:.0%}", *kv, *batch])
     return markdown_table(header, rows)
 
 
 def plots(name: str, each: Outcome) -> str:
     """KV use and batch of one variant over time, each up to its own peak."""
-    used = [sample.used_pages for sample in each.samples]
-    running = [sample.running for sample in each.samples]
-    seconds = each.samples[-1].at_s
-    return (
-        f"{name}, {seconds:.0f} s from left to right\n"
-        f"  KV pages |{sparkline(used, width=PLOT_WIDTH, top=max(used))}| to {max(used)}\n"
-        f"  batch    |{sparkline(running, width=PLOT_WIDTH, top=max(running))}| to {max(running)}"
-    )
+    series = {
+        "in use": [sample.used_pages for sample in each.samples],
+        "cached": [sample.cached_pages for sample in each.samples],
+        "batch": [sample.running for sample in each.samples],
+    }
+    lines = [f"{name}: KV pages and batch, {each.samples[-1].at_s:.0f} s from left to right"]
+    for label, values in series.items():
+        line = sparkline(values, width=PLOT_WIDTH, top=max(values))
+        lines.append(f"  {label:6} |{line}| to {max(values)}")
+    return "\n".join(lines)
 
 
 def requests_of(arguments: argparse.Namespace, load: Load) -> list[TimedRequest]:
@@ -194,6 +214,18 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def save(
+    path: Path, requests: Sequence[TimedRequest], outcomes: dict[str, Outcome], left: dict[str, str]
+) -> None:
+    """Write everything that is known so far."""
+    result = {
+        "requests": [asdict(request) for request in requests],
+        "variants": {name: asdict(each) for name, each in outcomes.items()},
+        "left_out": left,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     arguments = parse()
     base = QUICK if arguments.quick else Load()
@@ -208,25 +240,24 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     workspace = Workspace(model=resolve_model(None))
     arrivals = make_arrivals(requests, workspace)
-    outcomes, skipped = {}, {}
+    outcomes: dict[str, Outcome] = {}
+    left: dict[str, str] = {}
     for name, options in VARIANTS.items():
         if name not in arguments.variants:
-            skipped[name] = "not chosen; see --variants"
-        elif options and not serve_has(options[0]):
-            skipped[name] = f"`pagewire serve` has no {options[0]}"
-        else:
+            left[name] = "not chosen; see --variants"
+            continue
+        started = time.perf_counter()
+        try:
             outcomes[name] = run_async(run(options, arrivals, workspace))
+        except (StartError, StreamError) as error:
+            left[name] = str(error)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        if arguments.json:
+            save(arguments.json, requests, outcomes, left)
     print("\n\n".join(plots(name, each) for name, each in outcomes.items()) + "\n")
     print(table(outcomes))
-    for name, reason in skipped.items():
-        print(f"skipped: {name} ({reason})")
-    if arguments.json:
-        result = {
-            "requests": [asdict(request) for request in requests],
-            "variants": {name: asdict(each) for name, each in outcomes.items()},
-            "skipped": skipped,
-        }
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, reason in left.items():
+        print(f"left out: {name} ({reason})")
 
 
 if __name__ == "__main__":

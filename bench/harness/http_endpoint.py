@@ -4,7 +4,7 @@ Prompts go out as token ids, so that every engine gets exactly the same number o
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import httpx
@@ -12,25 +12,30 @@ import httpx
 from harness.sse import parse_line
 from harness.streams import StreamError, StreamTimes
 
+GREEDY: Mapping[str, object] = {"temperature": 0}
 READ_TIMEOUT_S = 300.0  # the longest silence: a queue of long prompts on a slow machine
 
 
 class HttpEndpoint:
     """Implements `harness.streams.Endpoint` over /v1/completions."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, model: str, sampling: Mapping[str, object] = GREEDY
+    ) -> None:
+        """`sampling`: fields of the request that say how tokens are chosen."""
         self._client = client
         self._model = model
+        self._sampling = sampling
 
     async def stream(self, prompt: Sequence[int], max_tokens: int) -> StreamTimes:
         body = {
             "model": self._model,
             "prompt": list(prompt),
             "max_tokens": max_tokens,
-            "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self._sampling,
         }
         try:
             return await self._stream(body, max_tokens)
@@ -58,7 +63,9 @@ class HttpEndpoint:
 
 
 @asynccontextmanager
-async def open_http_endpoint(url: str, model: str) -> AsyncIterator[HttpEndpoint]:
+async def open_http_endpoint(
+    url: str, model: str, *, sampling: Mapping[str, object] = GREEDY
+) -> AsyncIterator[HttpEndpoint]:
     """The server at `url`, with connections that are kept between requests."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(READ_TIMEOUT_S, pool=None)
@@ -66,4 +73,4 @@ async def open_http_endpoint(url: str, model: str) -> AsyncIterator[HttpEndpoint
     async with httpx.AsyncClient(
         base_url=url, limits=limits, timeout=timeout, trust_env=False
     ) as client:
-        yield HttpEndpoint(client, model)
+        yield HttpEndpoint(client, model, sampling)

@@ -16,7 +16,8 @@ class DecodeSample:
     """All decode workers together at one moment."""
 
     at_s: float  # after sampling began
-    used_pages: int  # not free: with KV in it, or kept for running work
+    used_pages: int  # held by requests, or by operations on them
+    cached_pages: int  # held by nobody: kept for prompts that begin alike, until they are needed
     total_pages: int
     running: int  # sequences of the batch
     queued: int  # in all workers, prefill workers included
@@ -50,7 +51,8 @@ def decode_sample(workers: Sequence[Mapping[str, Any]], *, at_s: float) -> Decod
     pages = [worker["pages"] for worker in decode]
     return DecodeSample(
         at_s=at_s,
-        used_pages=sum(each["total"] - each["free"] for each in pages),
+        used_pages=sum(each["total"] - each["free"] - each["cached"] for each in pages),
+        cached_pages=sum(each["cached"] for each in pages),
         total_pages=sum(each["total"] for each in pages),
         running=sum(worker["running"] for worker in decode),
         queued=sum(worker["queued"] for worker in workers),

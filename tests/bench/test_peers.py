@@ -68,14 +68,17 @@ def test_stragglers_and_kv_of_a_reasoning_load() -> None:
         StreamTimes(sent=0.0, arrivals=(1.0, float(end)), num_tokens=2) for end in range(2, 12)
     ]
     samples = [
-        DecodeSample(at_s=float(at), used_pages=used, total_pages=10, running=used, queued=0)
+        DecodeSample(
+            at_s=float(at), used_pages=used, cached_pages=2, total_pages=10, running=used, queued=0
+        )
         for at, used in enumerate((0, 5, 1))
     ]
     outcome = reasoning.outcome(streams, samples)
     assert outcome.e2e_p50 == 6.0 and outcome.e2e_p99 == 11.0
     assert outcome.last_tenth == pytest.approx(1 / 11)
-    assert outcome.kv_peak == 0.5 and outcome.batch_peak == 5 and outcome.batch_mean == 3.0
-    assert "KV pages" in reasoning.plots("default", outcome)
+    assert (outcome.kv_peak, outcome.kv_mean, outcome.kv_total) == (5, 2.0, 10)
+    assert outcome.batch_peak == 5 and outcome.batch_mean == 3.0
+    assert "cached" in reasoning.plots("default", outcome)
     assert "default" in reasoning.table({"default": outcome})
 
 

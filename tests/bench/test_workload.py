@@ -77,9 +77,9 @@ def test_a_plot_has_its_width_and_shows_the_peak(values: list[float], width: int
 
 
 def test_a_sample_counts_decode_workers() -> None:
-    pages = {"total": 10, "free": 4}
+    pages = {"total": 10, "free": 4, "cached": 1}
     decode = {"role": "decode", "pages": pages, "running": 3, "queued": 1}
     prefill = {"role": "prefill", "pages": pages, "running": 1, "queued": 2}
     sample = decode_sample([prefill, decode], at_s=1.0)
-    assert (sample.used_pages, sample.total_pages) == (6, 10)
+    assert (sample.used_pages, sample.cached_pages, sample.total_pages) == (5, 1, 10)
     assert (sample.running, sample.queued) == (3, 3)

@@ -1,5 +1,6 @@
 """Chunks of a prefill step: whole pages, within the budget, the most urgent first."""
 
+from collections.abc import Sequence
 from itertools import count
 
 import pytest
@@ -14,9 +15,11 @@ from pagewire.kv_transfer.messages import HandoffId
 from pagewire.prefill_worker.scheduler import PrefillScheduler
 from pagewire.prefill_worker.sender import Sender
 from pagewire.prefill_worker.sequence import PrefillSequence
+from pagewire.proto.page_hash import KEY_BYTES, PageHasher
 from pagewire.worker.identity import AttemptKey
 
 PAGE_SIZE = LAYOUT.page_size
+HASHER = PageHasher(secret=bytes(KEY_BYTES), page_size=PAGE_SIZE)
 
 
 def sequence(
@@ -26,12 +29,15 @@ def sequence(
     arrived: float = 0.0,
     deadline: float = 600.0,
     priority: int = 0,
+    prompt: Sequence[int] | None = None,
 ) -> PrefillSequence:
+    """With a `prompt`, one whose pages the prefix cache may share."""
     identity = HandoffId(request_id=name, attempt=1, sender=b"p" * 16, receiver=b"d" * 16)
     return PrefillSequence(
         key=AttemptKey(name, 1),
         route=route(b"p" * 16, name),
-        token_ids=(1,) * num_tokens,
+        token_ids=(1,) * num_tokens if prompt is None else tuple(prompt),
+        page_keys=() if prompt is None else HASHER.keys(prompt),
         sampling=SamplingParams(),
         sender=Sender(
             id=identity,
@@ -162,6 +168,56 @@ def test_a_sequence_that_waits_for_pages_is_overtaken_until_it_has_aged() -> Non
     assert names(scheduler, now=3.0) == []
     pool.release(held)
     assert names(scheduler, now=3.1) == ["large"]
+
+
+def shared(name: str, prompt: Sequence[int], *, arrived: float = 0.0) -> PrefillSequence:
+    return sequence(name, len(prompt), prompt=prompt, arrived=arrived)
+
+
+def run_step(scheduler: PrefillScheduler, cache: PrefixCache) -> list[tuple[str, int]]:
+    """The chunks of a step, whose pages are cached once it has run."""
+    chunks = scheduler.schedule(0.0)
+    for chunk in chunks:
+        item = chunk.sequence
+        item.num_computed += chunk.num_tokens
+        keys = item.page_keys[: item.num_computed // PAGE_SIZE]
+        cache.register(keys, item.pages[: len(keys)])
+    return [(chunk.sequence.key.request_id, chunk.num_tokens) for chunk in chunks]
+
+
+def test_a_prompt_that_others_are_computing_is_computed_once() -> None:
+    cache = PrefixCache(PagePool(100))
+    scheduler = PrefillScheduler(cache, LAYOUT, 4 * PAGE_SIZE)
+    prompt = range(6 * PAGE_SIZE)
+    scheduler.add(shared("first", prompt))
+    scheduler.add(shared("second", [*prompt, 7]))
+    scheduler.add(shared("other", [9] * PAGE_SIZE))
+    assert run_step(scheduler, cache) == [("other", PAGE_SIZE), ("first", 3 * PAGE_SIZE)]
+    assert run_step(scheduler, cache) == [("first", 3 * PAGE_SIZE)]
+    assert run_step(scheduler, cache) == [("second", 1)]
+
+
+def test_who_waits_for_the_pages_of_another_starts_when_that_one_has_gone() -> None:
+    cache = PrefixCache(PagePool(100))
+    scheduler = PrefillScheduler(cache, LAYOUT, 2 * PAGE_SIZE)
+    prompt = range(4 * PAGE_SIZE)
+    first = shared("first", prompt)
+    scheduler.add(first)
+    scheduler.add(shared("second", prompt))
+    assert run_step(scheduler, cache) == [("first", 2 * PAGE_SIZE)]
+    scheduler.remove(first)
+    assert run_step(scheduler, cache) == [("second", 2 * PAGE_SIZE)]
+
+
+def test_what_is_cached_does_not_make_a_prompt_long() -> None:
+    cache = PrefixCache(PagePool(100))
+    scheduler = PrefillScheduler(cache, LAYOUT, 8 * PAGE_SIZE)
+    history = range(8 * PAGE_SIZE)
+    scheduler.add(shared("history", history))
+    run_step(scheduler, cache)
+    scheduler.add(shared("new", [5] * 2 * PAGE_SIZE))
+    scheduler.add(shared("next turn", [*history, 3, 4]))
+    assert run_step(scheduler, cache) == [("next turn", 2), ("new", 2 * PAGE_SIZE)]
 
 
 def test_a_removed_sequence_is_forgotten() -> None:
