@@ -168,8 +168,12 @@ async def _launch(
             launcher,
             workers,
             on_exit=lambda name, end: exits.put_nowait((name, end)),
-            is_heard=control.has_worker,
-            hang_policy=HangPolicy(start_s=config.start_timeout_s, silence_s=config.hang_timeout_s),
+            step_s=control.step_s,
+            hang_policy=HangPolicy(
+                start_s=config.start_timeout_s,
+                silence_s=config.hang_timeout_s,
+                step_s=config.step_timeout_s,
+            ),
             grace_s=config.stop_timeout_s,
         )
     )
