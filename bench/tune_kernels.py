@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     from pagewire.kernels.gpu.launch_table import PATH
-    from pagewire.kernels.triton_ops import find_gpu, is_interpreted
+    from pagewire.kernels.triton_device import is_interpreted
+    from pagewire.kernels.triton_ops import find_gpu
 
     device = "cpu" if is_interpreted() else "cuda"
     name = find_gpu(device).title

@@ -197,6 +197,9 @@ class ServeConfig(BaseSettings):
     hang_timeout_s: float = Field(
         default=30.0, gt=0, description="a worker that says nothing for so long is replaced"
     )
+    step_timeout_s: float = Field(
+        default=120.0, gt=0, description="a worker whose model is at one step so long is replaced"
+    )
     stop_timeout_s: float = Field(
         default=5.0, gt=0, description="for a stopped worker to end by itself"
     )

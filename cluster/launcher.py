@@ -37,4 +37,7 @@ class Launcher(Protocol):
     """Starts worker processes."""
 
     async def launch(self, config: WorkerConfig) -> WorkerHandle:
-        """Start one worker. Raises LaunchError when no process came up."""
+        """Start one worker. Raises LaunchError when no process came up.
+
+        Whoever does not want to wait any longer cancels it: then none comes up later either.
+        """

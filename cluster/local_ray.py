@@ -10,6 +10,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from pagewire.cluster import processes
+from pagewire.cluster import janitor, processes
 from pagewire.cluster.errors import LaunchError
 
 NAMESPACE = "pagewire"
@@ -61,6 +63,7 @@ class LocalRay:
         # thread must live as long as they shall.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
         self._start: asyncio.Future[None] | None = None
+        self._janitor: subprocess.Popen[bytes] | None = None
 
     @property
     def dashboard_url(self) -> str:
@@ -70,6 +73,11 @@ class LocalRay:
         _remove_stale_directories()
         self._directory = Path(
             tempfile.mkdtemp(prefix=f"{_DIRECTORY_PREFIX}{os.getpid()}-", dir=_DIRECTORY_PARENT)
+        )
+        self._janitor = subprocess.Popen(
+            [sys.executable, "-I", "-S", janitor.__file__, str(self._directory)],
+            stdin=subprocess.PIPE,  # never written: it ends when this process does
+            start_new_session=True,  # what ends a whole group of processes shall not end it
         )
         self._others = processes.descendants()
         self._start = asyncio.get_running_loop().run_in_executor(self._thread, self._init)
@@ -124,6 +132,9 @@ class LocalRay:
         processes.kill(left)
         processes.wait_gone(left, _KILL_TIMEOUT_S)
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._janitor is not None:
+            with self._janitor:  # closes its standard input, and waits
+                self._janitor.kill()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""This process and its descendants, and the certainty that these are gone.
+"""Processes and their descendants, and the certainty that these are gone.
 
 Ray's processes start others and are not always the last to end, so an instance that stops waits
 for every descendant that it saw.
@@ -21,6 +21,15 @@ def age_s() -> float:
 def descendants() -> set[psutil.Process]:
     """All processes below this one."""
     return set(psutil.Process().children(recursive=True))
+
+
+def tree(pid: int) -> set[psutil.Process]:
+    """The process `pid` and all below it; empty when it is gone."""
+    try:
+        root = psutil.Process(pid)
+        return {root, *root.children(recursive=True)}
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -34,7 +34,11 @@ class RayLauncher:
         )
         try:
             actor: Any = actor_class.remote()
-            pid = await actor.prepare.remote(worker_environment(config))
+            try:
+                pid = await actor.prepare.remote(worker_environment(config))
+            except asyncio.CancelledError:
+                ray.kill(actor)  # Ray may still wait for a place to start it in
+                raise
         except (RayError, ValueError) as error:  # ValueError: the name is not free yet
             raise LaunchError(f"Ray cannot start {config.name}: {_sentence(error)}") from error
         return RayHandle(actor, pid, actor.run.remote(config.to_json()))
@@ -63,9 +67,10 @@ class RayHandle:
             await self.kill()
 
     async def kill(self) -> None:
+        """Ray asks the process itself, which may be stopped, as may the ranks that it started."""
+        tree = processes.tree(self._pid)  # before the ranks lose their parent
         ray.kill(self._actor)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(self._pid).kill()  # Ray asks the process itself, which may be stopped
+        processes.kill(tree)
         await self.wait()
 
     async def _watch(self, run: "ray.ObjectRef[None]") -> WorkerExit:

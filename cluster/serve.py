@@ -20,6 +20,7 @@ from pagewire.cluster.api import build_app, tokenizer_of
 from pagewire.cluster.config import ServeConfig
 from pagewire.cluster.devices import DeviceChoice, choose_device, find_gpus
 from pagewire.cluster.draft_tokenizer import require_same_tokens
+from pagewire.cluster.early_refusals import require_runnable
 from pagewire.cluster.errors import StartError
 from pagewire.cluster.hang import HangPolicy
 from pagewire.cluster.http_server import HttpServer
@@ -70,6 +71,7 @@ async def serve(config: ServeConfig, terminal: Terminal) -> None:
         device = choose_device(config, await asyncio.to_thread(find_gpus, config.device))
         if device.reason:
             terminal.say(f"workers run on the CPU: {device.reason}")
+        require_runnable(config, device.name)
         async with AsyncExitStack() as stack:
             base = await _start_base(stack, config, model, device, terminal)
             if draft_model:
@@ -168,8 +170,12 @@ async def _launch(
             launcher,
             workers,
             on_exit=lambda name, end: exits.put_nowait((name, end)),
-            is_heard=control.has_worker,
-            hang_policy=HangPolicy(start_s=config.start_timeout_s, silence_s=config.hang_timeout_s),
+            step_s=control.step_s,
+            hang_policy=HangPolicy(
+                start_s=config.start_timeout_s,
+                silence_s=config.hang_timeout_s,
+                step_s=config.step_timeout_s,
+            ),
             grace_s=config.stop_timeout_s,
         )
     )

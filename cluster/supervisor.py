@@ -30,8 +30,9 @@ class Supervisor:
     """Runs `configs` on `launcher` while its context is open, each restarted when it ends.
 
     `on_exit` is called with the worker's name for every process that ended without being asked.
-    `is_heard` says whether a router hears of the process of a worker, by the worker's name and the
-    process id: without a word for the time of `hang_policy` it is killed, and started again.
+    `step_s` says, by a worker's name and the id of its process, for how long its step has run; None
+    when no router hears of the process. By that `hang_policy` decides whether it is killed, and
+    started again.
     Leaving the context stops all workers, those that do not end in `grace_s` seconds by force.
     """
 
@@ -41,7 +42,7 @@ class Supervisor:
         configs: Iterable[WorkerConfig],
         *,
         on_exit: Callable[[str, WorkerExit], None],
-        is_heard: Callable[[str, int], bool],
+        step_s: Callable[[str, int], float | None],
         policy: RestartPolicy | None = None,
         hang_policy: HangPolicy | None = None,
         grace_s: float = 5.0,
@@ -50,7 +51,7 @@ class Supervisor:
         self._launcher = launcher
         self._configs = tuple(configs)
         self._on_exit = on_exit
-        self._is_heard = is_heard
+        self._step_s = step_s
         self._policy = policy or RestartPolicy()
         self._hang_policy = hang_policy or HangPolicy()
         self._grace_s = grace_s
@@ -72,7 +73,7 @@ class Supervisor:
             config,
             stop=self._stop,
             on_exit=self._on_exit,
-            is_heard=lambda pid: self._is_heard(config.name, pid),
+            step_s=lambda pid: self._step_s(config.name, pid),
             hang_policy=self._hang_policy,
             grace_s=self._grace_s,
         )
@@ -92,7 +93,7 @@ class _Worker:
         *,
         stop: asyncio.Event,
         on_exit: Callable[[str, WorkerExit], None],
-        is_heard: Callable[[int], bool],
+        step_s: Callable[[int], float | None],
         hang_policy: HangPolicy,
         grace_s: float,
     ) -> None:
@@ -100,10 +101,11 @@ class _Worker:
         self._config = config
         self._stop = stop
         self._on_exit = on_exit
-        self._is_heard = is_heard
+        self._step_s = step_s
         self._hang_policy = hang_policy
         self._grace_s = grace_s
         self._handle: WorkerHandle | None = None
+        self._complaint = ""  # why it counts as hung
 
     async def carry_out(self, action: Action) -> Event:
         match action:
@@ -122,12 +124,14 @@ class _Worker:
 
     async def _launch(self) -> Event:
         """Start the process and stay with it until it ends or hangs, or all shall stop."""
+        self._handle = None
         try:
-            self._handle = await self._launcher.launch(self._config)
+            self._handle = await self._start()
         except LaunchError as error:
-            self._handle = None
             self._on_exit(self._config.name, WorkerExit(reason=str(error)))
             return Event.EXITED
+        if self._handle is None:
+            return Event.STOP
         end = asyncio.create_task(self._handle.wait())
         stop = asyncio.create_task(self._stop.wait())
         hang = asyncio.create_task(self._hang(self._handle.pid))
@@ -141,16 +145,31 @@ class _Worker:
             self._on_exit(self._config.name, end.result())
         return Event.EXITED
 
+    async def _start(self) -> WorkerHandle | None:
+        """The process; None when all shall stop before there is one. Raises LaunchError.
+
+        A launcher may wait for as long as no machine has room, and nobody may wait for that.
+        """
+        launch = asyncio.ensure_future(self._launcher.launch(self._config))
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({launch, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not launch.done():
+            launch.cancel()
+            await asyncio.wait({launch})
+        return None if launch.cancelled() else launch.result()
+
     async def _hang(self, pid: int) -> None:
         """Return when the process has hung."""
         watch = HangWatch(self._hang_policy)
-        while not watch.look(self._is_heard(pid)):
+        while (complaint := watch.look(self._step_s(pid))) is None:
             await asyncio.sleep(self._hang_policy.look_s)
+        self._complaint = complaint
 
     async def _kill(self) -> Event:
         if self._handle is not None:
             await self._handle.kill()
-        self._on_exit(self._config.name, WorkerExit(reason="it did not answer and was killed"))
+        self._on_exit(self._config.name, WorkerExit(reason=f"{self._complaint} and was killed"))
         return Event.EXITED
 
     async def _wait(self, delay_s: float) -> Event:

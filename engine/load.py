@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pagewire.engine.config import ModelConfig
-from pagewire.engine.emulation import no_kernels
+from pagewire.engine.emulation import no_kernels, require_cpu_kernels
 from pagewire.engine.errors import KernelError, ModelError
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
@@ -58,6 +58,9 @@ def load_engine(
     """
     parallel = parallel or TensorParallel()
     group = parallel.group
+    if device == "cpu":
+        forms = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+        require_cpu_kernels(kernels, forms)
     selected = select_kernels(
         kernels, device, deterministic=deterministic, fp8=quantization is Quantization.FP8
     )

@@ -22,6 +22,7 @@ from pagewire.kernels.native_ops import NativeOps
 from pagewire.kernels.ops import Ops
 from pagewire.kernels.quantized_linears import QuantizedLinears
 from pagewire.kernels.torch_ops import TorchOps
+from pagewire.kernels.triton_device import is_interpreted, require_triton_device
 
 
 class Kernels(StrEnum):
@@ -111,13 +112,9 @@ def _triton(device: str, deterministic: bool, fp8: bool) -> SelectedOps:
     from pagewire.kernels.gpu.cuda_graphs import CudaGraphs
     from pagewire.kernels.gpu.grouped_experts import group_experts
     from pagewire.kernels.gpu.triton_linears import TritonLinears
-    from pagewire.kernels.triton_ops import TritonOps, find_gpu, is_interpreted
+    from pagewire.kernels.triton_ops import TritonOps, find_gpu
 
-    if torch.device(device).type == "cpu" and not is_interpreted():
-        raise KernelsUnavailableError(
-            f"the Triton kernels run on a GPU, not on {device}",
-            "choose kernels auto, or TRITON_INTERPRET=1 to try them slowly",
-        )
+    require_triton_device(torch.device(device).type)
     gpu = find_gpu(device)
     capture = None if is_interpreted() else CudaGraphs(device).capture
     return SelectedOps(

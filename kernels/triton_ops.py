@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
-import triton
 from torch import Tensor
 
 from pagewire.kernels.gpu import sampling
@@ -30,6 +29,7 @@ from pagewire.kernels.ops import (
     SamplingRows,
     TokenActivation,
 )
+from pagewire.kernels.triton_device import is_interpreted
 
 FIRST_WITH_TMA = 9  # compute capability of Hopper
 FIRST_WITH_FP8 = 8, 9  # of Ada
@@ -44,11 +44,6 @@ class GPU:
     num_sms: int
     has_tma: bool  # a unit that fetches tiles, from Hopper on
     has_fp8: bool  # numbers of 8 bits, from Ada on
-
-
-def is_interpreted() -> bool:
-    """Whether this process interprets kernels, on a CPU, instead of compiling them."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def find_gpu(device: str) -> GPU:

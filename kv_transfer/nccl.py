@@ -7,10 +7,18 @@ without authentication or encryption, so the network must be your own.
 from typing import TYPE_CHECKING
 
 from pagewire.kv_transfer.group_transport import GroupTransport
-from pagewire.kv_transfer.transport import Handler
+from pagewire.kv_transfer.transport import Handler, TransportError
 
 if TYPE_CHECKING:
     from pagewire.kv_transfer.nccl_device import NcclDevice
+
+
+def require_gpu(device: str) -> None:
+    """Raise TransportError, with a remedy, unless `device`, as torch names it, is a GPU."""
+    if device.partition(":")[0] != "cuda":
+        raise TransportError(
+            f"transport nccl moves GPU memory, and workers run on {device}; use shm, ucx or tcp"
+        )
 
 
 class NcclTransport(GroupTransport):

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from pagewire.kv_transfer.exposure import is_loopback
 from pagewire.kv_transfer.group_link import GroupLink
+from pagewire.kv_transfer.nccl import require_gpu
 from pagewire.kv_transfer.pair_store import PairStore, join_group
 from pagewire.kv_transfer.staged_group import StagedGroup
 from pagewire.kv_transfer.transport import TransportError
@@ -91,10 +92,7 @@ class NcclDevice:
 
 def require_nccl(device: str) -> None:
     """Raise TransportError, with a remedy, unless NCCL can move the memory of `device`."""
-    if torch.device(device).type != "cuda":
-        raise TransportError(
-            f"nccl moves GPU memory, and this worker runs on {device}; use shm, ucx or tcp"
-        )
+    require_gpu(device)
     if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
         raise TransportError(
             "this build of torch has no NCCL; install one with CUDA, or use shm, ucx or tcp"

@@ -25,6 +25,7 @@ from pagewire.kv_transfer.messages import (
     Renew,
     Seal,
 )
+from pagewire.prefill_worker.events import first_tokens, parked, sealed
 from pagewire.prefill_worker.layer_groups import layer_group_ends
 from pagewire.prefill_worker.prompts import PromptReader, addresses
 from pagewire.prefill_worker.refusals import PASSING, REFUSALS
@@ -33,17 +34,12 @@ from pagewire.prefill_worker.sender import Sender, SenderState
 from pagewire.prefill_worker.sequence import PrefillSequence
 from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
+from pagewire.worker.attempts import Attempts
 from pagewire.worker.cache_reports import CacheReports
-from pagewire.worker.effects import Connect, Disconnect, Effect, Emit, Send, SendFrame
-from pagewire.worker.events import failed, logprobs_message, page_counts
-from pagewire.worker.identity import (
-    AttemptKey,
-    CommandError,
-    finish_reason,
-    reply_route,
-)
+from pagewire.worker.effects import Connect, Disconnect, Effect, Send, SendFrame
+from pagewire.worker.events import failed, logprobs_message, page_counts, step_failed
+from pagewire.worker.identity import AttemptKey, CommandError, finish_reason
 from pagewire.worker.interval import Interval
-from pagewire.worker.ledger import EndedAttempts
 from pagewire.worker.orphans import OrphanedPages
 from pagewire.worker.standstill import Standstill
 
@@ -96,11 +92,10 @@ class PrefillCore:
         self._lease_s = lease_s
         self.max_parked_pages = int(max_parked_share * pool.num_pages)
         self._scheduler = PrefillScheduler(self.cache, layout, max_batch_tokens)
-        self._sequences: dict[AttemptKey, PrefillSequence] = {}
+        self._attempts: Attempts[PrefillSequence] = Attempts()
         self._batch: list[Chunk] = []  # the step that runs now
         self._orphans = OrphanedPages(pool)
         self._sending: dict[tuple[AttemptKey, int], tuple[Sender, tuple[int, ...]]] = {}
-        self._ended = EndedAttempts()
         self._standstill = Standstill()
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -130,22 +125,19 @@ class PrefillCore:
         """The router is gone: so is everybody who waits for its requests."""
         self._reports.forget(router)
         return [
-            effect
-            for sequence in list(self._sequences.values())
-            if sequence.route.sender == router
-            for effect in self._end(sequence)
+            effect for sequence in self._attempts.sent_by(router) for effect in self._end(sequence)
         ]
 
     def _on_prefill(self, key: AttemptKey, command: pb.WorkerCommand, now: float) -> list[Effect]:
-        if key in self._sequences or key in self._ended:
+        if self._attempts.knows(key):
             self._num_dropped += 1
             return []
         try:
             sequence = self._reader.sequence(command, now)
         except CommandError as error:
-            self._ended.add(key)
+            self._attempts.rule_out(key)
             return [failed(command.route, str(error))]
-        self._sequences[key] = sequence
+        self._attempts.begin(sequence)
         self._scheduler.add(sequence)
         return []
 
@@ -154,31 +146,30 @@ class PrefillCore:
 
         It may come before the loss of the earlier decode worker is noticed here.
         """
-        if key in self._sequences or key in self._ended:
+        if self._attempts.knows(key):
             self._num_dropped += 1
             return []
         body = command.repoint
         if len(body.ticket) != ID_BYTES:
-            self._ended.add(key)
+            self._attempts.rule_out(key)
             return [failed(command.route, f"ticket is not {ID_BYTES} bytes")]
         held = AttemptKey(key.request_id, body.held_attempt)
-        sequence = self._sequences.get(held)
+        sequence = self._attempts.get(held)
         if sequence is None or sequence.route.sender != command.route.sender:
-            self._ended.add(key)
-            if sequence is None:  # should its Prefill still come, nobody waits for it
-                self._ended.add(held)
+            self._attempts.rule_out(key)
+            if sequence is None:  # its Prefill may still come
+                self._attempts.rule_out(held)
             text = "the pages of the prompt are not on this prefill worker any more"
             return [failed(command.route, text, pb.FAILURE_CODE_NOT_PARKED)]
         effects: list[Effect] = [Send(message=message) for message in sequence.sender.close()]
-        del self._sequences[held]
-        self._ended.add(held)
+        self._attempts.end(sequence)
         sequence.repoint(
             key=key,
             route=command.route,
             sender=self._reader.sender(command.route, body, sequence.token_ids),
             addresses=addresses(body),
         )
-        self._sequences[key] = sequence
+        self._attempts.begin(sequence)
         return [*effects, *(self._resume(sequence, now) if sequence.started is not None else [])]
 
     def _resume(self, sequence: PrefillSequence, now: float) -> list[Effect]:
@@ -189,12 +180,12 @@ class PrefillCore:
         effects = self._open(sequence, now)
         if not sequence.first_tokens:
             return effects
-        return [*_first_tokens(sequence), *effects, *self._finish(sequence, now)]
+        return [*first_tokens(sequence), *effects, *self._finish(sequence, now)]
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
-        sequence = self._sequences.get(key)
+        sequence = self._attempts.get(key)
         if sequence is None:
-            self._ended.add(key)
+            self._attempts.rule_out(key)
             return []
         return self._end(sequence) if sequence.route.sender == router else []
 
@@ -245,7 +236,7 @@ class PrefillCore:
         """The decode worker is gone, or cannot be reached."""
         effects: list[Effect] = []
         text = "the connection to the decode worker was lost during the hand-off"
-        for sequence in list(self._sequences.values()):
+        for sequence in self._attempts:
             if sequence.sender.id.receiver == peer and sequence.sender.is_open:
                 sequence.sender.on_peer_lost()
                 if not sequence.is_parked:
@@ -264,10 +255,8 @@ class PrefillCore:
     ) -> list[Effect]:
         """The hand-off has failed: keep the pages for another one, and go on computing."""
         sequence.lease_until = now + self._lease_s
-        parked = pb.Parked(code=code, message=text)
-        event = pb.WorkerEvent(route=reply_route(sequence.route), parked=parked)
         messages = sequence.sender.close()
-        return [*(Send(message=message) for message in messages), Emit(event=event)]
+        return [*(Send(message=message) for message in messages), parked(sequence, code, text)]
 
     def on_frame_sent(
         self, frame: Frame, checksum: int | None, now: float, gathered: Interval | None = None
@@ -280,7 +269,7 @@ class PrefillCore:
         sender, pages = self._sending.pop((key, frame.seq))
         self.pool.unpin(pages)
         messages = sender.on_sent(frame.seq, checksum, now, gathered)
-        sequence = self._sequences.get(key)
+        sequence = self._attempts.get(key)
         if sequence is not None:
             return self._carry_out(sequence, messages)
         return [Send(message=message) for message in messages]
@@ -296,7 +285,7 @@ class PrefillCore:
         return [Send(message=Closed(id=message.id.reply()))]
 
     def _addressee(self, id: HandoffId) -> PrefillSequence | None:
-        sequence = self._sequences.get(AttemptKey.of(id))
+        sequence = self._attempts.get(AttemptKey.of(id))
         if sequence is None or sequence.is_parked or id != sequence.sender.id.reply():
             return None
         return sequence
@@ -363,7 +352,7 @@ class PrefillCore:
         return [
             effect
             for chunk in self._batch
-            if chunk.is_last and self._sequences.get(chunk.sequence.key) is chunk.sequence
+            if chunk.is_last and chunk.sequence in self._attempts
             for effect in self._carry_out(
                 chunk.sequence, chunk.sequence.sender.on_layers_computed(num_layers, now)
             )
@@ -374,7 +363,7 @@ class PrefillCore:
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
         for index, (chunk, tokens) in enumerate(zip(batch, result.tokens, strict=True)):
-            if self._sequences.get(chunk.sequence.key) is chunk.sequence:
+            if chunk.sequence in self._attempts:
                 logprobs = result.logprobs.get(index, ())
                 effects += self._on_chunk_done(chunk, tokens, logprobs, now)
         self._orphans.free()
@@ -385,19 +374,13 @@ class PrefillCore:
         batch, self._batch = self._batch, []
         effects: list[Effect] = []
         for index, chunk in enumerate(batch):
-            if self._sequences.get(chunk.sequence.key) is not chunk.sequence:
+            if chunk.sequence not in self._attempts:
                 continue
             if index not in rows:
                 self._scheduler.put_back(chunk)
             else:
                 effects += self._end(chunk.sequence)
-                effects.append(
-                    failed(
-                        chunk.sequence.route,
-                        "the prefill step failed; the worker's log has the cause",
-                        pb.FAILURE_CODE_INTERNAL,
-                    )
-                )
+                effects.append(step_failed(chunk.sequence.route, "prefill"))
         self._orphans.free()
         return effects
 
@@ -422,11 +405,11 @@ class PrefillCore:
         started = sequence.started
         assert started is not None, "a chunk that has run was scheduled"
         times = pb.TimeParts(queue_s=started - sequence.arrived, prefill_s=now - started)
-        first_tokens = _first_tokens(sequence, times)
+        token_0 = first_tokens(sequence, times)
         num_tokens = sequence.num_resumed + 1
         if all(finish_reason(token, num_tokens, sequence.sampling) for token in tokens):
-            return [*first_tokens, *self._end(sequence)]
-        return [*first_tokens, *self._finish(sequence, now)]
+            return [*token_0, *self._end(sequence)]
+        return [*token_0, *self._finish(sequence, now)]
 
     def _cache_computed(self, sequence: PrefillSequence) -> None:
         """Let others share the full pages that are computed: now, not before."""
@@ -443,7 +426,7 @@ class PrefillCore:
         self._forgive(self._standstill.on_tick(now), now)
         effects: list[Effect] = []
         stalled: dict[bytes, None] = {}  # peers, in order
-        for sequence in list(self._sequences.values()):
+        for sequence in self._attempts:
             if sequence.lease_until is not None:
                 effects += self._expire(sequence) if now > sequence.lease_until else []
             elif self._is_stalled(sequence.sender, now):
@@ -458,7 +441,7 @@ class PrefillCore:
     def _forgive(self, seconds: float, now: float) -> None:
         """This process stood still for so long: no decode worker and no router could reach it."""
         senders = {sender for sender, _ in self._sending.values()}
-        for sequence in self._sequences.values():
+        for sequence in self._attempts:
             senders.add(sequence.sender)
             if sequence.lease_until is not None:
                 sequence.lease_until = min(sequence.lease_until + seconds, now + self._lease_s)
@@ -480,11 +463,11 @@ class PrefillCore:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left: no attempt, no step, no frame that is being sent."""
-        return not (self._sequences or self._batch or self._sending)
+        return not (len(self._attempts) or self._batch or self._sending)
 
     def has_handoff(self, peer: bytes) -> bool:
         """Whether a hand-off to the decode worker `peer` is under way, or a frame of one."""
-        senders = [sequence.sender for sequence in self._sequences.values()]
+        senders = [sequence.sender for sequence in self._attempts]
         senders += [sender for sender, _ in self._sending.values()]
         return any(sender.is_open and sender.id.receiver == peer for sender in senders)
 
@@ -499,7 +482,7 @@ class PrefillCore:
             pages=page_counts(self.pool),
             queued=self._scheduler.num_queued,
             running=len(self._batch),
-            handoffs=sum(sequence.sender.is_open for sequence in self._sequences.values()),
+            handoffs=sum(sequence.sender.is_open for sequence in self._attempts),
             queued_tokens=self._scheduler.num_queued_tokens,
             prompt_tokens=self._num_prompt_tokens,
             generated_tokens=self._num_generated_tokens,
@@ -511,16 +494,11 @@ class PrefillCore:
 
     def _num_parked_pages(self) -> int:
         """Pages of prompts that wait for a decode worker and for nothing else."""
-        return sum(
-            len(sequence.pages)
-            for sequence in self._sequences.values()
-            if sequence.waits_for_decode
-        )
+        return sum(len(sequence.pages) for sequence in self._attempts if sequence.waits_for_decode)
 
     def _end(self, sequence: PrefillSequence) -> list[Effect]:
         """Forget a sequence and release its pages; those still in use become quarantined."""
-        del self._sequences[sequence.key]
-        self._ended.add(sequence.key)
+        self._attempts.end(sequence)
         self._scheduler.remove(sequence)
         if any(chunk.sequence is sequence for chunk in self._batch):
             self._orphans.adopt(sequence.pages)
@@ -538,7 +516,7 @@ class PrefillCore:
                     self._sending[sequence.key, message.seq] = (sequence.sender, pages)
                     effects.append(SendFrame(frame=message, page_table=sequence.pages))
                 case Seal():
-                    effects += [Send(message=message), _sealed(sequence)]
+                    effects += [Send(message=message), sealed(sequence)]
                 case _:
                     if sequence.sender.state is SenderState.STREAMING:
                         peer = sequence.sender.id.receiver
@@ -560,31 +538,3 @@ def _row(chunk: Chunk) -> BatchRow:
         siblings=sequence.siblings if chunk.is_last else (),
         history=sequence.history,
     )
-
-
-def _first_tokens(sequence: PrefillSequence, times: pb.TimeParts | None = None) -> list[Emit]:
-    """Token 0 of each choice; `times` are those of its computation, unless they are known."""
-    logprobs = sequence.first_logprobs
-    bodies = [
-        pb.FirstToken(
-            choice=choice,
-            token_id=token,
-            position=sequence.num_resumed,
-            finish_reason=finish_reason(token, sequence.num_resumed + 1, sequence.sampling),
-            logprobs=logprobs[choice] if logprobs else None,
-            cached_tokens=sequence.num_cached,
-            times=None if choice else times,
-        )
-        for choice, token in enumerate(sequence.first_tokens)
-    ]
-    route = reply_route(sequence.route)
-    return [Emit(event=pb.WorkerEvent(route=route, first_token=body)) for body in bodies]
-
-
-def _sealed(sequence: PrefillSequence) -> Emit:
-    exposed = sequence.sender.exposed
-    times = pb.TimeParts(
-        grant_wait_s=exposed.grant_wait_s, gather_s=exposed.gather_s, wire_s=exposed.wire_s
-    )
-    route = reply_route(sequence.route)
-    return Emit(event=pb.WorkerEvent(route=route, sealed=pb.Sealed(times=times)))

@@ -1152,6 +1152,7 @@ class WorkerState(_message.Message):
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
     PARKED_PAGES_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
     INTEGRITY_ERROR_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """requests that have not started"""
@@ -1172,6 +1173,10 @@ class WorkerState(_message.Message):
     """of them, those that were right"""
     parked_pages: _builtins.int
     """of prompts that wait for a decode worker"""
+    step_s: _builtins.float
+    """For how long the model has been at its present step, or the launch of one; 0 between steps. By
+    the clock of the worker, without time in which the whole process stood still.
+    """
     integrity_error: _builtins.str
     """Inspect only; empty while pages and slots add up"""
     @_builtins.property
@@ -1196,11 +1201,12 @@ class WorkerState(_message.Message):
         accepted_tokens: _builtins.int = ...,
         links: _abc.Iterable[Global___KvLink] | None = ...,
         parked_pages: _builtins.int = ...,
+        step_s: _builtins.float = ...,
         integrity_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "links", b"links", "pages", b"pages", "parked_pages", b"parked_pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "drafted_tokens", b"drafted_tokens", "dropped_messages", b"dropped_messages", "generated_tokens", b"generated_tokens", "handoffs", b"handoffs", "integrity_error", b"integrity_error", "links", b"links", "pages", b"pages", "parked_pages", b"parked_pages", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "running", b"running", "step_s", b"step_s", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

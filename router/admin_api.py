@@ -71,6 +71,7 @@ def _describe(view: WorkerView) -> dict[str, Any]:
         "pages": _members(state.pages),
         "queued": state.queued,
         "running": state.running,
+        "step_s": state.step_s,
         "handoffs": state.handoffs,
         "parked_pages": state.parked_pages,
         "queued_tokens": state.queued_tokens,

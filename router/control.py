@@ -138,13 +138,16 @@ class RouterControl:
         """Tokens, prompt plus output, that every registered worker takes; 0 without any."""
         return min((member.info.max_model_len for member in self._core.members), default=0)
 
-    def has_worker(self, name: str, pid: int) -> bool:
-        """Whether a worker of this name is registered, and has been heard lately.
+    def step_s(self, name: str, pid: int) -> float | None:
+        """For how many seconds a worker has been at its step; 0 between steps.
 
-        One whose process has another id is its predecessor, of whose end no session has told yet.
+        None when no worker of this name is registered and was heard lately. One whose process has
+        another id is its predecessor, of whose end no session has told yet.
         """
         member = self._core.members.named(name)
-        return member is not None and member.info.pid == pid
+        if member is None or member.info.pid != pid:
+            return None
+        return member.state.step_s
 
     async def inspect(self) -> list[WorkerView]:
         members = sorted(self._core.members, key=lambda member: member.info.name)

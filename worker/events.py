@@ -18,6 +18,12 @@ def failed(
     )
 
 
+def step_failed(route: pb.Route, kind: str) -> Emit:
+    """The end of an attempt because of which a step has raised; `kind`: prefill or decode."""
+    text = f"the {kind} step failed; the worker's log has the cause"
+    return failed(route, text, pb.FAILURE_CODE_INTERNAL)
+
+
 def page_counts(pool: PagePool) -> pb.PageCounts:
     """Pages by state."""
     counts = pool.counts()

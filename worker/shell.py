@@ -203,8 +203,9 @@ class WorkerShell(Handler, Generic[Core]):
         return state
 
     def state(self) -> pb.WorkerState:
-        """The core's state with what the transports have carried."""
+        """The core's state with what the model is at, and what the transports have carried."""
         state = self.core.state()
+        state.step_s = self._steps.step_s()
         if self._links is not None:
             connections = self._links.connections
             state.links.extend(connections.states())
@@ -345,6 +346,7 @@ class WorkerShell(Handler, Generic[Core]):
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
+            self._steps.step_s()
             self.carry_out(self.core.tick(self.clock()))
             self._improve_connections()
 

@@ -13,6 +13,7 @@ from pagewire.engine.batch import Batch, BatchRow, OnLayersDone, StepResult, wit
 from pagewire.engine.launched_step import LaunchedStep
 from pagewire.worker.core import WorkerCore
 from pagewire.worker.effects import Effect
+from pagewire.worker.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +62,20 @@ class StepLoop:
         self._on_layers_done = on_layers_done
         self._launch = launch
         self._clock = clock
+        self._watch = StepWatch()
         self._running: Batch | None = None
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
         """Something has changed: there may be a batch now."""
         self._wake.set()
+
+    def step_s(self) -> float:
+        """Seconds for which the model's thread has been at one thing; 0 if it is not at work.
+
+        To be asked now and then: see StepWatch.
+        """
+        return self._watch.look(self._clock())
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -130,11 +139,16 @@ class StepLoop:
     async def _blame(self, batch: Batch) -> None:
         """A step has raised: find out because of which rows, and tell the core."""
         logger.exception("a step of %d rows failed", len(batch.rows))
-        rows = await self._in_thread(partial(self._faulty_rows, batch))
+        rows = await self._faulty_rows(batch)
         self._carry_out(self._core.on_batch_failed(rows))
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Each thing that the model's thread does, and has to come to an end with."""
+        self._watch.begin(self._clock())
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self._watch.end()
 
     async def _run(self, batch: Batch) -> StepResult:
         """Run a step in its thread. What it says when nobody waits for it any more is void."""
@@ -145,7 +159,7 @@ class StepLoop:
 
         self._running = batch
         try:
-            return await loop.run_in_executor(self._thread, self._execute, batch, report)
+            return await self._in_thread(partial(self._execute, batch, report))
         finally:
             self._running = None
 
@@ -153,7 +167,7 @@ class StepLoop:
         if self._running is batch:
             self._on_layers_done(num_layers)
 
-    def _faulty_rows(self, batch: Batch) -> frozenset[int]:
+    async def _faulty_rows(self, batch: Batch) -> frozenset[int]:
         """Which rows of a step that raised are to blame: those that raise alone as well.
 
         To run a row again does no harm, since it writes the same KV to the same slots. When only
@@ -162,12 +176,12 @@ class StepLoop:
         everybody = range(len(batch.rows))
         if len(everybody) == 1:
             return frozenset(everybody)
-        faulty = frozenset(index for index in everybody if self._raises(batch.rows[index]))
+        faulty = frozenset([index for index in everybody if await self._raises(batch.rows[index])])
         return faulty or frozenset(everybody)
 
-    def _raises(self, row: BatchRow) -> bool:
+    async def _raises(self, row: BatchRow) -> bool:
         try:
-            self._execute(Batch(rows=(row,)), None)
+            await self._in_thread(partial(self._execute, Batch(rows=(row,)), None))
         except _STEP_ERRORS:
             return True
         return False

@@ -4,6 +4,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 
+import pytest
+
 from pagewire.cluster.errors import LaunchError
 from pagewire.cluster.hang import HangPolicy
 from pagewire.cluster.launcher import Launcher, WorkerExit
@@ -19,7 +21,7 @@ def supervisor(
     names: Sequence[str],
     *,
     on_exit: Callable[[str, WorkerExit], None] = lambda *_: None,
-    is_heard: Callable[[str, int], bool] = lambda *_: True,
+    step_s: Callable[[str, int], float | None] = lambda *_: 0.0,
     policy: RestartPolicy | None = None,
     hang_policy: HangPolicy | None = None,
     grace_s: float = 5.0,
@@ -28,7 +30,7 @@ def supervisor(
         launcher,
         [config(name) for name in names],
         on_exit=on_exit,
-        is_heard=is_heard,
+        step_s=step_s,
         policy=policy,
         hang_policy=hang_policy,
         grace_s=grace_s,
@@ -173,13 +175,19 @@ def test_a_launch_that_fails_is_reported_and_tried_again() -> None:
     run(scenario)
 
 
-def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
+@pytest.mark.parametrize(
+    ("silence", "reason"),
+    [(None, "it did not answer"), (7.0, "it was at one step for 7 s (step_timeout_s)")],
+)
+def test_a_worker_that_hangs_is_killed_and_started_again(
+    silence: float | None, reason: str
+) -> None:
     async def scenario() -> None:
         launcher = FakeLauncher()
-        heard = {"decode-0": True, "decode-1": True}
+        heard: dict[str, float | None] = {"decode-0": 0.0, "decode-1": 0.0}
         looked: set[str] = set()
 
-        def is_heard(name: str, pid: int) -> bool:
+        def step_s(name: str, pid: int) -> float | None:
             looked.add(name)
             return heard[name]
 
@@ -188,18 +196,18 @@ def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
             launcher,
             list(heard),
             on_exit=lambda name, end: exits.append((name, end.reason)),
-            is_heard=is_heard,
-            hang_policy=HangPolicy(start_s=1e6, silence_s=0.003, look_s=0.001),
+            step_s=step_s,
+            hang_policy=HangPolicy(start_s=1e6, silence_s=0.003, step_s=7.0, look_s=0.001),
         ):
             started = dict([await launcher.launched.get(), await launcher.launched.get()])
             while "decode-0" not in looked:
                 await asyncio.sleep(0)
-            heard["decode-0"] = False
+            heard["decode-0"] = silence
             name, _ = await launcher.launched.get()
-            heard["decode-0"] = True
+            heard["decode-0"] = 0.0
             assert name == "decode-0"
             assert started["decode-0"].was_killed and not started["decode-1"].was_killed
-        assert exits == [("decode-0", "it did not answer and was killed")]
+        assert exits == [("decode-0", f"{reason} and was killed")]
 
     run(scenario)
 
@@ -210,7 +218,7 @@ def test_a_worker_that_loads_its_model_has_time() -> None:
         async with supervisor(
             launcher,
             ["decode-0"],
-            is_heard=lambda *_: False,
+            step_s=lambda *_: None,
             hang_policy=HangPolicy(start_s=1e6, silence_s=0.001, look_s=0.001),
         ):
             _, handle = await launcher.launched.get()
@@ -228,14 +236,14 @@ def test_a_successor_has_time_while_its_predecessor_is_still_known() -> None:
         launcher = FakeLauncher()
         num_looks: Counter[int] = Counter()  # by process
 
-        def is_heard(name: str, pid: int) -> bool:
+        def step_s(name: str, pid: int) -> float | None:
             num_looks[pid] += 1
-            return pid == 100
+            return 0.0 if pid == 100 else None
 
         async with supervisor(
             launcher,
             ["decode-0"],
-            is_heard=is_heard,
+            step_s=step_s,
             hang_policy=HangPolicy(start_s=1e6, silence_s=0.001, look_s=0.001),
         ):
             _, first = await launcher.launched.get()
@@ -244,5 +252,40 @@ def test_a_successor_has_time_while_its_predecessor_is_still_known() -> None:
             while num_looks[second.pid] < 3:
                 await asyncio.sleep(0)
             assert not second.was_killed
+
+    run(scenario)
+
+
+class Overcrowded(FakeLauncher):
+    """Waits for room without end, as Ray does where no machine has enough GPUs."""
+
+    def __init__(self, *, comes_up_late: bool = False) -> None:
+        super().__init__()
+        self.waits = asyncio.Event()
+        self._comes_up_late = comes_up_late
+
+    async def launch(self, config: WorkerConfig) -> FakeHandle:
+        self.waits.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not self._comes_up_late:
+                raise
+        return await super().launch(config)
+
+
+@pytest.mark.parametrize("comes_up_late", [False, True])
+def test_leaving_does_not_wait_for_room(comes_up_late: bool) -> None:
+    """A process that came up in the very moment is stopped like any other."""
+
+    async def scenario() -> None:
+        launcher = Overcrowded(comes_up_late=comes_up_late)
+        exits: list[str] = []
+        async with supervisor(
+            launcher, ["decode-0"], on_exit=lambda name, _: exits.append(name), grace_s=7.0
+        ):
+            await launcher.waits.wait()
+        assert [handle.grace_s for handle in launcher.running] == [7.0] * comes_up_late
+        assert not exits
 
     run(scenario)

@@ -15,6 +15,7 @@ from handoff_pair import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.engine.batch import Batch, StepResult
 from pagewire.engine.page_pool import PageState
 from pagewire.proto import worker_pb2 as pb
@@ -153,7 +154,7 @@ def test_nothing_runs_behind_a_last_token() -> None:
 
 def test_a_step_waits_for_pages_that_are_to_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = decoding(started())
-    monkeypatch.setattr(type(pair.decode._copies), "are_waiting", True)
+    monkeypatch.setattr(PageCopies, "are_waiting", True)
     assert pair.decode.next_batch_ahead(0.0) is None
 
 

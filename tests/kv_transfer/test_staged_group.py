@@ -190,7 +190,7 @@ def test_an_aborted_call_that_returns_as_if_it_had_succeeded_writes_nothing() ->
 @pytest.mark.parametrize(
     ("device", "has_nccl", "has_gpu", "message"),
     [
-        ("cpu", True, True, "this worker runs on cpu"),
+        ("cpu", True, True, "workers run on cpu"),
         ("cuda:0", False, True, "torch has no NCCL; install one with CUDA"),
         ("cuda:0", True, False, "check nvidia-smi"),
     ],

@@ -45,6 +45,7 @@ DECODE = WorkerView(
     state=pb.WorkerState(
         pages=pb.PageCounts(free=4, cached=2, owned=1, quarantined=1, total=8),
         running=3,
+        step_s=0.25,
         handoffs=1,
         generated_tokens=7,
         drafted_tokens=5,
@@ -110,6 +111,7 @@ def test_the_workers(client: TestClient, dispatcher: ScriptedDispatcher) -> None
         },
         "queued": 0,
         "running": 3,
+        "step_s": 0.25,
         "handoffs": 1,
         "parked_pages": 0,
         "queued_tokens": 0,

@@ -59,8 +59,12 @@ async def play() -> None:
         (view,) = await inspecting
         assert not view.is_responding
         pid = second.pid
-        assert control.has_worker("decode-0", pid) and not control.has_worker("decode-1", pid)
-        assert not control.has_worker("decode-0", pid + 1)  # that of its successor
+        assert control.step_s("decode-0", pid) == 0.0
+        assert control.step_s("decode-1", pid) is None
+        assert control.step_s("decode-0", pid + 1) is None  # that of its successor
+        route = pb.Route(sender=second.incarnation, receiver=control.incarnation)
+        control.on_event(pb.WorkerEvent(route=route, heartbeat=pb.WorkerState(step_s=2.5)))
+        assert control.step_s("decode-0", pid) == 2.5
     finally:
         await control.stop()
         await server.stop(None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from pagewire.decode_worker.admission import Admission
-from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.handoffs import Handoffs
 from pagewire.decode_worker.request import DecodeRequest
 from pagewire.kv_transfer.messages import RefuseReason
 from pagewire.router.lifecycle import Lifecycle
@@ -48,13 +48,13 @@ def run(scenario: Scenario) -> Clients:
 def refusals(monkeypatch: pytest.MonkeyPatch) -> Counter[RefuseReason]:
     """How often decode workers refuse, by reason."""
     counts: Counter[RefuseReason] = Counter()
-    fail = DecodeCore._fail_handoff
+    fail = Handoffs._fail
 
-    def count(core: DecodeCore, request: DecodeRequest, reason: RefuseReason) -> list[Effect]:
+    def count(handoffs: Handoffs, request: DecodeRequest, reason: RefuseReason) -> list[Effect]:
         counts[reason] += 1
-        return fail(core, request, reason)
+        return fail(handoffs, request, reason)
 
-    monkeypatch.setattr(DecodeCore, "_fail_handoff", count)
+    monkeypatch.setattr(Handoffs, "_fail", count)
     return counts
 
 

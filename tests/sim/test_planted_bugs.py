@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from pagewire.decode_worker.core import DecodeCore
+from pagewire.decode_worker.handoffs import Handoffs
 from pagewire.decode_worker.page_copies import PageCopies
 from pagewire.decode_worker.receiver import Receiver, ReceiverState
 from pagewire.decode_worker.request import DecodeRequest
+from pagewire.decode_worker.running_batch import RunningBatch
 from pagewire.decode_worker.sequence import DecodeSequence
 from pagewire.engine.batch import Batch
 from pagewire.engine.page_pool import PagePool
@@ -129,27 +131,26 @@ def nobody_ends_a_refused_handoff(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_running_step_loses_its_pages(patch: pytest.MonkeyPatch) -> None:
-    end = DecodeCore._end
+    end = RunningBatch.end
 
-    def end_carelessly(core: DecodeCore, request: DecodeRequest) -> list[Effect]:
-        steps, core._steps = core._steps, []
-        effects = end(core, request)
-        core._steps = steps
-        return effects
+    def end_carelessly(batch: RunningBatch, request: DecodeRequest) -> None:
+        steps, batch._steps = batch._steps, []
+        end(batch, request)
+        batch._steps = steps
 
-    patch.setattr(DecodeCore, "_end", end_carelessly)
+    patch.setattr(RunningBatch, "end", end_carelessly)
 
 
 def pages_are_freed_before_the_last_step_ends(patch: pytest.MonkeyPatch) -> None:
     """With the older of the two that are out, and not with the one that was launched behind it."""
-    release = DecodeCore._release
+    release = RunningBatch._release
 
-    def release_carelessly(core: DecodeCore, sequence: DecodeSequence) -> None:
-        core._steps.reverse()
-        release(core, sequence)
-        core._steps.reverse()
+    def release_carelessly(batch: RunningBatch, sequence: DecodeSequence) -> None:
+        batch._steps.reverse()
+        release(batch, sequence)
+        batch._steps.reverse()
 
-    patch.setattr(DecodeCore, "_release", release_carelessly)
+    patch.setattr(RunningBatch, "_release", release_carelessly)
 
 
 def copies_are_not_made(patch: pytest.MonkeyPatch) -> None:
@@ -166,8 +167,8 @@ def stopped_choices_run_on(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_seal_is_dated_back(patch: pytest.MonkeyPatch) -> None:
-    on_seal = DecodeCore._on_seal
-    patch.setattr(DecodeCore, "_on_seal", lambda core, seal, now: on_seal(core, seal, 0.0))
+    on_seal = Handoffs._on_seal
+    patch.setattr(Handoffs, "_on_seal", lambda handoffs, seal, now: on_seal(handoffs, seal, 0.0))
 
 
 def layers_leave_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:

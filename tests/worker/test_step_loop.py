@@ -5,6 +5,7 @@ import threading
 from collections.abc import Awaitable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import cast
 
 import pytest
@@ -284,3 +285,42 @@ def test_a_step_that_fails_takes_the_one_behind_it_along_and_is_blamed_with_know
         ("no end", None),
     ]
     assert [each.token_ids for each in model.ran_alone] == [(1,), (1,)]
+
+
+def test_a_step_that_does_not_end_is_seen_from_the_event_loop() -> None:
+    """Its thread hangs, so somebody else must say so; rows that run alone count each for itself."""
+    go_on = [threading.Event() for _ in range(3)]
+    started: SimpleQueue[int] = SimpleQueue()
+    now = 100.0
+
+    def execute(batch: Batch, on_layers_done: OnLayersDone | None) -> StepResult:
+        index = 0 if len(batch.rows) == 2 else int(batch.rows[0].request_id)
+        started.put(index)
+        go_on[index].wait()
+        raise ValueError("this step cannot run")
+
+    async def run() -> None:
+        nonlocal now
+        core = OneBatch("1", "2")
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            loop = StepLoop(
+                core=cast(WorkerCore, core),
+                execute=execute,
+                thread=thread,
+                carry_out=lambda effects: None,
+                clock=lambda: now,
+            )
+            assert loop.step_s() == 0.0
+            task = asyncio.create_task(loop.run())
+            for event in go_on:
+                await asyncio.to_thread(started.get)
+                for seconds in (0.5, 1.0):
+                    now += 0.5
+                    assert loop.step_s() == seconds
+                event.set()
+            await core.over.wait()
+            assert loop.step_s() == 0.0
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
