@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pagewire.cluster.config import ServeConfig
 from pagewire.cluster.errors import GpuDriverError, StartError
 from pagewire.cluster.nvml import inspect_gpus
+from pagewire.cluster.placement import tensor_parallel_size
 from pagewire.engine.errors import DeviceError
 from pagewire.engine.quantization import Quantization
+from pagewire.worker.config import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ def choose_device(config: ServeConfig, gpus: FoundGpus) -> DeviceChoice:
         return on_cpu
     obstacle = gpus.problem or _obstacle(config, gpus.count)
     if not obstacle:
-        return DeviceChoice(name="cuda", num_gpus=config.prefill + config.decode)
+        return DeviceChoice(name="cuda", num_gpus=_num_ranks(config))
     if config.device == "cuda":
         raise StartError(obstacle)
     return DeviceChoice(name="cpu", reason=obstacle)
@@ -72,16 +74,19 @@ def _obstacle(config: ServeConfig, num_gpus: int) -> str:
         return "kernels is native, which run on a CPU; choose auto for GPUs"
     if config.quantization is Quantization.INT4:
         return "quantization int4 has kernels on a CPU only; choose w4a16 for GPUs"
-    sizes = (config.prefill_tensor_parallel_size, config.decode_tensor_parallel_size)
-    if max(size or config.tensor_parallel_size for size in sizes) > 1:
-        return (
-            "the ranks of one worker hand over pages from memory that they share, which GPUs do "
-            "not have; set tensor_parallel_size to 1 for GPUs, or device to cpu"
-        )
-    needed = config.prefill + config.decode
+    workers, needed = config.prefill + config.decode, _num_ranks(config)
     if num_gpus < needed:
+        each, sizes = "one each", "prefill or decode"
+        if needed > workers:
+            each, sizes = "one for each rank", "prefill, decode or tensor_parallel_size"
         return (
-            f"{needed} workers need {needed} GPUs, one each, and torch can use {num_gpus}; lower "
-            "prefill or decode, show it more with CUDA_VISIBLE_DEVICES, or set device to cpu"
+            f"{workers} workers need {needed} GPUs, {each}, and torch can use {num_gpus}; lower "
+            f"{sizes}, show it more with CUDA_VISIBLE_DEVICES, or set device to cpu"
         )
     return ""
+
+
+def _num_ranks(config: ServeConfig) -> int:
+    """Of all workers."""
+    prefill = config.prefill * tensor_parallel_size(config, Role.PREFILL)
+    return prefill + config.decode * tensor_parallel_size(config, Role.DECODE)

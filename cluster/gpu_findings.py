@@ -42,7 +42,7 @@ def _with_gpus(
     yield Finding(
         subject="GPU",
         status=Status.OK,
-        detail=f"{len(inventory.gpus)}; `pagewire serve` wants one for each worker",
+        detail=f"{len(inventory.gpus)}; `pagewire serve` wants one for each rank of a worker",
     )
     for index, gpu in enumerate(inventory.gpus):
         yield _gpu(index, gpu)

@@ -5,6 +5,7 @@ Pure but for `available_cores`, which asks the operating system.
 
 import os
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from pagewire.cluster.config import ServeConfig
@@ -55,12 +56,14 @@ def worker_configs(
 
     `router` is host:port of the router's Membership service. On a CPU `cores` are shared out
     step by step, on the board `core_board`, unless the number of threads was chosen; with `device`
-    cuda each worker has a GPU of its own, and cores only load its model.
+    cuda each rank of a worker has a GPU of its own, and cores only load its model.
     `dtype` is what auto means, the same for all.
     `prefix_cache_secret` is hexadecimal; without it nothing is cached.
     """
     names = [(Role.PREFILL, index) for index in range(config.prefill)]
     names += [(Role.DECODE, index) for index in range(config.decode)]
+    num_ranks = [tensor_parallel_size(config, role) for role, _ in names]
+    first_gpus = [*accumulate(num_ranks, initial=0)][:-1]
     on_cpu = device == "cpu"
     return tuple(
         WorkerConfig(
@@ -74,11 +77,11 @@ def worker_configs(
             kv_tls=config.kv_tls,
             insecure_kv=config.insecure_kv,
             device=device,
-            gpu=None if on_cpu else slot,
+            gpu=None if on_cpu else gpu,
             dtype=_dtype(config, dtype),
             quantization=config.quantization,
             kv_cache_dtype=_kv_cache_dtype(config, role),
-            tensor_parallel_size=_tensor_parallel_size(config, role),
+            tensor_parallel_size=size,
             page_size=_page_size(config, role),
             num_pages=config.num_pages,
             max_model_len=config.max_model_len,
@@ -97,7 +100,9 @@ def worker_configs(
             draft_quantization=config.draft_quantization,
             prefix_cache_secret=prefix_cache_secret,
         )
-        for slot, (role, index) in enumerate(names)
+        for slot, ((role, index), size, gpu) in enumerate(
+            zip(names, num_ranks, first_gpus, strict=True)
+        )
     )
 
 
@@ -119,7 +124,8 @@ def _page_size(config: ServeConfig, role: Role) -> int:
     return config.decode_page_size
 
 
-def _tensor_parallel_size(config: ServeConfig, role: Role) -> int:
+def tensor_parallel_size(config: ServeConfig, role: Role) -> int:
+    """Ranks of a worker."""
     sizes = {
         Role.PREFILL: config.prefill_tensor_parallel_size,
         Role.DECODE: config.decode_tensor_parallel_size,
@@ -139,11 +145,12 @@ def worker_environment(config: WorkerConfig) -> dict[str, str]:
 
 
 def gpu_environment(config: WorkerConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that show a worker its own GPU alone, where no scheduler sets them.
+    """Variables that show a worker its own GPUs alone, one a rank, where no scheduler sets them.
 
     `environment` is that of the launcher, which may have been shown some GPUs only.
     """
     if config.gpu is None:
         return {}
+    mine = range(config.gpu, config.gpu + config.tensor_parallel_size)
     visible = [name for name in environment.get(_VISIBLE_GPUS, "").split(",") if name]
-    return {_VISIBLE_GPUS: visible[config.gpu] if visible else str(config.gpu)}
+    return {_VISIBLE_GPUS: ",".join(visible[gpu] if visible else str(gpu) for gpu in mine)}

@@ -27,7 +27,8 @@ class RayLauncher:
     async def launch(self, config: WorkerConfig) -> "RayHandle":
         actor_class = ray.remote(RayWorker).options(
             name=config.name,
-            num_gpus=0 if config.gpu is None else 1,  # which one, Ray tells its process
+            # Which ones, Ray tells its process, and that those of its ranks.
+            num_gpus=0 if config.gpu is None else config.tensor_parallel_size,
             num_cpus=0,  # always placed: what cores a worker uses is num_threads' business
             max_restarts=0,
             max_concurrency=2,  # `run`, and `stop` beside it

@@ -16,7 +16,9 @@ from contextlib import AsyncExitStack
 
 from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
+from pagewire.engine.device_shards import DeviceShards
 from pagewire.engine.errors import EngineError
+from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.parallel.rank_group import RankLost
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.kv_transfer.select import create_transports
@@ -26,7 +28,7 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.failpoint import Failpoint
 from pagewire.worker.followers import FollowerProcesses, follower_processes
-from pagewire.worker.load import copy_stream, load_worker_engine
+from pagewire.worker.load import copy_streams, load_worker_engine, rank_caches
 from pagewire.worker.sessions import RegistrationRefused
 from pagewire.worker.shell import new_model_thread
 from pagewire.worker.tasks import first_of
@@ -65,6 +67,7 @@ async def run_worker(
             tls=config.kv_tls,
             is_private=config.insecure_kv,
             device=config.device,
+            num_devices=config.tensor_parallel_size,
         )
         logger.info("%s: %s", config.name, chosen.explanation)
         serving = worker.run(chosen.transports, stop, chosen.pairs)
@@ -82,8 +85,14 @@ async def _load(
     loop = asyncio.get_running_loop()
     parallel = await loop.run_in_executor(model_thread, followers.join) if followers else None
     runner = await loop.run_in_executor(model_thread, load_worker_engine, config, parallel)
-    shards = followers.shards(runner) if followers else None
-    copies = copy_stream(config)
+    copies = copy_streams(config)
+    shards = device_shards = None
+    if parallel is not None:
+        caches = rank_caches(runner, parallel)
+        if copies:
+            device_shards = DeviceShards(runner.layout, caches, copies)
+        else:
+            shards = KVShards(runner.layout, caches)
     incarnation = secrets.token_bytes(16)
     if config.role is Role.PREFILL:
         return PrefillWorker(
@@ -91,7 +100,8 @@ async def _load(
             incarnation=incarnation,
             runner=runner,
             shards=shards,
-            copies=copies,
+            device_shards=device_shards,
+            copies=copies[0] if copies else None,
             model_thread=model_thread,
             on_state=on_state,
             failpoint=failpoint,
@@ -104,7 +114,8 @@ async def _load(
         incarnation=incarnation,
         runner=runner,
         shards=shards,
-        copies=copies,
+        device_shards=device_shards,
+        copies=copies[0] if copies else None,
         speculation=speculation,
         draft_model=draft_model,
         model_thread=model_thread,

@@ -1,6 +1,7 @@
 """The decode worker: the shared shell around DecodeCore, with frames coming in."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from pagewire.decode_worker.slots import SlotPool
 from pagewire.engine.batch import Batch, OnLayersDone, StepResult
 from pagewire.engine.copy_stream import CopyStream
 from pagewire.engine.device_pages import DevicePages
+from pagewire.engine.device_shards import DeviceShards
 from pagewire.engine.draft_model import DraftModel
 from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
@@ -28,6 +30,8 @@ from pagewire.worker.shell import WorkerShell
 from pagewire.worker.slot_frames import FrameWriterByPeer, SlotFrameWriter
 from pagewire.worker.slot_memory import DeviceSlots, HostSlots
 
+logger = logging.getLogger(__name__)
+
 
 class DecodeWorker(WorkerShell[DecodeCore]):
     """Receives hand-offs and runs them in one continuous batch."""
@@ -39,6 +43,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         incarnation: bytes,
         runner: ModelRunner,
         shards: KVShards | None = None,
+        device_shards: DeviceShards | None = None,
         copies: CopyStream | None = None,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
@@ -46,8 +51,8 @@ class DecodeWorker(WorkerShell[DecodeCore]):
         on_state: Callable[[pb.WorkerState], None] | None = None,
         failpoint: Failpoint | None = None,
     ) -> None:
-        """`shards`: the pages of all ranks, where `runner` is one of several. `copies`: what
-        reaches its pages, where they are on a device.
+        """`shards`: the pages of all ranks, where `runner` is one of several; `device_shards`: if
+        they are on a device each. `copies`: what reaches the pages of `runner` on a device.
 
         `draft_model` makes the drafts that `speculation` asks for.
         """
@@ -65,6 +70,11 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             lease_s=config.lease_s,
             max_waiting_handoffs=config.max_waiting_handoffs,
         )
+        if config.overlaps_steps and not runner.runs_ahead:
+            logger.info(
+                "decode steps are launched one at a time: tokens reach the other ranks by way of "
+                "the host"
+            )
         super().__init__(
             config=config,
             core=core,
@@ -80,7 +90,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             num_drafts = speculation.max_draft_tokens if speculation else 0
             runner.warm_up_prompts(config.max_batch_size + num_drafts)
         runner.warm_up(config.max_batch_size)
-        self._writer = self._page_writer(shards, copies)
+        self._writer = self._page_writer(shards, device_shards, copies)
 
     def place(self, peer: bytes, header: bytes, length: int) -> Landing | None:
         frame = decode(header)
@@ -124,15 +134,20 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             )
         self.carry_out(self.core.on_scattered(effect.frame, is_sound, self.clock()))
 
-    def _page_writer(self, shards: KVShards | None, copies: CopyStream | None) -> PageWriter:
+    def _page_writer(
+        self, shards: KVShards | None, device_shards: DeviceShards | None, copies: CopyStream | None
+    ) -> PageWriter:
         """Frames land in pages, unless these are of several ranks or on a device."""
         num_slots, slot_bytes = self._config.num_slots, self._config.slot_bytes
         if copies is not None:
-            pages = DevicePages(self._runner.kv_cache, copies)
             memory = copies.host_memory(num_slots * slot_bytes).view(num_slots, slot_bytes)
+            in_host_memory = HostSlots(memory.numpy())
+            if device_shards is not None:
+                return SlotFrameWriter(device_shards, in_host_memory)
+            pages = DevicePages(self._runner.kv_cache, copies)
             on_device = DeviceSlots(copies, num_slots=num_slots, slot_bytes=slot_bytes)
             return FrameWriterByPeer(
-                host=SlotFrameWriter(pages, HostSlots(memory.numpy())),
+                host=SlotFrameWriter(pages, in_host_memory),
                 device=SlotFrameWriter(pages, on_device),
                 is_direct=self.is_direct,
             )

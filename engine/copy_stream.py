@@ -5,6 +5,7 @@ ended: until then its memory belongs to it at both ends.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -25,6 +26,21 @@ class Completion(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AllOf:
+    """Implements Completion: the last of several, of one device or of many."""
+
+    parts: tuple[Completion, ...]
+
+    def wait(self) -> None:
+        for part in self.parts:
+            part.wait()
+
+    def hold_back(self) -> None:
+        for part in self.parts:
+            part.hold_back()
+
+
 class CopyStream(Protocol):
     """Copies between one device and the host, in the order in which they were begun."""
 
@@ -39,6 +55,12 @@ class CopyStream(Protocol):
 
     def lend(self, data: Tensor) -> DeviceMemory:
         """`data`, contiguous bytes on the device, as what moves them from device to device."""
+
+    def copy_rows(self, into: Tensor, source: Tensor) -> None:
+        """Told to the device by the work of `begin`: copy rows, which may lie apart on each side.
+
+        into, source: uint8 [num_rows, num_bytes], in memory of the device or of its host.
+        """
 
     def prepare_checksums(self) -> None:
         """Compile what makes them, so that no frame waits for that."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pagewire.engine.copy_stream import Completion
+from pagewire.engine.cuda_runtime import CudaRuntime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,9 +40,14 @@ class CudaCopyStream:
     torch's streams do not wait for the default stream, in which steps run, nor it for them.
     """
 
-    def __init__(self, device: str) -> None:
-        """`device` as torch names it. Raises RuntimeError where there is no such GPU."""
+    def __init__(self, device: str, runtime: CudaRuntime | None = None) -> None:
+        """`device` as torch names it. `runtime`: to copy rows that lie apart, which torch does by
+        way of other memory, in which the host would read too early; None: there are none.
+
+        Raises RuntimeError where there is no such GPU.
+        """
         self._device = device
+        self._runtime = runtime
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def host_memory(self, num_bytes: int) -> Tensor:
@@ -52,6 +58,19 @@ class CudaCopyStream:
 
     def lend(self, data: Tensor) -> Tensor:
         return data
+
+    def copy_rows(self, into: Tensor, source: Tensor) -> None:
+        if into.is_contiguous() and source.is_contiguous():
+            into.copy_(source, non_blocking=True)
+            return
+        assert self._runtime is not None, "rows of one of several ranks lie apart"
+        num_rows, row_bytes = into.shape
+        self._runtime.copy_rows(
+            *(into.data_ptr(), into.stride(0), source.data_ptr(), source.stride(0)),
+            row_bytes=row_bytes,
+            num_rows=num_rows,
+            stream=self._stream.cuda_stream,
+        )
 
     def prepare_checksums(self) -> None:
         with torch.cuda.stream(self._stream):

@@ -103,8 +103,9 @@ def load_engine(
         layout.dtype,
         num_pages * rank_layout.page_bytes // 10**6,
     )
-    allocate = parallel.pool_memory
-    memory = allocate(num_pages * rank_layout.page_bytes) if allocate else None
+    memory = None
+    if parallel.pools is not None:
+        memory = parallel.pools.pool(group.rank, num_pages * rank_layout.page_bytes)
     return ModelRunner(
         model,
         KVCache(rank_layout, num_pages, device, memory),

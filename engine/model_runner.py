@@ -19,7 +19,7 @@ from pagewire.engine.parallel.tensor_parallel import Followers
 from pagewire.engine.sampler import Sampler
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.step_inputs import InputLimits, prepare
-from pagewire.engine.step_memory import StepInputs, StepMemory
+from pagewire.engine.step_memory import StepArrays, StepInputs, StepMemory
 from pagewire.engine.token_feed import feed
 from pagewire.kv_transfer.layout import KVLayout
 
@@ -76,18 +76,17 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, max_batch_size: int) -> None:
         """Prepare what can be for decode steps of so many rows, so that no request waits for it."""
+        self._followers.warm_up(max_batch_size)
         for recorder, logits in self._steps.warm_up(max_batch_size):
-            self._sampler.record(recorder, logits)
+            if self.model.group.rank == 0:  # others have a part of the logits, and sample nothing
+                self._sampler.record(recorder, logits)
 
     def warm_up_prompts(self, max_tokens: int) -> None:
         """Run prompts of up to so many tokens, so that no request waits for a GPU's compiler.
 
         Of several lengths: which kernels a prompt runs depends on its number of tokens. They
-        overwrite page 0, which nobody owns before there are requests. Not for one of several ranks:
-        the others may not be ready.
+        overwrite page 0, which nobody owns before there are requests.
         """
-        if self.model.group.size > 1:
-            return
         sampling = SamplingParams(temperature=1.0, top_k=1)
         most = min(max_tokens, self.max_model_len)
         for doublings in range(1, max(1, (most - 1).bit_length()) + 1):
@@ -137,11 +136,12 @@ class ModelRunner:
         if batch.copies:
             self._followers.copy_pages(batch.copies)
             self.copy_pages(batch.copies)
-        inputs = prepare(batch.rows, self._limits, self._step_memory)
+        arrays = prepare(batch.rows, self._limits, self._step_memory)
+        inputs = arrays.inputs()
         unread = feed(batch.rows, inputs.token_ids, previous)
         if unread is not None:
             inputs = self._fed(inputs, unread)
-        logits = self._forward(inputs, batch, on_layers_done)
+        logits = self._forward(arrays, inputs, batch, on_layers_done)
         sampled = [
             (params, row.output_position + index, row.history)
             for row in batch.rows
@@ -172,8 +172,8 @@ class ModelRunner:
         void at the next step. Raises ValueError as `prepare` does, before anything is written, and
         RankLost once the ranks of the group are out of step.
         """
-        inputs = prepare(batch.rows, self._limits, self._step_memory)
-        return self._forward(inputs, batch, on_layers_done)
+        arrays = prepare(batch.rows, self._limits, self._step_memory)
+        return self._forward(arrays, arrays.inputs(), batch, on_layers_done)
 
     def _fed(self, inputs: StepInputs, unread: UnreadTokens) -> StepInputs:
         if not self.runs_ahead:
@@ -181,12 +181,17 @@ class ModelRunner:
         return replace(inputs, token_ids=unread.tokens)
 
     def _forward(
-        self, inputs: StepInputs, batch: Batch, on_layers_done: OnLayersDone | None
+        self,
+        arrays: StepArrays,
+        inputs: StepInputs,
+        batch: Batch,
+        on_layers_done: OnLayersDone | None,
     ) -> Tensor:
+        """`arrays`: those of the inputs, for other ranks."""
         on_layer = _at_ends(batch.layer_group_ends, on_layers_done)
         if self.model.group.size == 1:
             return self.run(inputs, on_layer)
-        self._followers.run(inputs)
+        self._followers.run(arrays, by_layer=on_layer is not None)
         try:
             return self.run(inputs, on_layer)
         except (RuntimeError, ValueError, IndexError) as error:  # what torch and our checks raise

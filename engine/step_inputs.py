@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 
 from pagewire.engine.batch import BatchRow
-from pagewire.engine.step_memory import IntArray, StepInputs, StepMemory, StepShape
+from pagewire.engine.step_memory import IntArray, StepArrays, StepMemory, StepShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class InputLimits:
     max_model_len: int
 
 
-def prepare(rows: Sequence[BatchRow], limits: InputLimits, memory: StepMemory) -> StepInputs:
+def prepare(rows: Sequence[BatchRow], limits: InputLimits, memory: StepMemory) -> StepArrays:
     """Check and lay out the rows of a step; void once `memory` is used for the next one.
 
     Raises ValueError, which names the request, for an empty row, a token id or page out of range, a
@@ -78,7 +78,7 @@ def prepare(rows: Sequence[BatchRow], limits: InputLimits, memory: StepMemory) -
         arrays.logits_of[:] = row_of_token
     else:
         arrays.logits_of[:] = _last_tokens(ends, np.array(num_logits))
-    return arrays.inputs()
+    return arrays
 
 
 def _last_tokens(ends: IntArray, counts: IntArray) -> IntArray:

@@ -41,7 +41,18 @@ class StepShape:
 class StepArrays:
     """The inputs of a step on the host, to be filled; as in StepInputs and AttentionBatch."""
 
+    NAMES = (
+        "token_ids",
+        "logits_of",
+        "positions",
+        "slots",
+        "cu_seqlens",
+        "context_lens",
+        "page_table",
+    )
+
     def __init__(self, shape: StepShape, device: torch.device) -> None:
+        self.shape = shape
         self._uploads: list[tuple[Tensor, Tensor]] = []  # from the host, to the device
         self._device = device
         self._uploaded: torch.cuda.Event | None = None

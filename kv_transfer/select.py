@@ -71,11 +71,13 @@ def create_transports(
     tls: TlsFiles | None = None,
     is_private: bool = False,
     device: str = "cpu",
+    num_devices: int = 1,
 ) -> Choice:
     """The transports that a worker configured with `kind` (one of KINDS) shall start.
 
     `host` is the address of this machine that peers connect to. On one that is not loopback pages
-    are encrypted with `tls`, unless the network `is_private`. The worker keeps them on `device`.
+    are encrypted with `tls`, unless the network `is_private`. The worker keeps them on `device`, or
+    on so many from there on.
     Raises TransportError for an unknown kind, and with a remedy for one that this machine cannot
     use or that would be unprotected.
     """
@@ -89,12 +91,11 @@ def create_transports(
         tls=None if tls is None else Tls(tls),
         may_be_plain=is_loopback(host) or is_private,
         device=device,
+        num_devices=num_devices,
     )
     transports, explanation = _all_usable(worker) if kind == "auto" else _configured(kind, worker)
     if device != "cpu":
-        explanation += (
-            "; pages go through pinned host memory, except over ucx where its line says so"
-        )
+        explanation += f"; {worker.way_of_pages}"
     worker.pairs.join(transports)
     return Choice(transports=tuple(transports), explanation=explanation, pairs=worker.pairs)
 
@@ -109,6 +110,14 @@ class _Worker:
     tls: Tls | None
     may_be_plain: bool  # what cannot encrypt may be used
     device: str
+    num_devices: int
+
+    @property
+    def way_of_pages(self) -> str:
+        """From and to GPUs."""
+        if self.num_devices > 1:
+            return f"pages of {self.num_devices} GPUs go through pinned host memory"
+        return "pages go through pinned host memory, except over ucx where its line says so"
 
     def shm(self) -> Transport:
         """On loopback: nobody else could share memory."""
@@ -121,8 +130,12 @@ class _Worker:
             incarnation=self.incarnation,
             handler=self.pairs.lane("ucx"),
             host=self.host,
-            settle_device=None if self.device == "cpu" else partial(settle_gpu, self.device),
+            settle_device=partial(settle_gpu, self.device) if self._is_on_one_gpu else None,
         )
+
+    @property
+    def _is_on_one_gpu(self) -> bool:
+        return self.device != "cpu" and self.num_devices == 1
 
     def nccl(self) -> Transport:
         """Raises TransportError, with a remedy, where NCCL cannot be used."""

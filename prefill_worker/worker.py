@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pagewire.engine.batch import Batch, OnLayersDone, StepResult
 from pagewire.engine.copy_stream import Completion, CopyStream
 from pagewire.engine.device_pages import DevicePages
+from pagewire.engine.device_shards import DeviceShards
 from pagewire.engine.kv_shards import KVShards
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.page_pool import PagePool
@@ -23,6 +24,7 @@ from pagewire.worker.interval import Interval
 from pagewire.worker.sharded_frames import ShardedFrameReader
 from pagewire.worker.shell import WorkerShell
 from pagewire.worker.staged_reads import StagedReads
+from pagewire.worker.staging import DeviceStaging, HostStaging
 
 
 class PrefillWorker(WorkerShell[PrefillCore]):
@@ -35,13 +37,14 @@ class PrefillWorker(WorkerShell[PrefillCore]):
         incarnation: bytes,
         runner: ModelRunner,
         shards: KVShards | None = None,
+        device_shards: DeviceShards | None = None,
         copies: CopyStream | None = None,
         model_thread: ThreadPoolExecutor | None = None,
         on_state: Callable[[pb.WorkerState], None] | None = None,
         failpoint: Failpoint | None = None,
     ) -> None:
-        """`shards`: the pages of all ranks, where `runner` is one of several. `copies`: what
-        reaches its pages, where they are on a device.
+        """`shards`: the pages of all ranks, where `runner` is one of several; `device_shards`: if
+        they are on a device each. `copies`: what reaches the pages of `runner` on a device.
         """
         core = PrefillCore(
             incarnation=incarnation,
@@ -64,14 +67,16 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             on_state=on_state,
             failpoint=failpoint,
         )
-        reads = self._frame_reads(shards, copies)
+        reads = self._frame_reads(shards, device_shards, copies)
         self._reads = reads
         self._mark_computed = reads.mark_computed
         self._last_step: Completion | None = None  # that a device was told to run
         if config.device != "cpu":
             runner.warm_up_prompts(config.max_batch_tokens)
 
-    def _frame_reads(self, shards: KVShards | None, copies: CopyStream | None) -> FrameReads:
+    def _frame_reads(
+        self, shards: KVShards | None, device_shards: DeviceShards | None, copies: CopyStream | None
+    ) -> FrameReads:
         """Frames leave from their pages, unless these are on a device."""
         thread, clock = self.io_thread, self.clock
         if copies is None:
@@ -82,11 +87,18 @@ class PrefillWorker(WorkerShell[PrefillCore]):
             else:
                 reader = ShardedFrameReader(shards)
             return DirectReads(reader, thread=thread, clock=clock)
+        sizes = {"num_buffers": self._config.num_slots, "buffer_bytes": self._config.slot_bytes}
+        on_device = None
+        if device_shards is None:
+            pages = DevicePages(self._runner.kv_cache, copies)
+            in_host_memory = HostStaging(pages, copies, **sizes)
+            on_device = DeviceStaging(pages, copies, **sizes)
+        else:
+            in_host_memory = HostStaging(device_shards, copies, **sizes)
         return StagedReads(
-            DevicePages(self._runner.kv_cache, copies),
             copies,
-            num_buffers=self._config.num_slots,
-            buffer_bytes=self._config.slot_bytes,
+            host=in_host_memory,
+            device=on_device,
             is_direct=self.is_direct,
             thread=thread,
             clock=clock,

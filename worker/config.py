@@ -33,7 +33,8 @@ class WorkerConfig:
     quantization: Quantization = Quantization.NONE
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
     device: str = "cpu"  # or cuda
-    gpu: int | None = None  # of those that its launcher may use, its own; None: on a CPU
+    # Of those that its launcher may use, the first of its own, one a rank; None: on a CPU
+    gpu: int | None = None
     tensor_parallel_size: int = 1  # ranks that compute the model together, a process each
     page_size: int = 64  # as the dtype of the KV cache, it may differ between the roles
     num_pages: int | None = None  # None: sized from the memory that is free

@@ -10,22 +10,19 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import torch
 
 from pagewire.engine.batch import PageCopy
-from pagewire.engine.errors import EngineError
-from pagewire.engine.kv_cache import KVCache
-from pagewire.engine.kv_shards import KVShards
-from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.device import require_device
 from pagewire.engine.parallel.rank_group import RankLost
-from pagewire.engine.parallel.shared_pools import SharedPools, shared_memory
+from pagewire.engine.parallel.shared_pools import shared_memory
 from pagewire.engine.parallel.tensor_parallel import TensorParallel
-from pagewire.engine.step_memory import StepInputs
+from pagewire.engine.step_memory import StepArrays
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.load import join_ranks
-from pagewire.worker.step_messages import STARTED, Copies, Step
+from pagewire.worker.step_messages import STARTED, Copies, Step, WarmUp
 from pagewire.worker.tasks import first_of
 
 _START_TIMEOUT_S = 300.0  # of a process that imports torch
@@ -36,16 +33,13 @@ _SEND_TIMEOUT_S = 60.0
 async def follower_processes(config: WorkerConfig) -> AsyncIterator["FollowerProcesses"]:
     """Within this context the processes run, behind it they are gone.
 
-    They load their part of the model while rank 0 does. Raises EngineError where processes cannot
-    share the memory of the device, and OSError.
+    They load their part of the model while rank 0 does. Raises EngineError where there is no device
+    or no memory to share, and OSError.
     """
-    if config.device != "cpu":
-        raise EngineError(
-            f"tensor_parallel_size is {config.tensor_parallel_size} and device {config.device}: "
-            "rank 0 sends the pages of all ranks from memory that they share, which only device "
-            "cpu has"
-        )
-    with tempfile.TemporaryDirectory(prefix="pagewire-") as directory, shared_memory() as memory:
+    require_device(config.device)
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagewire-"))
+        memory = stack.enter_context(shared_memory()) if config.device == "cpu" else None
         followers = FollowerProcesses(config, store_path=f"{directory}/ranks", memory=memory)
         try:
             await followers.start()
@@ -57,13 +51,12 @@ async def follower_processes(config: WorkerConfig) -> AsyncIterator["FollowerPro
 class FollowerProcesses:
     """Implements Followers. Made by `follower_processes`."""
 
-    def __init__(self, config: WorkerConfig, *, store_path: str, memory: int) -> None:
-        """`store_path`: where the ranks find each other; `memory`: descriptor of their pools."""
+    def __init__(self, config: WorkerConfig, *, store_path: str, memory: int | None) -> None:
+        """`store_path`, `memory`: see `join_ranks`."""
         self._config = config
         self._size = config.tensor_parallel_size
         self._store_path = store_path
         self._memory = memory
-        self._pools = SharedPools(memory, self._size)
         self._processes: list[asyncio.subprocess.Process] = []
         self._sockets: list[socket.socket] = []
 
@@ -82,28 +75,22 @@ class FollowerProcesses:
             await process.wait()
 
     def join(self) -> TensorParallel:
-        """The place of rank 0, once all others are there. Blocks. Raises RankLost."""
+        """The place of rank 0, once all others are there. Blocks. Raises what `join_ranks` does."""
         for rank, sock in enumerate(self._sockets, start=1):
             self._await_start(rank, sock)
         return join_ranks(
             self._config, 0, store_path=self._store_path, memory=self._memory, followers=self
         )
 
-    def shards(self, runner: ModelRunner) -> KVShards:
-        """The pages of all ranks; `runner` is that of rank 0."""
-        layout, num_pages = runner.kv_cache.layout, runner.num_pages
-        pools = [
-            self._pools.pool(rank, num_pages * layout.page_bytes) for rank in range(self._size)
-        ]
-        return KVShards(
-            runner.layout, tuple(KVCache(layout, num_pages, memory=pool) for pool in pools)
-        )
-
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         self._send(Copies(copies=tuple(copies)).encode())
 
-    def run(self, inputs: StepInputs) -> None:
-        self._send(Step.of(inputs, torch.get_num_threads()).encode())
+    def warm_up(self, max_rows: int) -> None:
+        self._send(WarmUp(max_rows=max_rows).encode())
+
+    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
+        step = Step.of(arrays, num_threads=torch.get_num_threads(), by_layer=by_layer)
+        self._send(step.encode())
 
     async def failure(self) -> None:
         """Wait until one of the processes ends, and raise RankLost."""
@@ -130,6 +117,7 @@ class FollowerProcesses:
     async def _start(self, rank: int) -> None:
         mine, theirs = socket.socketpair()
         self._sockets.append(mine)
+        shared = () if self._memory is None else (self._memory,)
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -138,9 +126,9 @@ class FollowerProcesses:
                 self._config.to_json(),
                 str(rank),
                 self._store_path,
-                str(self._memory),
+                *map(str, shared),
                 stdin=theirs.fileno(),
-                pass_fds=(self._memory,),
+                pass_fds=shared,
             )
         self._processes.append(process)
 

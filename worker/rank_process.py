@@ -21,7 +21,16 @@ from pagewire.engine.step_memory import StepMemory
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.load import join_ranks, load_worker_engine
-from pagewire.worker.step_messages import STARTED, Copies, Step, StepMessageError, decode, receive
+from pagewire.worker.step_messages import (
+    STARTED,
+    Copies,
+    Message,
+    Step,
+    StepMessageError,
+    WarmUp,
+    decode,
+    receive,
+)
 
 
 class RankZero:
@@ -33,7 +42,7 @@ class RankZero:
         self._bodies: SimpleQueue[bytes] = SimpleQueue()
         Thread(target=self._listen, name="rank 0", daemon=True).start()
 
-    def messages(self) -> Iterator[Copies | Step]:
+    def messages(self) -> Iterator[Message]:
         """Without end. Raises StepMessageError."""
         while True:
             yield decode(self._bodies.get())
@@ -52,16 +61,24 @@ def follow(runner: ModelRunner, rank_zero: RankZero) -> None:
         match message:
             case Copies(copies=copies):
                 runner.copy_pages(copies)
+            case WarmUp(max_rows=max_rows):
+                runner.warm_up(max_rows)
             case Step():
                 torch.set_num_threads(message.num_threads)
-                runner.run(message.inputs(memory))
+                on_layer = _tell_nobody if message.by_layer else None
+                runner.run(message.inputs(memory), on_layer)
+
+
+def _tell_nobody(num_layers: int) -> None:
+    """Rank 0 alone reports layers; all run them one by one where it does."""
 
 
 def main() -> None:
-    """Arguments: CONFIG as JSON, the rank, the path of the store, the descriptor of the pools."""
+    """Arguments: CONFIG as JSON, the rank, the store's path; on a CPU the pools' descriptor."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     config = WorkerConfig.from_json(sys.argv[1])
-    rank, store_path, memory = int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    rank, store_path = int(sys.argv[2]), sys.argv[3]
+    memory = int(sys.argv[4]) if config.device == "cpu" else None
     rank_zero = RankZero(socket.socket(fileno=os.dup(sys.stdin.fileno())))
     try:
         parallel = join_ranks(config, rank, store_path=store_path, memory=memory)

@@ -10,12 +10,11 @@ from concurrent.futures import Executor
 from dataclasses import replace
 
 from pagewire.engine.copy_stream import Completion, CopyStream
-from pagewire.engine.device_pages import DevicePages
 from pagewire.kv_transfer.layout import FrameRange
 from pagewire.worker.effects import SendFrame
 from pagewire.worker.frame_reads import Payload, ReadFrame
 from pagewire.worker.interval import Interval
-from pagewire.worker.staging import DeviceStaging, HostStaging, Staging
+from pagewire.worker.staging import Staging
 
 
 class StagedReads:
@@ -23,25 +22,24 @@ class StagedReads:
 
     def __init__(
         self,
-        pages: DevicePages,
         copies: CopyStream,
         *,
-        num_buffers: int,
-        buffer_bytes: int,
+        host: Staging,
+        device: Staging | None,
         is_direct: Callable[[bytes], bool],
         thread: Executor,
         clock: Callable[[], float],
     ) -> None:
-        """A buffer holds one frame. `is_direct`: whether frames to that peer go from device to
-        device. `thread` is one thread: it begins copies, in their order, and waits for them.
+        """`copies`: of the device that computes, which is that of rank 0. `host`, `device`: where
+        frames are staged. `is_direct`: whether those to that peer go from device to device; without
+        `device` it never is. `thread` is one thread: it begins copies, in their order, and waits.
         """
         self._copies = copies
         self._is_direct = is_direct
         self._thread = thread
         self._clock = clock
-        sizes = {"num_buffers": num_buffers, "buffer_bytes": buffer_bytes}
-        self._in_host_memory = HostStaging(pages, copies, **sizes)
-        self._on_device = DeviceStaging(pages, copies, **sizes)
+        self._host = host
+        self._device = device
         self._loop = asyncio.get_running_loop()
         self._computed: Completion | None = None  # of what the event loop knows to be computed
 
@@ -52,15 +50,19 @@ class StagedReads:
         return completion
 
     def begin(self, effect: SendFrame) -> asyncio.Future[ReadFrame]:
-        is_direct = self._is_direct(effect.frame.id.receiver)
-        staging: Staging = self._on_device if is_direct else self._in_host_memory
+        staging = self._staging(is_direct=self._is_direct(effect.frame.id.receiver))
         return asyncio.ensure_future(self._read(effect, staging, self._computed))
 
     def end(self, read: ReadFrame) -> None:
         if read.buffer is not None:
-            is_direct = not isinstance(read.payload, tuple)
-            staging = self._on_device if is_direct else self._in_host_memory
+            staging = self._staging(is_direct=not isinstance(read.payload, tuple))
             staging.buffers.give_back(read.frame.id.receiver, read.buffer)
+
+    def _staging(self, *, is_direct: bool) -> Staging:
+        if not is_direct:
+            return self._host
+        assert self._device is not None, "no peer was offered frames from here"
+        return self._device
 
     def _set_computed(self, completion: Completion) -> None:
         self._computed = completion

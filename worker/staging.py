@@ -7,10 +7,28 @@ from torch import Tensor
 from pagewire.engine.copy_stream import Completion, CopyStream
 from pagewire.engine.device_pages import DevicePages
 from pagewire.kv_transfer.checksum import checksum
-from pagewire.kv_transfer.layout import FrameRange
+from pagewire.kv_transfer.layout import FrameRange, KVLayout
 from pagewire.worker.device_checksums import DeviceChecksums
 from pagewire.worker.frame_reads import Payload
 from pagewire.worker.send_buffers import SendBuffers
+
+
+class ReadablePages(Protocol):
+    """The pages of a worker, on a device or on those of several ranks."""
+
+    layout: KVLayout
+
+    def gather(
+        self,
+        part: FrameRange,
+        page_table: tuple[int, ...],
+        into: Tensor,
+        after: Completion | None = None,
+    ) -> Completion:
+        """Begin to copy `part` of a sequence out of its pages, once `after` has come.
+
+        into: uint8 [bytes of the part].
+        """
 
 
 class Staging(Protocol):
@@ -31,8 +49,9 @@ class HostStaging:
     """Implements Staging: any transport sends from there."""
 
     def __init__(
-        self, pages: DevicePages, copies: CopyStream, *, num_buffers: int, buffer_bytes: int
+        self, pages: ReadablePages, copies: CopyStream, *, num_buffers: int, buffer_bytes: int
     ) -> None:
+        """A buffer holds one frame."""
         self.buffers = SendBuffers(num_buffers)
         self._pages = pages
         memory = copies.host_memory(num_buffers * buffer_bytes)
@@ -60,6 +79,7 @@ class DeviceStaging:
     def __init__(
         self, pages: DevicePages, copies: CopyStream, *, num_buffers: int, buffer_bytes: int
     ) -> None:
+        """A buffer holds one frame."""
         self.buffers = SendBuffers(num_buffers)
         self._pages = pages
         self._copies = copies

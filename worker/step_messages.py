@@ -1,4 +1,4 @@
-"""What rank 0 of a worker tells the other ranks: which pages to copy, and which step to run.
+"""What rank 0 of a worker tells the other ranks: which pages to copy, and which steps to run.
 
 Bounded msgpack behind its length, on a socket between a process and its child. The child says one
 thing: that it has started.
@@ -11,17 +11,16 @@ from dataclasses import astuple, dataclass, fields
 
 import msgpack
 import numpy as np
-from torch import Tensor
 
 from pagewire.engine.batch import PageCopy
-from pagewire.engine.step_memory import StepInputs, StepMemory, StepShape
+from pagewire.engine.step_memory import StepArrays, StepInputs, StepMemory, StepShape
 
 STARTED = b"+"  # all that a child says
 
 _LENGTH = struct.Struct("!I")
 _MAX_BYTES = 64 << 20
 _MAX_ITEMS = 1 << 16  # of one array
-_COPIES, _STEP = 1, 2
+_COPIES, _STEP, _WARM_UP = 1, 2, 3
 
 
 class StepMessageError(ValueError):
@@ -39,42 +38,50 @@ class Copies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUp:
+    """Record decode steps of up to so many rows."""
+
+    max_rows: int
+
+    def encode(self) -> bytes:
+        return _framed([_WARM_UP, self.max_rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """Take part in a step."""
 
     num_threads: int  # compute threads of each rank
+    by_layer: bool  # from no recording: see Followers
     shape: StepShape
-    arrays: tuple[bytes, ...]  # what `_tensors` names, in its order
+    arrays: tuple[bytes, ...]  # in the order of StepArrays.NAMES
 
     @classmethod
-    def of(cls, inputs: StepInputs, num_threads: int) -> "Step":
-        tensors = _tensors(inputs)
-        num_rows, max_pages = tensors["page_table"].shape
+    def of(cls, arrays: StepArrays, *, num_threads: int, by_layer: bool) -> "Step":
         return cls(
             num_threads=num_threads,
-            shape=StepShape(
-                num_rows=num_rows,
-                num_tokens=len(inputs.token_ids),
-                max_pages=max_pages,
-                num_logits=len(inputs.logits_of),
-                page_size=inputs.attention.page_size,
-            ),
-            arrays=tuple(tensor.cpu().numpy().tobytes() for tensor in tensors.values()),
+            by_layer=by_layer,
+            shape=arrays.shape,
+            arrays=tuple(getattr(arrays, name).tobytes() for name in StepArrays.NAMES),
         )
 
     def encode(self) -> bytes:
-        return _framed([_STEP, self.num_threads, *astuple(self.shape), *self.arrays])
+        shape = astuple(self.shape)
+        return _framed([_STEP, self.num_threads, self.by_layer, *shape, *self.arrays])
 
     def inputs(self, memory: StepMemory) -> StepInputs:
         """The step's inputs; void once `memory` is used for the next one."""
         into = memory.arrays(self.shape)
-        for name, data in zip(_tensors(into.inputs()), self.arrays, strict=True):
+        for name, data in zip(StepArrays.NAMES, self.arrays, strict=True):
             array = getattr(into, name)
             array.reshape(-1)[:] = np.frombuffer(data, array.dtype)
         return into.inputs()
 
 
-def decode(body: bytes) -> Copies | Step:
+Message = Copies | Step | WarmUp
+
+
+def decode(body: bytes) -> Message:
     """The message in `body`, which is without its length. Raises StepMessageError."""
     try:
         code, *values = msgpack.unpackb(
@@ -83,13 +90,17 @@ def decode(body: bytes) -> Copies | Step:
         if code == _COPIES:
             return Copies(copies=tuple(PageCopy(*pair) for pair in values))
         if code == _STEP:
-            num_threads, *shape = values[:6]
+            num_threads, by_layer, *shape = values[:7]
             names = (field.name for field in fields(StepShape))
             return Step(
                 num_threads=num_threads,
+                by_layer=by_layer,
                 shape=StepShape(**dict(zip(names, shape, strict=True))),
-                arrays=values[6:],
+                arrays=values[7:],
             )
+        if code == _WARM_UP:
+            [max_rows] = values
+            return WarmUp(max_rows=max_rows)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise StepMessageError(f"no message of rank 0: {error}") from error
     raise StepMessageError(f"code {code!r} is unknown")
@@ -117,17 +128,3 @@ def _receive_exactly(sock: socket.socket, num_bytes: int) -> bytes:
 def _framed(values: Iterable[object]) -> bytes:
     body: bytes = msgpack.packb(list(values))
     return _LENGTH.pack(len(body)) + body
-
-
-def _tensors(inputs: StepInputs) -> dict[str, Tensor]:
-    """All tensors of a step, by their names in StepArrays."""
-    attention = inputs.attention
-    return {
-        "token_ids": inputs.token_ids,
-        "logits_of": inputs.logits_of,
-        "positions": attention.positions,
-        "slots": attention.slots,
-        "cu_seqlens": attention.cu_seqlens,
-        "context_lens": attention.context_lens,
-        "page_table": attention.page_table,
-    }

@@ -18,7 +18,7 @@ from pagewire.decode_worker.worker import DecodeWorker
 from pagewire.kv_transfer.select import create_transports
 from pagewire.prefill_worker.worker import PrefillWorker
 from pagewire.worker.config import Role, WorkerConfig
-from pagewire.worker.load import copy_stream
+from pagewire.worker.load import copy_streams
 
 
 async def serve(config: WorkerConfig) -> None:
@@ -27,12 +27,13 @@ async def serve(config: WorkerConfig) -> None:
     assert config.num_pages is not None, "the pages are those of the check"
     torch.set_num_threads(config.num_threads)
     runner = runner_of(random_model(scale), scale, config.num_pages)
+    copies = copy_streams(config)
     make = PrefillWorker if config.role is Role.PREFILL else DecodeWorker
     worker = make(
         config=config,
         incarnation=secrets.token_bytes(16),
         runner=runner,
-        copies=copy_stream(config),
+        copies=copies[0] if copies else None,
     )
     chosen = create_transports(
         config.transport, worker.core.incarnation, worker, config.host, device=config.device

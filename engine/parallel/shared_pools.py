@@ -15,10 +15,9 @@ from pagewire.engine.kv_cache import in_huge_pages
 
 
 class SharedPools:
-    """One pool for each rank, behind one another in anonymous memory that has no name.
+    """Implements RankPools, the pools behind one another in anonymous memory that has no name.
 
-    Every rank has a SharedPools with the same descriptor and asks for pools of the same size; a
-    pool stays mapped as long as its tensor lives.
+    Every rank has a SharedPools with the same descriptor.
     """
 
     def __init__(self, descriptor: int, num_ranks: int) -> None:
@@ -27,7 +26,7 @@ class SharedPools:
         self._num_ranks = num_ranks
 
     def pool(self, rank: int, num_bytes: int) -> Tensor:
-        """The pool of `rank`, uint8 [num_bytes]. Raises OSError."""
+        """Any number of times. Raises OSError."""
         stride = -(-num_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         os.ftruncate(self._descriptor, self._num_ranks * stride)
         return in_huge_pages(mmap.mmap(self._descriptor, num_bytes, offset=rank * stride))

@@ -1,14 +1,13 @@
 """What an engine needs to be one rank of several; without it, it is the only one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
-
 from pagewire.engine.batch import PageCopy
 from pagewire.engine.parallel.rank_group import RankGroup, SingleRank
-from pagewire.engine.step_memory import StepInputs
+from pagewire.engine.parallel.rank_pools import RankPools
+from pagewire.engine.step_memory import StepArrays
 
 
 class Followers(Protocol):
@@ -17,8 +16,15 @@ class Followers(Protocol):
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Make these copies, each in its own pages."""
 
-    def run(self, inputs: StepInputs) -> None:
-        """Take part in the step that rank 0 now begins."""
+    def warm_up(self, max_rows: int) -> None:
+        """Record decode steps of up to so many rows, as rank 0 now does."""
+
+    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
+        """Take part in the step that rank 0 now begins, over what `arrays` hold.
+
+        `by_layer`: layer after layer, since rank 0 reports them, and so from no recording. NCCL
+        wants a sum in a graph either on all ranks or on none.
+        """
 
 
 class NoFollowers:
@@ -27,7 +33,10 @@ class NoFollowers:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         pass
 
-    def run(self, inputs: StepInputs) -> None:
+    def warm_up(self, max_rows: int) -> None:
+        pass
+
+    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
         pass
 
 
@@ -37,5 +46,4 @@ class TensorParallel:
 
     group: RankGroup = field(default_factory=SingleRank)
     followers: Followers = field(default_factory=NoFollowers)
-    # Memory of so many bytes for this rank's pages, uint8; None: nobody else need reach it.
-    pool_memory: Callable[[int], Tensor] | None = None
+    pools: RankPools | None = None  # None: nobody else need reach this rank's pages

@@ -73,7 +73,7 @@ def test_a_sound_gpu_needs_nothing_and_is_described() -> None:
 
 
 def test_it_says_how_many_are_wanted() -> None:
-    assert findings()["GPU"].detail == "1; `pagewire serve` wants one for each worker"
+    assert findings()["GPU"].detail == "1; `pagewire serve` wants one for each rank of a worker"
 
 
 @pytest.mark.parametrize(

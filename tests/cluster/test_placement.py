@@ -60,6 +60,17 @@ def test_every_worker_has_a_gpu_of_its_own_and_shares_no_cores() -> None:
     assert [item.gpu for item in place(ServeConfig(), 8)] == [None, None]
 
 
+def test_the_ranks_of_a_worker_have_neighbouring_gpus() -> None:
+    config = ServeConfig(prefill=2, tensor_parallel_size=2, decode_tensor_parallel_size=4)
+    workers = place(config, 8, device="cuda")
+    assert [item.gpu for item in workers] == [0, 2, 4]
+    environment = {"CUDA_VISIBLE_DEVICES": "9,8,7,6,5,4,3,2"}
+    assert [gpu_environment(item, environment) for item in workers] == [
+        {"CUDA_VISIBLE_DEVICES": names} for names in ("9,8", "7,6", "5,4,3,2")
+    ]
+    assert gpu_environment(workers[1], {}) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+
+
 @pytest.mark.parametrize(("device", "sizes"), [("cpu", (512, 32)), ("cuda", (2048, 256))])
 def test_steps_are_as_large_as_the_device_wants_them(device: str, sizes: tuple[int, int]) -> None:
     [worker, _] = place(ServeConfig(), 8, device=device)

@@ -71,7 +71,7 @@ def expected(rows: list[BatchRow]) -> list[object]:
 def test_steps_that_share_memory_leave_nothing_behind(batches: list[list[BatchRow]]) -> None:
     memory = StepMemory(CPU)
     for rows in batches:
-        assert values(prepare(rows, LIMITS, memory)) == expected(rows)
+        assert values(prepare(rows, LIMITS, memory).inputs()) == expected(rows)
 
 
 def test_decode_steps_use_the_same_memory() -> None:
@@ -85,7 +85,7 @@ def test_decode_steps_use_the_same_memory() -> None:
             page_table=[3, 4],
             sampling=SamplingParams(),
         )
-        inputs = prepare([row, row], LIMITS, memory)
+        inputs = prepare([row, row], LIMITS, memory).inputs()
         addresses.add((inputs.token_ids.data_ptr(), inputs.attention.page_table.data_ptr()))
     assert len(addresses) == 1
 
@@ -95,5 +95,5 @@ def test_a_device_gets_copies() -> None:
     row = BatchRow(
         request_id="request", token_ids=(1,), start=0, page_table=[0], sampling=SamplingParams()
     )
-    inputs = prepare([row], LIMITS, StepMemory(torch.device("meta")))
+    inputs = prepare([row], LIMITS, StepMemory(torch.device("meta"))).inputs()
     assert inputs.token_ids.device.type == inputs.attention.slots.device.type == "meta"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from held_copies import HeldCopies
 from pipeline import Pipeline, RunningWorker
 from tiny_models import VOCAB_SIZE, make_model
 
+from pagewire.cluster import worker_process
 from pagewire.cluster.worker_process import run_worker
 from pagewire.engine.aggregated import generate
 from pagewire.engine.load import load_engine
@@ -124,6 +126,49 @@ def test_tokens_are_those_of_one_rank(
     assert found == expected
     assert choices == [expected[1]] * 2
     assert not rank_processes()
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "page_sizes"),
+    [
+        (2, 2, (16, 16)),
+        pytest.param(2, 1, (32, 16), marks=pytest.mark.slow),
+        pytest.param(1, 2, (16, 64), marks=pytest.mark.slow),
+        pytest.param(2, 4, (16, 16), marks=pytest.mark.slow),
+    ],
+)
+def test_pages_of_ranks_with_a_device_each_arrive(
+    prefill: int,
+    decode: int,
+    page_sizes: tuple[int, int],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 reaches the pools of the others by copies, in a stream for each rank."""
+    inputs = prompts(1, 300)
+    streams: list[HeldCopies] = []
+
+    def copy_streams(config: WorkerConfig) -> tuple[HeldCopies, ...]:
+        made = [HeldCopies(is_free=True) for _ in range(config.tensor_parallel_size)]
+        streams.extend(made)
+        return tuple(made)
+
+    monkeypatch.setattr(worker_process, "copy_streams", copy_streams)
+
+    async def run() -> list[list[int]]:
+        sizes = {Role.PREFILL: prefill, Role.DECODE: decode}
+        async with serving(model, sizes, dict(zip(sizes, page_sizes, strict=True))) as (
+            cluster,
+            _,
+        ):
+            outputs = await asyncio.gather(*(cluster.generate(item, GREEDY) for item in inputs))
+            return [tokens for tokens, _ in outputs]
+
+    found = asyncio.run(run())
+    runner = load_engine(model, dtype="float32", num_pages=128, page_size=16, num_threads=1)
+    assert found == generate(runner, inputs, SamplingParams(max_tokens=MAX_TOKENS))
+    assert len(streams) == prefill + decode
+    assert all(each.num_begun for each in streams)
 
 
 def test_a_rank_that_is_killed_takes_its_worker_with_it(model: Path) -> None:

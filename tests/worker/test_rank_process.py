@@ -8,8 +8,9 @@ from pathlib import Path
 from socket import socketpair
 
 import pytest
+import torch
 
-from pagewire.engine.errors import EngineError
+from pagewire.engine.errors import DeviceError
 from pagewire.engine.parallel.rank_group import RankLost
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.followers import follower_processes
@@ -51,10 +52,12 @@ def test_one_that_cannot_start_is_noticed_at_once(monkeypatch: pytest.MonkeyPatc
     asyncio.run(run())
 
 
-def test_ranks_share_host_memory_alone() -> None:
+def test_none_starts_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+
     async def run() -> None:
-        async with follower_processes(replace(CONFIG, device="cuda:0")):
+        async with follower_processes(replace(CONFIG, device="cuda")):
             raise AssertionError("it has started")
 
-    with pytest.raises(EngineError, match=r"tensor_parallel_size is 2 and device cuda:0"):
+    with pytest.raises(DeviceError, match="this torch is built for the CPU only"):
         asyncio.run(run())

@@ -16,6 +16,7 @@ from pagewire.kv_transfer.checksum import checksum, checksum_of_sum
 from pagewire.worker.effects import SendFrame
 from pagewire.worker.interval import Interval
 from pagewire.worker.staged_reads import StagedReads
+from pagewire.worker.staging import DeviceStaging, HostStaging
 
 NUM_PAGES = 4
 NUM_BUFFERS = 4
@@ -38,11 +39,12 @@ class Stage:
         self.copies = HeldCopies()
         self.thread = thread
         self.direct: set[bytes] = set()  # peers to which frames go from device to device
+        pages = DevicePages(self.cache, self.copies)
+        sizes = {"num_buffers": NUM_BUFFERS, "buffer_bytes": LAYOUT.page_bytes}
         self.reads = StagedReads(
-            DevicePages(self.cache, self.copies),
             self.copies,
-            num_buffers=NUM_BUFFERS,
-            buffer_bytes=LAYOUT.page_bytes,
+            host=HostStaging(pages, self.copies, **sizes),
+            device=DeviceStaging(pages, self.copies, **sizes),
             is_direct=self.direct.__contains__,
             thread=thread,
             clock=lambda: 5.0,

@@ -13,7 +13,15 @@ from pagewire.engine.batch import BatchRow, PageCopy
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.engine.step_inputs import InputLimits, prepare
 from pagewire.engine.step_memory import StepInputs, StepMemory
-from pagewire.worker.step_messages import Copies, Step, StepMessageError, decode, receive
+from pagewire.worker.step_messages import (
+    Copies,
+    Message,
+    Step,
+    StepMessageError,
+    WarmUp,
+    decode,
+    receive,
+)
 
 LIMITS = InputLimits(vocab_size=100, num_pages=50, page_size=16, max_model_len=200)
 
@@ -22,7 +30,7 @@ def memory() -> StepMemory:
     return StepMemory(torch.device("cpu"))
 
 
-def sent(message: Copies | Step) -> Copies | Step:
+def sent(message: Message) -> Message:
     mine, theirs = socket.socketpair()
     with mine, theirs:
         mine.sendall(message.encode())
@@ -44,12 +52,19 @@ rows = st.builds(
 )
 
 
-@given(rows=st.lists(rows, min_size=1, max_size=4), num_threads=st.integers(1, 64))
-def test_a_step_has_the_inputs_that_rank_0_has(rows: list[BatchRow], num_threads: int) -> None:
-    inputs = prepare(rows, LIMITS, memory())
-    message = sent(Step.of(inputs, num_threads))
+@given(
+    rows=st.lists(rows, min_size=1, max_size=4),
+    num_threads=st.integers(1, 64),
+    by_layer=st.booleans(),
+)
+def test_a_step_has_the_inputs_that_rank_0_has(
+    rows: list[BatchRow], num_threads: int, by_layer: bool
+) -> None:
+    arrays = prepare(rows, LIMITS, memory())
+    inputs = arrays.inputs()
+    message = sent(Step.of(arrays, num_threads=num_threads, by_layer=by_layer))
     assert isinstance(message, Step)
-    assert message.num_threads == num_threads
+    assert (message.num_threads, message.by_layer) == (num_threads, by_layer)
     found = message.inputs(memory())
     for mine, theirs in zip(tensors(inputs), tensors(found), strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
@@ -69,8 +84,10 @@ def tensors(inputs: StepInputs) -> list[torch.Tensor]:
     ]
 
 
-def test_copies() -> None:
-    message = Copies(copies=(PageCopy(3, 4), PageCopy(4, 1000)))
+@pytest.mark.parametrize(
+    "message", [Copies(copies=(PageCopy(3, 4), PageCopy(4, 1000))), WarmUp(max_rows=256)]
+)
+def test_other_messages(message: Message) -> None:
     assert sent(message) == message
 
 
@@ -83,6 +100,8 @@ def test_copies() -> None:
         msgpack.packb([9]),
         msgpack.packb([1, [3]]),
         msgpack.packb([2, 1, 1, 1]),
+        msgpack.packb([3]),
+        msgpack.packb([3, 1, 1]),
         msgpack.packb([1, {}]),
         msgpack.packb([1, msgpack.ExtType(1, b"x")]),
     ],
