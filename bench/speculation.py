@@ -25,6 +25,7 @@ from pagewire.engine.load_draft import load_draft_model
 from pagewire.engine.loading.resolve import resolve_model
 from pagewire.engine.measure_drafts import measure_costs
 from pagewire.engine.model_runner import ModelRunner
+from pagewire.engine.precision import default_dtype
 from pagewire.engine.quantization import Quantization
 from pagewire.engine.sampling_params import SamplingParams
 from pagewire.router.tokenizer import Tokenizer
@@ -263,13 +264,13 @@ def compare(
 def measure(
     quantizations: Sequence[Quantization], *, with_model: bool, num_rounds: int, max_tokens: int
 ) -> list[Result]:
-    path = resolve_model(None)
+    path, dtype = resolve_model(None), default_dtype("cpu")
     tokenizer = load_tokenizer(path)
     results = []
     for quantization in quantizations:
         runner = load_engine(
             path,
-            dtype="float32",
+            dtype=dtype,
             quantization=quantization,
             page_size=PAGE_SIZE,
             num_pages=len(COPY.prompts) * -(-MAX_MODEL_LEN // PAGE_SIZE),
@@ -279,7 +280,7 @@ def measure(
         draft_models: list[DraftModel | None] = [None]
         if with_model:
             draft_models.append(
-                load_draft_model(path, runner, dtype="float32", quantization=Quantization.INT4)
+                load_draft_model(path, runner, dtype=dtype, quantization=Quantization.INT4)
             )
         for draft_model in draft_models:
             costs = measure_costs(runner, draft_model.runner if draft_model else None)

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pagewire.engine.batch import DraftWork
-from pagewire.engine.draft_length import DraftCosts, DraftLength
+from pagewire.engine.draft_length import (
+    LOOKUP_CHANCES,
+    MODEL_CHANCES,
+    NO_DRAFTS,
+    DraftCosts,
+    DraftLength,
+)
 from pagewire.engine.model_drafter import ModelDrafter
 from pagewire.engine.ngram_drafter import NgramDrafter
 from pagewire.engine.sampling_params import SamplingParams
@@ -54,24 +60,23 @@ class Drafting:
     def plan(self, limit: int, *, num_rows: int, num_left: int, max_unseen: int) -> None:
         """Choose the drafts of the next step, at most `limit`. Arguments as in ModelDrafter."""
         self.token_ids, self.work = (), None
-        found = self._length.choose(limit, num_rows=num_rows)
-        if self._model is None:
-            self.token_ids = self._lookup.propose(found.length)
-            return
-        made = self._model.length.choose(limit, num_rows=num_rows)
-        if found.gain > made.gain:
-            self.token_ids = self._lookup.propose(found.length)
-        if not self.token_ids:
+        match, found, made = self._lookup.match(), NO_DRAFTS, NO_DRAFTS
+        if match is not None:
+            found = self._length.choose(limit, num_rows=num_rows, num_matched=match.num_tokens)
+        if self._model is not None:
+            made = self._model.length.choose(limit, num_rows=num_rows)
+        if match is not None and found.gain > made.gain:
+            self.token_ids = self._lookup.continuation(match, found.length)
+        elif self._model is not None:
             self.work = self._model.drafter.plan(
                 made.length, num_left=num_left, max_unseen=max_unseen
             )
 
     def on_step(self, num_accepted: int) -> None:
         """The step has run, and the first `num_accepted` of its drafts were right."""
-        self._length.on_step(num_drafted=len(self.token_ids), num_accepted=num_accepted)
+        _follow(self._length, len(self.token_ids), num_accepted)
         if self._model is not None:
-            num_made = self.work.num_drafts if self.work else 0
-            self._model.length.on_step(num_drafted=num_made, num_accepted=num_accepted)
+            _follow(self._model.length, self.work.num_drafts if self.work else 0, num_accepted)
             if self.work is not None:
                 self._model.drafter.on_step(self.work, num_accepted)
         self.token_ids, self.work = (), None
@@ -81,6 +86,11 @@ class Drafting:
         self._lookup.extend((token_id,))
         if self._model is not None:
             self._model.drafter.extend((token_id,))
+
+
+def _follow(length: DraftLength, num_drafted: int, num_accepted: int) -> None:
+    """Tell one of the two of a step, whose drafts may have been the other's."""
+    length.on_step(num_drafted=num_drafted, num_accepted=min(num_accepted, num_drafted))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +109,11 @@ class Speculation:
         if sampling.has_penalties:
             return None
         lookup = NgramDrafter(token_ids)
-        length = DraftLength(replace(self.costs, per_draft=0.0))
+        length = DraftLength(replace(self.costs, per_draft=0.0), LOOKUP_CHANCES)
         if self.draft_model_len is None:
             return Drafting(lookup, length)
         drafter = ModelDrafter(token_ids, max_model_len=self.draft_model_len)
-        model = ModelDrafts(drafter=drafter, length=DraftLength(self.costs))
+        model = ModelDrafts(drafter=drafter, length=DraftLength(self.costs, MODEL_CHANCES))
         return Drafting(lookup, length, model)
 
     def plan(self, draftings: Sequence[Drafting | None], nums_left: Sequence[int]) -> None:

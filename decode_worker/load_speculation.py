@@ -34,8 +34,8 @@ def load_speculation(
         )
     costs = measure_costs(target, draft_model.runner if draft_model else None)
     logger.info(
-        "of a decode step, one more token costs %.3f and a draft of %s %.2f",
-        costs.per_token,
+        "of a decode step of one row, one more token costs %.2f and a draft of %s %.2f",
+        costs.of_drafts(1, 1) - costs.per_draft,
         config.draft_model or "the text so far",
         costs.per_draft,
     )

@@ -8,25 +8,25 @@ from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
 
 _ROUNDS = 4
-_NUM_TOKENS = 16  # of the longer step; they fit into the smallest page
+_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens: matrices of some numbers of rows have kernels of theirs
 
 
 def measure_costs(target: ModelRunner, draft: ModelRunner | None) -> DraftCosts:
     """Costs of drafts that `draft` makes, or that are looked up. Overwrites page 0 of both.
 
-    Of alternating steps the shortest count, so that other work on the machine matters little.
+    Of alternating steps the shortest count, so that other work on the machine matters little. The
+    context of `target` has room for two tokens at least, as without drafts.
     """
-    num_tokens = min(_NUM_TOKENS, target.max_model_len)
-    one = many = of_draft = float("inf")
+    seconds = {size: float("inf") for size in _SIZES if size <= target.max_model_len}
+    of_draft = float("inf")
     for _ in range(_ROUNDS):
-        one = min(one, _step_seconds(target, 1))
-        many = min(many, _step_seconds(target, num_tokens))
+        for size, least in seconds.items():
+            seconds[size] = min(least, _step_seconds(target, size))
         if draft is not None:
             of_draft = min(of_draft, _step_seconds(draft, 1))
-    per_token = max(0.0, many - one) / max(1, num_tokens - 1)
     return DraftCosts(
-        per_token=per_token / max(one - per_token, per_token),
-        per_draft=of_draft / one if draft is not None else 0.0,
+        steps=tuple(seconds.items()),
+        per_draft=of_draft / seconds[1] if draft is not None else 0.0,
     )
 
 
@@ -36,7 +36,7 @@ def _step_seconds(runner: ModelRunner, num_tokens: int) -> float:
         request_id="measurement",
         token_ids=(0,) * num_tokens,
         start=0,
-        page_table=(0,),
+        page_table=(0,) * runner.layout.num_pages(num_tokens),
         sampling=SamplingParams(),
         num_drafts=num_tokens - 1,
     )

@@ -44,9 +44,7 @@ PAGEWIRE_EXPORT void logprobs(const float* logits, const int64_t* rows, const in
                 std::fill_n(top + i * num_top, num_top, kNaN);
                 continue;
             }
-            weigh(row, size, highest, 1.0f, scratch.weights.get());
-            const double total = mass_at_least(scratch.weights.get(), size, 0.0f).sum;
-            const double normalizer = highest + std::log(total);
+            const double normalizer = highest + std::log(sum_of_weights(row, size, highest, 1.0f));
             sampled[i] = row[tokens[i]] - normalizer;
             if (num_top > 0) find_largest(row, size, num_top, scratch);
             for (int64_t k = 0; k < num_top; ++k) {

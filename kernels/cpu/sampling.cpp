@@ -148,26 +148,25 @@ Weights weights_of(const float* logits, int64_t size, float highest, float tempe
 int64_t draw_row(const float* logits, int64_t size, float highest, const Choice& choice,
                  Scratch& scratch) {
     const bool has_top_k = choice.top_k < size, has_top_p = choice.top_p < 1.0;
-    const auto weights_of_all = [&] {
-        return weights_of(logits, size, highest, choice.temperature, scratch.weights.get());
-    };
     const auto draw_from = [&](const Weights& weights, double total) {
         const float least = find_least(weights, scratch.between.get(), choice, has_top_k, total);
         return draw(weights, std::max(least, choice.min_p), choice.uniform);
     };
-    Weights all = {};
-    if (!has_top_k) all = weights_of_all();  // top-k seldom needs them
     const int64_t groups = num_groups(size);
     const int64_t rank = has_top_k ? choice.top_k : groups / 4 * 3;
     if ((has_top_k || has_top_p) && rank <= groups) {
+        // Top-k seldom needs the sum, and top-p no single weight of those that it does not keep.
+        const double total =
+            has_top_k ? 0.0 : sum_of_weights(logits, size, highest, choice.temperature);
         float* listed = scratch.listed.get();
         const int64_t count = copy_largest(logits, size, scratch.maxima.get(), rank, listed,
                                            scratch.ids.get());
         const Weights largest = weights_of(listed, count, highest, choice.temperature, listed);
-        if (has_top_k || largest.sum >= choice.top_p * all.sum)
-            return scratch.ids[draw_from(largest, all.sum)];
+        if (has_top_k || largest.sum >= choice.top_p * total)
+            return scratch.ids[draw_from(largest, total)];
     }
-    if (has_top_k) all = weights_of_all();
+    const Weights all =
+        weights_of(logits, size, highest, choice.temperature, scratch.weights.get());
     return draw_from(all, all.sum);
 }
 

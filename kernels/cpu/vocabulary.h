@@ -135,6 +135,37 @@ inline void weigh(const float* values, int64_t size, float highest, float temper
     });
 }
 
+// The sum of `term` of all values of a row, taken a vector at a time; lanes behind the end of the row
+// are `fill`. Sums are in float32 over short runs, and in float64 over these.
+template <typename Term>
+inline double sum_in_runs(const float* row, int64_t size, float fill, Term term) {
+    constexpr int64_t kRun = 32 * kLanes;
+    Doubles sums = {};
+    Floats even = {}, odd = {};  // two, so that additions need not wait for one another
+    const auto flush = [&] {
+        sums += __builtin_convertvector(even + odd, Doubles);
+        even = odd = Floats{};
+    };
+    int64_t i = 0;
+    for (; i + kRun <= size; flush())
+        for (const int64_t end = i + kRun; i < end; i += 2 * kLanes) {
+            even += term(load(row + i));
+            odd += term(load(row + i + kLanes));
+        }
+    for (; i < size; i += kLanes) even += term(load_or(row, i, size, fill));
+    flush();
+    double sum = 0.0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+    return sum;
+}
+
+// The sum of what `weigh` would store, for those who need no single weight.
+inline double sum_of_weights(const float* values, int64_t size, float highest, float temperature) {
+    const float factor = 1.0f / temperature;
+    return sum_in_runs(values, size, -kInfinity,
+                       [&](Floats logits) { return exp((logits - highest) * factor); });
+}
+
 // How many weights reach a bound, and their sum.
 struct Mass {
     int64_t count;
@@ -143,34 +174,16 @@ struct Mass {
 
 inline Mass operator+(const Mass& a, const Mass& b) { return {a.count + b.count, a.sum + b.sum}; }
 
-// Weights are not negative. Sums are in float32 over short runs, and in float64 over these.
+// Weights are not negative.
 inline Mass mass_at_least(const float* weights, int64_t size, float bound) {
-    constexpr int64_t kRun = 32 * kLanes;
     Ints counts = {};
-    Doubles sums = {};
-    Floats even = {}, odd = {};  // two, so that additions need not wait for one another
-    const auto add = [&](Floats values, Floats& run) {
+    Mass mass = {};
+    mass.sum = sum_in_runs(weights, size, -1.0f, [&](Floats values) {
         const Ints reaches = values >= bound;
         counts -= reaches;
-        run += reaches ? values : Floats{};
-    };
-    const auto flush = [&] {
-        sums += __builtin_convertvector(even + odd, Doubles);
-        even = odd = Floats{};
-    };
-    int64_t i = 0;
-    for (; i + kRun <= size; flush())
-        for (const int64_t end = i + kRun; i < end; i += 2 * kLanes) {
-            add(load(weights + i), even);
-            add(load(weights + i + kLanes), odd);
-        }
-    for (; i < size; i += kLanes) add(load_or(weights, i, size, -1.0f), even);
-    flush();
-    Mass mass = {};
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-        mass.count += counts[lane];
-        mass.sum += sums[lane];
-    }
+        return reaches ? values : Floats{};
+    });
+    for (int64_t lane = 0; lane < kLanes; ++lane) mass.count += counts[lane];
     return mass;
 }
 

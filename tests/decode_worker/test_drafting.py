@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from draft_costs import linear_costs
 
 from pagewire.decode_worker.drafting import Drafting, Speculation
-from pagewire.engine.draft_length import DraftCosts
 from pagewire.engine.sampling_params import SamplingParams
 
-COSTS = DraftCosts(per_token=0.01)
+COSTS = linear_costs(0.01)
 GREEDY = SamplingParams(max_tokens=100)
 REPEATED = (1, 2, 3, 1, 2, 3, 1, 2)
 
@@ -81,7 +81,7 @@ def test_prompts_are_read_within_a_budget_and_nobody_starves() -> None:
 
 
 def test_drafts_are_looked_up_where_that_promises_more() -> None:
-    speculation = replace(by_model(), costs=DraftCosts(per_token=0.01, per_draft=0.3))
+    speculation = replace(by_model(), costs=linear_costs(0.01, per_draft=0.3))
     copying = drafting(speculation, REPEATED)
     speculation.plan([copying], [100])
     assert copying.token_ids and copying.work is None
@@ -91,7 +91,7 @@ def test_drafts_are_looked_up_where_that_promises_more() -> None:
 
 
 def test_a_model_drafts_where_what_is_looked_up_is_wrong() -> None:
-    speculation = replace(by_model(), costs=DraftCosts(per_token=0.01, per_draft=0.3))
+    speculation = replace(by_model(), costs=linear_costs(0.01, per_draft=0.3))
     row = drafting(speculation, REPEATED)
     sources = []
     for token in (1, 2, 3) * 8:  # what is looked up is never taken, what the model says always
@@ -104,21 +104,21 @@ def test_a_model_drafts_where_what_is_looked_up_is_wrong() -> None:
 
 
 def test_what_was_looked_up_and_right_is_unseen_by_the_model() -> None:
-    speculation = replace(by_model(), costs=DraftCosts(per_token=0.01, per_draft=0.3))
+    speculation = replace(by_model(), costs=linear_costs(0.01, per_draft=0.3))
     row = drafting(speculation, [7, *range(10, 18)])
     speculation.plan([row], [100])
     made = row.num_drafts
     row.on_step(made)
-    for token in (*[50] * (made - 1), 10, 11):  # the lookup continues with 12
+    for token in (*[50] * (made - 1), 10, 11, 12, 13, 14):  # the lookup continues with 15
         row.extend(token)
     speculation.plan([row], [100])
-    assert row.token_ids[:2] == (12, 13)
+    assert row.token_ids[:2] == (15, 16)
     row.on_step(2)
-    for token in (12, 13, 90):
+    for token in (15, 16, 90):
         row.extend(token)
     speculation.plan([row], [100])
     assert row.work is not None
-    assert (list(row.work.token_ids), row.work.start) == ([10, 11, 12, 13, 90], 8 + made)
+    assert (list(row.work.token_ids), row.work.start) == ([*range(10, 17), 90], 8 + made)
 
 
 def test_the_work_for_a_draft_model_starts_where_it_left_off() -> None:

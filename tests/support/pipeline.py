@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from draft_costs import linear_costs
+
 from pagewire.decode_worker.load_speculation import load_speculation
 from pagewire.decode_worker.worker import DecodeWorker
 from pagewire.engine.copy_stream import CopyStream
-from pagewire.engine.draft_length import DraftCosts
 from pagewire.engine.kv_cache_dtype import KVCacheDtype
 from pagewire.engine.load import load_engine
 from pagewire.kv_transfer.tcp import TcpTransport
@@ -181,7 +182,7 @@ def start_worker(
     else:
         speculation, draft_model = load_speculation(config, runner)
         if speculation is not None:  # as of a target that is far larger than these
-            costs = DraftCosts(per_token=0.05, per_draft=0.1 if draft_model else 0.0)
+            costs = linear_costs(0.05, per_draft=0.1 if draft_model else 0.0)
             speculation = replace(speculation, costs=costs)
         worker = DecodeWorker(
             config=config,
