@@ -16,7 +16,7 @@ import torch
 
 from pagewire.engine.batch import PageCopy
 from pagewire.engine.device import require_device
-from pagewire.engine.parallel.rank_group import RankLost
+from pagewire.engine.parallel.rank_group import RankGroup, RankLost
 from pagewire.engine.parallel.shared_pools import shared_memory
 from pagewire.engine.parallel.tensor_parallel import TensorParallel
 from pagewire.engine.step_memory import StepArrays
@@ -59,14 +59,21 @@ class FollowerProcesses:
         self._memory = memory
         self._processes: list[asyncio.subprocess.Process] = []
         self._sockets: list[socket.socket] = []
+        self._group: RankGroup | None = None
+        self._lost: asyncio.Task[None] | None = None
+        self._is_lost = False
 
     async def start(self) -> None:
         """Start the processes. Raises OSError."""
         for rank in range(1, self._size):
             await self._start(rank)
+        self._lost = asyncio.create_task(self._watch())
 
     async def end(self) -> None:
         """Kill them: they have nothing to finish, and may be in the middle of a step."""
+        if self._lost is not None:
+            self._lost.cancel()
+            await asyncio.gather(self._lost, return_exceptions=True)
         for sock in self._sockets:
             sock.close()
         for process in self._processes:
@@ -78,9 +85,13 @@ class FollowerProcesses:
         """The place of rank 0, once all others are there. Blocks. Raises what `join_ranks` does."""
         for rank, sock in enumerate(self._sockets, start=1):
             self._await_start(rank, sock)
-        return join_ranks(
+        parallel = join_ranks(
             self._config, 0, store_path=self._store_path, memory=self._memory, followers=self
         )
+        self._group = parallel.group
+        if self._is_lost:  # of that group no call would end
+            raise RankLost(f"one of {self._size} ranks has ended; see what it wrote above")
+        return parallel
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         self._send(Copies(copies=tuple(copies)).encode())
@@ -94,7 +105,8 @@ class FollowerProcesses:
 
     async def failure(self) -> None:
         """Wait until one of the processes ends, and raise RankLost."""
-        await first_of(*(self._end_of(rank) for rank in range(1, self._size)))
+        assert self._lost is not None, "start them first"
+        await asyncio.shield(self._lost)
 
     def _send(self, message: bytes) -> None:
         for rank, sock in enumerate(self._sockets, start=1):
@@ -131,6 +143,16 @@ class FollowerProcesses:
                 pass_fds=shared,
             )
         self._processes.append(process)
+
+    async def _watch(self) -> None:
+        """From their start on: while rank 0 loads or runs a step it may wait for one in vain."""
+        try:
+            await first_of(*(self._end_of(rank) for rank in range(1, self._size)))
+        except RankLost:
+            self._is_lost = True
+            if self._group is not None:
+                await asyncio.to_thread(self._group.abort)
+            raise
 
     async def _end_of(self, rank: int) -> None:
         code = await self._processes[rank - 1].wait()

@@ -1,7 +1,7 @@
 """Stage 4: prefill and decode with a pool each on one device, and the pages between them.
 
-In one process, where pages go through a staging buffer of the device, and in two, over a transport.
-The tokens must be those of one engine alone.
+In one process, where pages go through a staging buffer of the device, and in two, over a transport;
+then between workers of two ranks. The tokens must be those of one engine alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from gpu_stages import two_processes
+from gpu_stages import rank_handoff, two_processes
 from gpu_stages.ceilings import Ceilings
 from gpu_stages.items import Item
 from gpu_stages.measurement import Measurement, above_floor
@@ -38,6 +38,7 @@ def items(scale: Scale, ceilings: Ceilings) -> Iterator[Item]:
         measure=partial(two_processes.measure, scale, prompt, num_tokens),
         limit_s=TWO_PROCESSES_S,
     )
+    yield Item(name="workers of two ranks", measure=partial(rank_handoff.measure, scale))
 
 
 def _one_process(

@@ -73,7 +73,7 @@ def _over_ranks(name: str, scale: Scale) -> Iterator[Measurement]:
         raise InapplicableError(f"there are fewer than {NUM_RANKS} GPUs")
     # Triton's interpreter runs in one thread.
     kernels = "triton" if scale.device == "cuda" else "torch"
-    model, store = _model(name, scale), HashStore()
+    model, store = tiny_model(name, scale), HashStore()
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         path = Path(directory)
@@ -120,13 +120,14 @@ def _row(token_ids: list[int], start: int) -> BatchRow:
 
 
 def _measure(name: str, scale: Scale) -> Iterator[Measurement]:
-    model = _model(name, scale)
+    model = tiny_model(name, scale)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         yield from _compare(name, model, Path(directory), scale)
 
 
-def _model(name: str, scale: Scale) -> PreTrainedModel:
+def tiny_model(name: str, scale: Scale) -> PreTrainedModel:
+    """One of MODELS, with the same random weights in every process on one kind of device."""
     torch.manual_seed(0)
     with torch.device(scale.device):
         model = MODELS[name]({**SIZES, "num_hidden_layers": scale.num_parity_layers})

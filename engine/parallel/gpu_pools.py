@@ -29,7 +29,7 @@ class ShareableMemory(Protocol):
         """uint8 [num_bytes], what another process has allocated. Raises DeviceError."""
 
     def reach(self, device: str) -> None:
-        """Take what this process needs on the device to open memory there."""
+        """Take what this process needs on the device to open memory there. Raises DeviceError."""
 
 
 class GpuPools:
@@ -43,9 +43,20 @@ class GpuPools:
         self._memory = memory
 
     def reach(self, num_ranks: int) -> None:
-        """Take what rank 0 needs on all devices, before any rank finds out how much is free."""
+        """Take what rank 0 needs on all devices, before any rank finds out how much is free.
+
+        Raises EngineError.
+        """
         for rank in range(num_ranks):
-            self._memory.reach(rank_device(self._device, rank))
+            device = rank_device(self._device, rank)
+            try:
+                self._memory.reach(device)
+            except DeviceError as error:
+                raise EngineError(
+                    f"rank 0 copies the pages of rank {rank} and cannot use {device} beside it: "
+                    f"{error}; see its memory and its compute mode in nvidia-smi, or set "
+                    "tensor_parallel_size to 1"
+                ) from error
 
     def pool(self, rank: int, num_bytes: int) -> Tensor:
         device = rank_device(self._device, rank)
@@ -80,7 +91,10 @@ class CudaMemory:
         self._runtime = runtime
 
     def reach(self, device: str) -> None:
-        torch.cuda.synchronize(device)
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise DeviceError(str(error)) from error
 
     def allocate(self, num_bytes: int, device: str) -> tuple[Tensor, bytes]:
         with torch.cuda.device(device):

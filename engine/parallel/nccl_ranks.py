@@ -3,6 +3,8 @@
 The only module of the engine that calls NCCL; the group's operations are those of `process_group`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -44,6 +46,17 @@ def new_group(store: Store, rank: int, size: int, device: str, timeout: timedelt
     options = nccl.Options()
     options._timeout = timeout
     return nccl(store, rank, size, options)
+
+
+@contextmanager
+def patience(group: Any, timeout: timedelta) -> Iterator[None]:
+    """Operations of the block may take so long: NCCL goes by the time of its group alone."""
+    usual = group.options._timeout
+    group._set_default_timeout(timeout)
+    try:
+        yield
+    finally:
+        group._set_default_timeout(usual)
 
 
 def wait_for(result: Tensor) -> None:

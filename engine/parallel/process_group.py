@@ -6,6 +6,7 @@ hold them, and the host waits for none.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch import Tensor
 from torch.distributed import AllreduceOptions, GatherOptions, ReduceOp
 from torch.distributed.distributed_c10d import Store
 
-from pagewire.engine.parallel.nccl_ranks import new_group, rank_device, require_gpus, wait_for
+from pagewire.engine.parallel.nccl_ranks import (
+    new_group,
+    patience,
+    rank_device,
+    require_gpus,
+    wait_for,
+)
 from pagewire.engine.parallel.rank_group import RankLost, split_evenly
 
 _LOOPBACK = "127.0.0.1"  # the ranks of a worker are on one machine
@@ -75,8 +82,15 @@ class ProcessGroup:
         options = AllreduceOptions()
         options.reduceOp = ReduceOp(ReduceOp.MIN)
         options.timeout = _LOAD_TIMEOUT
-        self._run(lambda: self._group.allreduce([values], options))
-        return int(values)  # waits for the device
+        on_gpus = self.is_recordable
+        with patience(self._group, _LOAD_TIMEOUT) if on_gpus else nullcontext():
+            self._run(lambda: self._group.allreduce([values], options))
+            return int(values)  # waits for the device
+
+    def abort(self) -> None:
+        """On a CPU operations end by themselves, since a connection has ended."""
+        if self.is_recordable:
+            self._group.abort()
 
     def _sum_in_rank_order(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]

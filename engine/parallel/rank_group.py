@@ -50,6 +50,9 @@ class RankGroup(Protocol):
     def least(self, value: int) -> int:
         """The smallest `value` of all ranks, however long some of them take to get here."""
 
+    def abort(self) -> None:
+        """End what waits for a rank that is gone. From any thread; nothing is left of the group."""
+
 
 class SingleRank:
     """Implements RankGroup for a model on one rank, at no cost."""
@@ -69,6 +72,9 @@ class SingleRank:
 
     def least(self, value: int) -> int:
         return value
+
+    def abort(self) -> None:
+        pass
 
 
 def split_evenly(total: int, size: int, rank: int) -> range:

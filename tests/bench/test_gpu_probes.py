@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_stages import probes
+from gpu_stages import probes, rank_handoff
+from gpu_stages.items import InapplicableError
 from gpu_stages.scale import TINY
 
 
@@ -40,6 +41,12 @@ class Group:
 
     def __del__(self) -> None:
         self._graphs_at_end += [graph.is_alive for graph in self._graphs]
+
+
+def test_workers_of_two_ranks_need_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InapplicableError, match="fewer than 2 GPUs, and each rank takes one"):
+        next(rank_handoff.measure(replace(TINY, device="cuda")))
 
 
 def test_a_group_ends_behind_the_graphs_that_hold_its_calls(

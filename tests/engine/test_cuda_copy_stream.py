@@ -1,12 +1,16 @@
 """The stream of copies on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fake_device import page_sum
 
 from pagewire.engine.cuda_copy_stream import CudaCopyStream
+from pagewire.engine.cuda_runtime import CudaRuntime
 from pagewire.engine.device_pages import DevicePages
-from pagewire.engine.kv_cache import KVCache
+from pagewire.engine.device_shards import DeviceShards
+from pagewire.engine.kv_cache import KVCache, view_pages
 from pagewire.kv_transfer.checksum import checksum_of_sum
 from pagewire.kv_transfer.layout import FrameRange, KVLayout
 from pagewire.worker.device_checksums import DeviceChecksums
@@ -64,6 +68,30 @@ def test_pages_of_another_size_or_dtype_are_converted_on_the_gpu(page_size: int)
             DevicePages(each, copies).write(payload.numpy(), PART, LAYOUT, table)
         on_gpu, on_cpu = (each.pages.values.float().cpu() for each in caches)
         assert torch.equal(on_gpu, on_cpu)
+
+
+def test_pages_of_ranks_are_gathered_from_all_and_scattered_to_all() -> None:
+    """Two ranks on one GPU: their layers lie apart in a payload of host memory."""
+    runtime = CudaRuntime.of_torch()
+    of_rank = replace(LAYOUT, num_kv_heads=LAYOUT.num_kv_heads // 2)
+    copies = [CudaCopyStream("cuda", runtime) for _ in range(2)]
+    caches = [KVCache(of_rank, NUM_PAGES, device="cuda") for _ in copies]
+    for number, each in enumerate(caches, start=1):
+        each.pages.values.fill_(number)
+    pages = DeviceShards(LAYOUT, caches, copies)
+    payload = copies[0].host_memory(PART.num_bytes(LAYOUT)).zero_()
+    pages.gather(PART, SOURCES, payload, after=copies[0].mark()).wait()
+    heads = view_pages(payload.view(PART.num_pages, -1), LAYOUT, num_layers=PART.num_layers).values
+    assert heads[:, :, :4].eq(1).all() and heads[:, :, 4:].eq(2).all()
+
+    for each in caches:
+        each.pool.zero_()
+    torch.cuda.synchronize()
+    pages.write(payload.numpy(), PART, LAYOUT, TARGETS)
+    for number, each in enumerate(caches, start=1):
+        assert each.pages.values[list(TARGETS), 2:6].eq(number).all()
+        rest = [page for page in range(NUM_PAGES) if page not in TARGETS]
+        assert not each.pool[rest].any()
 
 
 def test_frames_are_copied_and_summed_on_the_gpu() -> None:

@@ -14,6 +14,7 @@ from pagewire.engine.parallel.rank_group import RankLost
 
 NUM_BYTES = 1000
 HANDLE_BYTES = 64
+EXCLUSIVE = "cuda:9"
 
 
 class Memory:
@@ -25,6 +26,8 @@ class Memory:
         self._allocated: dict[bytes, tuple[Tensor, str]] = {}
 
     def reach(self, device: str) -> None:
+        if device == EXCLUSIVE:
+            raise DeviceError("all CUDA-capable devices are busy or unavailable")
         self.reached.append(device)
 
     def allocate(self, num_bytes: int, device: str) -> tuple[Tensor, bytes]:
@@ -61,6 +64,12 @@ def test_a_pool_that_does_not_fit_says_whose_and_where() -> None:
     pools = GpuPools(HashStore(), 1, "cuda:4", Memory())
     with pytest.raises(EngineError, match=r"of rank 1 on cuda:5: cudaMalloc .* lower num_pages"):
         pools.pool(1, NUM_BYTES + 1)
+
+
+def test_a_gpu_for_one_process_alone_says_so() -> None:
+    pools = GpuPools(HashStore(), 0, "cuda:8", Memory())
+    with pytest.raises(EngineError, match=r"rank 1 and cannot use cuda:9 .* compute mode"):
+        pools.reach(2)
 
 
 def test_a_rank_that_takes_no_pool_is_lost() -> None:

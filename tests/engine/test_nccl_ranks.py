@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 from pagewire.engine.errors import EngineError
 from pagewire.engine.parallel import process_group
 from pagewire.engine.parallel.nccl_ranks import rank_device, require_gpus
-from pagewire.engine.parallel.process_group import join_group
+from pagewire.engine.parallel.process_group import ProcessGroup, join_group
 from pagewire.engine.parallel.rank_group import RankLost, SingleRank
 
 
@@ -65,6 +66,49 @@ def test_a_group_can_be_connected_before_its_first_step() -> None:
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(work, range(2))) == [3.0, 3.0]
+
+
+class Group:
+    """A process group of NCCL, of one rank, whose operations take the time of the group."""
+
+    def __init__(self) -> None:
+        self.options = SimpleNamespace(_timeout=timedelta(seconds=60))
+        self.waited: list[timedelta] = []
+        self.is_aborted = False
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self.options._timeout = timeout
+
+    def allreduce(self, tensors: list[torch.Tensor], options: object) -> None:
+        self.waited.append(self.options._timeout)
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def test_ranks_may_load_longer_than_a_step_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProcessGroup, "is_recordable", True)
+    group = Group()
+    joined = ProcessGroup(group, "cpu", in_rank_order=False)
+    assert joined.least(5) == 5
+    joined.barrier()
+    assert group.waited == [timedelta(minutes=30), timedelta(seconds=60)]
+
+
+def test_a_group_on_gpus_can_be_ended_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group()
+    joined = ProcessGroup(group, "cpu", in_rank_order=False)
+    joined.abort()
+    assert not group.is_aborted  # gloo hears of the end of a rank itself
+    monkeypatch.setattr(ProcessGroup, "is_recordable", True)
+    joined.abort()
+    assert group.is_aborted
 
 
 def test_a_recording_holds_the_calls_of_gpus_only() -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from pagewire.engine.errors import DeviceError
-from pagewire.engine.parallel.rank_group import RankLost
+from pagewire.engine.parallel.rank_group import RankLost, SingleRank
+from pagewire.engine.parallel.tensor_parallel import TensorParallel
+from pagewire.worker import followers as followers_module
 from pagewire.worker.config import Role, WorkerConfig
 from pagewire.worker.followers import follower_processes
 from pagewire.worker.step_messages import STARTED
@@ -50,6 +52,35 @@ def test_one_that_cannot_start_is_noticed_at_once(monkeypatch: pytest.MonkeyPatc
                 await asyncio.to_thread(followers.join)
 
     asyncio.run(run())
+
+
+def test_when_one_ends_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On GPUs nothing else would end what waits for it, in a graph perhaps."""
+
+    class Group(SingleRank):
+        is_aborted = False
+
+        def abort(self) -> None:
+            self.is_aborted = True
+
+    group, program = Group(), tmp_path / "rank"
+    # It says that it has started, and ends when it is told anything.
+    program.write_text("#!/bin/sh\nprintf + >&0\nhead -c 1 >/dev/null\nexit 3\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(
+        followers_module, "join_ranks", lambda *_, **__: TensorParallel(group=group)
+    )
+
+    async def run() -> None:
+        async with follower_processes(CONFIG) as followers:
+            await asyncio.to_thread(followers.join)
+            followers.warm_up(1)
+            with pytest.raises(RankLost, match="rank 1 of 2 ended, and with it the worker"):
+                await followers.failure()
+
+    asyncio.run(run())
+    assert group.is_aborted
 
 
 def test_none_starts_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

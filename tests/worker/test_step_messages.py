@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from unread_device import DEVICE, unread_device
 
 from pagewire.engine.batch import BatchRow, PageCopy
 from pagewire.engine.sampling_params import SamplingParams
@@ -69,6 +70,17 @@ def test_a_step_has_the_inputs_that_rank_0_has(
     for mine, theirs in zip(tensors(inputs), tensors(found), strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
     assert found.attention.page_size == inputs.attention.page_size
+
+
+def test_a_device_is_not_asked_for_what_the_host_has_told_it() -> None:
+    """It would have to end the step before."""
+    row = BatchRow(request_id="", token_ids=[1], start=0, page_table=[3], sampling=SamplingParams())
+    with unread_device() as device:
+        arrays = prepare([row], LIMITS, StepMemory(torch.device(DEVICE)))
+        arrays.inputs()
+        message = Step.of(arrays, num_threads=1, by_layer=False)
+        assert device.num_reads == 0
+    assert message.inputs(memory()).token_ids.tolist() == [1]
 
 
 def tensors(inputs: StepInputs) -> list[torch.Tensor]:
