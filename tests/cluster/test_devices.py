@@ -43,6 +43,11 @@ def test_every_worker_has_a_gpu(device: str) -> None:
         ({"quantization": "int4"}, FoundGpus(count=2), "choose w4a16 for GPUs"),
         ({"tensor_parallel_size": 2}, FoundGpus(count=4), "set tensor_parallel_size to 1"),
         ({"decode_tensor_parallel_size": 2}, FoundGpus(count=4), "tensor_parallel_size"),
+        (
+            {"deterministic": True, "page_size": 64, "decode_page_size": 32},
+            FoundGpus(count=2),
+            "set decode_page_size to 64",
+        ),
     ],
 )
 def test_what_keeps_workers_from_gpus_is_said_or_an_error(
@@ -55,10 +60,10 @@ def test_what_keeps_workers_from_gpus_is_said_or_an_error(
         choose_device(ServeConfig.model_validate(values | {"device": "cuda"}), gpus)
 
 
-def test_deterministic_stays_on_the_cpu() -> None:
-    choice = choose_device(ServeConfig(deterministic=True), FoundGpus(count=2))
-    assert (choice.name, choice.num_gpus) == ("cpu", None)
-    assert "deterministic" in choice.reason
+@pytest.mark.parametrize("decode_page_size", [None, 64])
+def test_deterministic_runs_on_gpus(decode_page_size: int | None) -> None:
+    config = ServeConfig(deterministic=True, page_size=64, decode_page_size=decode_page_size)
+    assert choose_device(config, FoundGpus(count=2)) == DeviceChoice(name="cuda", num_gpus=2)
 
 
 def test_torch_is_asked_only_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
