@@ -150,6 +150,10 @@ def _items(name: str, directory: Path) -> Iterable[Item]:
             from gpu_stages import parity
 
             return parity.items(scale)
+        case "determinism":
+            from gpu_stages import determinism
+
+            return determinism.items(scale)
     first = json.loads((directory / RESULT).read_text(encoding="utf-8"))["stages"][0]
     limits = ceilings_of(first["measurements"])
     match name:

@@ -139,7 +139,7 @@ class ServeConfig(BaseSettings):
     )
     deterministic: bool = Field(
         default=False,
-        description="float32 with results that are the same to the bit in every batch; slower",
+        description="results that are the same to the bit in every batch; slower, float32 on a CPU",
     )
     max_batch_tokens: int | None = Field(
         default=None,
@@ -246,16 +246,19 @@ class ServeConfig(BaseSettings):
 
     @field_validator("deterministic")
     @classmethod
-    def _float32_in_our_kernels(cls, value: bool, info: ValidationInfo) -> bool:
+    def _floats_in_our_kernels(cls, value: bool, info: ValidationInfo) -> bool:
+        on_gpus = info.data.get("device") == "cuda"
         needed = {
-            "device": ("auto", "cpu"),
-            "dtype": ("auto", "float32"),
+            "dtype": ("auto", "float32", *(("bfloat16",) if on_gpus else ())),
             "quantization": (Quantization.NONE,),
-            "kernels": ("auto", "native"),
+            "kernels": ("auto", "native", "triton"),
         }
         for name, choices in needed.items():
             if value and info.data.get(name, choices[0]) not in choices:
-                raise ValueError(f"{name} is {info.data[name]}; choose {' or '.join(choices)}")
+                instead = ", or device cuda" if name == "dtype" else ""
+                raise ValueError(
+                    f"{name} is {info.data[name]}; choose {' or '.join(choices)}{instead}"
+                )
         return value
 
     @property

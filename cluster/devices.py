@@ -68,8 +68,11 @@ def choose_device(config: ServeConfig, gpus: FoundGpus) -> DeviceChoice:
 
 def _obstacle(config: ServeConfig, num_gpus: int) -> str:
     """Why the workers cannot run on GPUs, with the remedy; empty when they can."""
-    if config.deterministic:
-        return "deterministic needs the C++ kernels, which run on a CPU"
+    if config.deterministic and config.decode_page_size not in (None, config.page_size):
+        return (
+            "on GPUs the page size decides in which order attention sums, so deterministic needs "
+            f"one for all; set decode_page_size to {config.page_size}, or device to cpu"
+        )
     if config.kernels == "native":
         return "kernels is native, which run on a CPU; choose auto for GPUs"
     if config.quantization is Quantization.INT4:

@@ -78,7 +78,7 @@ def worker_configs(
             insecure_kv=config.insecure_kv,
             device=device,
             gpu=None if on_cpu else gpu,
-            dtype=_dtype(config, dtype),
+            dtype=_dtype(config, dtype, device),
             quantization=config.quantization,
             kv_cache_dtype=_kv_cache_dtype(config, role),
             tensor_parallel_size=size,
@@ -106,10 +106,10 @@ def worker_configs(
     )
 
 
-def _dtype(config: ServeConfig, auto: str) -> str:
+def _dtype(config: ServeConfig, auto: str, device: str) -> str:
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if config.deterministic else auto
+    return "float32" if config.deterministic and device == "cpu" else auto
 
 
 def _kv_cache_dtype(config: ServeConfig, role: Role) -> KVCacheDtype:

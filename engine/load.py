@@ -51,10 +51,11 @@ def load_engine(
     bfloat16. `num_pages` None sizes the cache from free memory, of which a draft model takes
     `draft_page_bytes` for each page; `max_model_len` None takes the model's own, and `num_threads`
     None leaves torch's (process-wide) setting alone. `kernels` is a value of Kernels. With
-    `deterministic`, in float32 and with the C++ kernels only, logits are the same to the bit for a
-    prompt alone or in any batch, in one chunk or many, with or without prefix hits, with any number
-    of threads, and for drafts as for single tokens. Raises ModelError, MemoryBudgetError,
-    KernelError, RankLost, and LayoutError for a dtype or page size that cannot be.
+    `deterministic`, with the C++ kernels in float32 or those in Triton, logits are the same to the
+    bit for a prompt alone or in any batch, in one chunk or many, with or without prefix hits, with
+    any number of threads, and for drafts as for single tokens. Raises ModelError,
+    MemoryBudgetError, KernelError, RankLost, and LayoutError for a dtype or page size that cannot
+    be.
     """
     parallel = parallel or TensorParallel()
     group = parallel.group
@@ -65,7 +66,7 @@ def load_engine(
         kernels, device, deterministic=deterministic, fp8=quantization is Quantization.FP8
     )
     if deterministic:
-        _check_deterministic(dtype, quantization)
+        _check_deterministic(dtype, quantization, selected)
     if kernels == Kernels.TRITON and device == "cpu" and dtype == "bfloat16":
         raise KernelError("Triton's interpreter is wrong in bfloat16; choose dtype float32")
     if kv_cache_dtype is KVCacheDtype.FP8 and not selected.has_fp8_cache:
@@ -137,7 +138,7 @@ def select_kernels(
     try:
         return select_ops(Kernels(kernels), device, deterministic=deterministic, fp8=fp8)
     except KernelsUnavailableError as error:
-        wanted = "deterministic needs the C++ kernels, and " if deterministic else ""
+        wanted = "deterministic needs the kernels in C++ or Triton, and " if deterministic else ""
         raise KernelError(f"{wanted}kernels is {kernels}: {error}") from error
 
 
@@ -149,12 +150,15 @@ def default_matrices(selected: SelectedOps) -> str:
     return f"{dtype} by {kernel}; with --quantization {quantizations}"
 
 
-def _check_deterministic(dtype: str, quantization: Quantization) -> None:
-    if dtype != "float32":
-        raise KernelError(f"deterministic computes in float32; dtype is {dtype}: choose float32")
+def _check_deterministic(dtype: str, quantization: Quantization, selected: SelectedOps) -> None:
+    if selected.library is not None and dtype != "float32":
+        raise KernelError(
+            f"deterministic computes in float32 on a CPU; dtype is {dtype}: choose float32"
+        )
     if quantization is not Quantization.NONE:
         raise KernelError(
-            f"deterministic computes in float32; quantization is {quantization}: choose none"
+            "deterministic computes with matrices in floating point; quantization is "
+            f"{quantization}: choose none"
         )
 
 

@@ -1,6 +1,7 @@
 """Which implementation multiplies matrices in floating point, and the matrix made for it."""
 
 from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class FloatKernel(StrEnum):
 
     NATIVE = "C++"
     ONEDNN = "oneDNN"
+    TRITON = "Triton"
     TORCH = "plain torch"
 
 
@@ -27,10 +29,12 @@ def choose_float_kernel(
 ) -> FloatKernel:
     """The fastest that `selected` allows for a dtype and device.
 
-    oneDNN for bfloat16 on a CPU with instructions for it, unless results have to be deterministic:
-    how it sums depends on the size of the batch. `flags` are the CPU's; None reads them from the
-    operating system.
+    oneDNN for bfloat16 on a CPU with instructions for it, and torch on a GPU, unless results have
+    to be deterministic: how they sum depends on the size of the batch. `flags` are the CPU's; None
+    reads them from the operating system.
     """
+    if selected.deterministic and selected.library is None:
+        return FloatKernel.TRITON
     if device != "cpu":
         return FloatKernel.TORCH
     in_hardware = dtype == torch.bfloat16 and has_bfloat16(flags)
@@ -49,8 +53,8 @@ def float_linear(
 ) -> Linear:
     """A matrix for `kernel`, which needs a library where it is NATIVE.
 
-    weight: [out_features, in_features]; bias: [out_features]. Only NATIVE knows `out_dtype`; the
-    others give the dtype of the weights.
+    weight: [out_features, in_features]; bias: [out_features]. NATIVE and TRITON know `out_dtype`;
+    the others give the dtype of the weights.
     """
     match kernel:
         case FloatKernel.NATIVE:
@@ -58,5 +62,11 @@ def float_linear(
             return native_linear(weight, bias, out_dtype=out_dtype, library=library)
         case FloatKernel.ONEDNN:
             return onednn_linear(weight, bias)
+        case FloatKernel.TRITON:
+            # Only where it is wanted, as in `select`: Triton is not there on every platform.
+            from pagewire.kernels.gpu.invariant_matmul import invariant_matmul
+
+            product = partial(invariant_matmul, dtype=out_dtype)
+            return DenseLinear(weight=weight, bias=bias, product=product)
         case FloatKernel.TORCH:
             return DenseLinear(weight=weight, bias=bias)

@@ -1,11 +1,14 @@
 """A matrix in floating point, as every device can multiply it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from pagewire.kernels.ops import Activation, QuantizedActivation
+
+MatrixProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x weightᵀ + bias, if any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -14,6 +17,7 @@ class DenseLinear:
 
     weight: Tensor  # [out_features, in_features]
     bias: Tensor | None = None  # [out_features]
+    product: MatrixProduct = F.linear
 
     @property
     def takes_quantized(self) -> bool:
@@ -24,7 +28,7 @@ class DenseLinear:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x: Activation) -> Tensor:
-        return F.linear(floating(x), self.weight, self.bias)
+        return self.product(floating(x), self.weight, self.bias)
 
 
 def floating(x: Activation) -> Tensor:

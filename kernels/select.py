@@ -62,8 +62,8 @@ def select_ops(
     With `fp8` a GPU quantises activations to it for matrices in 8 bits, otherwise to int8.
 
     Raises KernelsUnavailableError, with the remedy, where operations cannot run that were asked
-    for; `deterministic` needs those in C++: torch sums in another order for every size of a batch,
-    in its own operations and in the matrices of a GPU.
+    for; `deterministic` needs those in C++ or Triton: torch sums in another order for every size of
+    a batch.
     """
     on_cpu = torch.device(device).type == "cpu"
     try:
@@ -102,10 +102,6 @@ def _native(device: str, deterministic: bool) -> SelectedOps:
 
 
 def _triton(device: str, deterministic: bool, fp8: bool) -> SelectedOps:
-    if deterministic:
-        raise KernelsUnavailableError(
-            "a GPU multiplies matrices in another order in every batch", "serve on a CPU"
-        )
     if importlib.util.find_spec("triton") is None:
         raise KernelsUnavailableError("triton is not installed", "pip install triton, on Linux")
     # Only where it is wanted: it is not there on every platform, and takes a while to load.
@@ -118,14 +114,16 @@ def _triton(device: str, deterministic: bool, fp8: bool) -> SelectedOps:
     gpu = find_gpu(device)
     capture = None if is_interpreted() else CudaGraphs(device).capture
     return SelectedOps(
-        ops=TritonOps(gpu, capture, w8a8.FP8 if fp8 else torch.int8),
+        ops=TritonOps(gpu, capture, w8a8.FP8 if fp8 else torch.int8, deterministic=deterministic),
         library=None,
+        deterministic=deterministic,
         has_fp8_cache=gpu.has_fp8,
         quantized_linears=TritonLinears(
             device=device,
             dtypes=(torch.int8, w4a16.DTYPE, *((w8a8.FP8,) if gpu.has_fp8 else ())),
         ),
-        group_experts=group_experts,
+        # Its tiles have other sizes for other batches; the experts' matrices one by one have not.
+        group_experts=None if deterministic else group_experts,
         explanation=f"Triton on {gpu.title}",
     )
 

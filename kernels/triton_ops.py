@@ -1,6 +1,7 @@
 """Every operation in Triton where it has a kernel, on CUDA or in Triton's interpreter.
 
-Matrices in floating point remain torch's, by design, which gives them to cuBLAS.
+Matrices in floating point remain torch's, by design, which gives them to cuBLAS; where results must
+be the same to the bit in every batch, `invariant_matmul` multiplies them.
 """
 
 from dataclasses import dataclass
@@ -72,15 +73,19 @@ class TritonOps:
         capture: Capture | None = None,
         activations: torch.dtype = torch.int8,
         launches: LaunchTable | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         """`capture` makes recordings of decode steps; None: each launches anew.
 
         `activations`: int8 or float8_e4m3fn, what activations are quantised to. `launches` None: as
-        was measured for such a GPU.
+        was measured for such a GPU. With `deterministic` a token's attention is the same to the bit
+        however its row is cut into steps, as everything else here is.
         """
         self._gpu = gpu
         self._activations = activations
         self._launches = launches or launch_table(gpu.title)
+        self._deterministic = deterministic
         self._recorder = GraphRecorder(self.plan_attention, capture) if capture else None
 
     @property
@@ -134,7 +139,12 @@ class TritonOps:
         self, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> "TritonAttentionPlan":
         return TritonAttentionPlan(
-            batch=batch, scale=scale, window=window, gpu=self._gpu, launches=self._launches
+            batch=batch,
+            scale=scale,
+            window=window,
+            gpu=self._gpu,
+            launches=self._launches,
+            deterministic=self._deterministic,
         )
 
     def plan_sampling(self, rows: SamplingRows) -> SamplingPlan:
@@ -153,6 +163,7 @@ class TritonAttentionPlan:
     """Implements `pagewire.kernels.ops.AttentionPlan`.
 
     Decided by shapes alone: the host does not wait for lengths, and a CUDA graph can replay it.
+    The splits of decode sum in an order of their own, so `deterministic` rows go another way.
     """
 
     batch: AttentionBatch
@@ -160,11 +171,12 @@ class TritonAttentionPlan:
     window: int | None
     gpu: GPU
     launches: LaunchTable
+    deterministic: bool
 
     def run(self, q: Tensor, pool: KVPool, layer: int) -> Tensor:
         num_rows = len(self.batch.page_table)
         # In float32 the tiles of decode do not fit into registers.
-        if len(q) > num_rows or q.dtype is torch.float32:
+        if len(q) > num_rows or q.dtype is torch.float32 or self.deterministic:
             return prefill_attention(
                 q,
                 pool,
@@ -172,6 +184,7 @@ class TritonAttentionPlan:
                 self.batch,
                 scale=self.scale,
                 window=self.window,
+                invariant=self.deterministic,
                 tma=self.gpu.has_tma,
                 launch=self.launches.prefill_attention,
             )

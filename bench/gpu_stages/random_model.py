@@ -12,7 +12,7 @@ from pagewire.engine.models.feed_forward import DenseFeedForward
 from pagewire.engine.models.llama import LayerWeights, LlamaModel, LlamaWeights
 from pagewire.engine.models.rope import inverse_frequencies
 from pagewire.engine.parallel.tensor_parallel import NoFollowers
-from pagewire.kernels.linear import DenseLinear
+from pagewire.kernels.float_linear import choose_float_kernel, float_linear
 from pagewire.kernels.ops import Linear, Ops
 from pagewire.kernels.quantized_linears import quantize_weight
 from pagewire.kernels.select import Kernels, select_ops
@@ -20,26 +20,36 @@ from pagewire.kernels.triton_ops import TritonOps, find_gpu
 from pagewire.kernels.w8a8 import FP8
 
 
-def random_model(scale: Scale, numbers: torch.dtype | None = None) -> LlamaModel:
+def random_model(
+    scale: Scale, numbers: torch.dtype | None = None, *, deterministic: bool = False
+) -> LlamaModel:
     """The model of `scale`, whose decode steps are recorded: on a CPU by the double of graphs.
 
     `numbers`: of its matrices, as `quantize_weight` takes them; None: the floats of the scale.
     """
     torch.manual_seed(0)
     config = scale.model
-    selected = select_ops(Kernels.TRITON, scale.device, fp8=numbers is FP8)
+    selected = select_ops(
+        Kernels.TRITON, scale.device, deterministic=deterministic, fp8=numbers is FP8
+    )
     ops: Ops = selected.ops
     if scale.device == "cpu":
-        ops = TritonOps(find_gpu("cpu"), capture)
+        ops = TritonOps(find_gpu("cpu"), capture, deterministic=deterministic)
+    float_kernel = choose_float_kernel(selected, scale.torch_dtype, scale.device)
 
     def matrix(rows: int, columns: int) -> Tensor:
         weight = torch.empty(rows, columns, dtype=scale.torch_dtype, device=scale.device)
         return weight.normal_(std=columns**-0.5)
 
+    def in_floats(weight: Tensor, out_dtype: torch.dtype) -> Linear:
+        return float_linear(
+            weight, None, kernel=float_kernel, library=selected.library, out_dtype=out_dtype
+        )
+
     def linear(rows: int, columns: int) -> Linear:
         weight = matrix(rows, columns)
         if numbers is None:
-            return DenseLinear(weight=weight)
+            return in_floats(weight, scale.torch_dtype)
         assert selected.quantized_linears is not None, "Triton has matrices in fewer bits"
         quantized = quantize_weight(weight, numbers)
         return selected.quantized_linears.linear([quantized], None, scale.torch_dtype)
@@ -70,7 +80,7 @@ def random_model(scale: Scale, numbers: torch.dtype | None = None) -> LlamaModel
         embedding=matrix(config.vocab_size, hidden),
         layers=layers,
         norm=norm(),
-        lm_head=DenseLinear(weight=matrix(config.vocab_size, hidden)),
+        lm_head=in_floats(matrix(config.vocab_size, hidden), torch.float32),
     )
     return LlamaModel(config, weights, inverse_frequencies(config).to(scale.device), ops)
 

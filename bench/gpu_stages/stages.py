@@ -30,11 +30,12 @@ class Stage:
 # What is right comes before how fast it is.
 STAGES = (
     Stage(name="ceilings", budget_s=40),
-    Stage(name="kernels", budget_s=130),
-    Stage(name="parity", budget_s=60),
+    Stage(name="kernels", budget_s=120),
+    Stage(name="parity", budget_s=55),
+    Stage(name="determinism", budget_s=35),
     Stage(name="times", budget_s=110),
-    Stage(name="model", budget_s=140),
-    Stage(name="handoff", budget_s=90),
+    Stage(name="model", budget_s=130),
+    Stage(name="handoff", budget_s=80),
 )
 
 

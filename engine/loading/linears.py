@@ -104,8 +104,8 @@ class LinearLoader:
     def tied_lm_head(self, module: str, embedding: Tensor) -> Linear:
         """The LM head that is the embedding, as `lm_head` makes it.
 
-        Only plain torch multiplies the embedding itself; every other kernel has a copy of its own,
-        since rows of the embedding have to lie as they are looked up.
+        Plain torch and Triton multiply the embedding itself; every other kernel has a copy of its
+        own, since rows of the embedding have to lie as they are looked up.
         """
         storage = self._storage([module])
         if storage is Storage.INT4:

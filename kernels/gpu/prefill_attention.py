@@ -1,9 +1,11 @@
 """Causal attention of rows with any number of tokens over their paged contexts.
 
 A program has a tile of query tokens with all query heads of one KV head, which therefore is read
-once for all of them (FlashAttention-2; Dao, 2023). A token's result depends on neither the rows
+once for all of them (FlashAttention-2; Dao, 2023). A token's result depends neither on the rows
 beside it nor on how its prompt was cut into chunks: every tile has the same shape and goes through
-the pages in order.
+the pages in order, and a page of which a token sees nothing adds 0. But which pages are masked
+depends on where a tile begins, and a compiler may fuse other operations where no mask lies between
+them: to the bit it holds for tiles that mask every page, `invariant` ones.
 """
 
 import triton
@@ -68,6 +70,7 @@ def _prefill_kernel(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     TMA: tl.constexpr,
+    INVARIANT: tl.constexpr,  # one loop, and so the same instructions, for all pages
 ) -> None:
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts first
@@ -97,7 +100,9 @@ def _prefill_kernel(
 
     pages_ptr = page_table_ptr + row.to(tl.int64) * max_pages
     first = tl.maximum(first_position - WINDOW + 1, 0) // PAGE if WINDOW else tile * 0
-    full = tl.maximum((first_position + 1) // PAGE, first)  # pages before it are past for all
+    full = first  # pages before it are past for all
+    if not INVARIANT:
+        full = tl.maximum((first_position + 1) // PAGE, first)
     for index in tl.range(first, full):
         page = tl.load(pages_ptr + index)
         k, v, k_scales, v_scales = load_kv(
@@ -155,13 +160,15 @@ def prefill_attention(
     *,
     scale: float,
     window: int | None,
+    invariant: bool = False,
     tma: bool = False,
     launch: LaunchConfig = LAUNCH,
 ) -> Tensor:
     """Attend with any number of tokens a row; see `AttentionPlan.run`.
 
-    q: [num_tokens, num_heads, head_dim], contiguous. `tma` fetches pages with the TMA unit of
-    Hopper; `launch` is for 16 bits. Returns the shape of q. Raises KernelArgumentError.
+    q: [num_tokens, num_heads, head_dim], contiguous. With `invariant` a token has the same bits in
+    every batch and chunk, over pages of one size. `tma` fetches pages with the TMA unit of Hopper;
+    `launch` is for 16 bits. Returns the shape of q. Raises KernelArgumentError.
     """
     sizes = attention_sizes(q, pool, layer, batch)
     wide = q.element_size() == 4
@@ -189,6 +196,7 @@ def prefill_attention(
         PAGE=sizes.page_size,
         WINDOW=window or 0,
         TMA=tma,
+        INVARIANT=invariant,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -206,6 +214,7 @@ def _prefill_variant(
     window: int = 0,
     tma: bool = True,
     quantized: str | None = None,
+    invariant: bool = False,
 ) -> Variant:
     wide = dtype == "fp32"
     kv = quantized or dtype
@@ -235,6 +244,7 @@ def _prefill_variant(
             "PAGE": page,
             "WINDOW": window,
             "TMA": tma,
+            "INVARIANT": invariant,
         },
         launch=WIDE_LAUNCH if wide else LAUNCH,
         min_capability=89 if quantized == "fp8e4nv" else 80,
@@ -253,4 +263,7 @@ VARIANTS = (
     _prefill_variant("128, pool in fp8", quantized="fp8e4nv", tma=False),
     _prefill_variant("64 TMA, groups of 3", head_dim=64, num_kv_heads=3, group=3),
     _prefill_variant("128 TMA", dtype="fp32"),
+    _prefill_variant("128 TMA, invariant", invariant=True),
+    _prefill_variant("128 TMA, invariant", dtype="fp32", invariant=True),
+    _prefill_variant("128 TMA, invariant, pool in int8", invariant=True, quantized="i8"),
 )

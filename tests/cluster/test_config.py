@@ -127,14 +127,19 @@ def test_a_draft_model_and_its_use_go_together() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
-        ("dtype", "bfloat16", "choose auto or float32"),
+        ("dtype", "bfloat16", "choose auto or float32, or device cuda"),
         ("quantization", "int8", "choose none"),
-        ("kernels", "torch", "choose auto or native"),
+        ("kernels", "torch", "choose auto or native or triton"),
     ],
 )
 def test_deterministic_refuses_what_is_not(name: str, value: str, remedy: str) -> None:
     with pytest.raises(ConfigError, match=rf"^deterministic .*{name} is {value}; {remedy}$"):
         load_config({"deterministic": True, name: value})
+
+
+def test_deterministic_is_for_gpus_too() -> None:
+    for values in ({"device": "cuda"}, {"device": "cuda", "dtype": "bfloat16"}, {"device": "auto"}):
+        assert load_config({"deterministic": True, "kernels": "triton", **values}).config
 
 
 def test_two_servers_cannot_have_one_port() -> None:

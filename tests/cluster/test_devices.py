@@ -53,6 +53,11 @@ def test_every_rank_has_a_gpu() -> None:
             FoundGpus(count=8),
             "3 workers need 9 GPUs, one for each rank, .* lower prefill, decode or tensor_parallel",
         ),
+        (
+            {"deterministic": True, "page_size": 64, "decode_page_size": 32},
+            FoundGpus(count=2),
+            "set decode_page_size to 64",
+        ),
     ],
 )
 def test_what_keeps_workers_from_gpus_is_said_or_an_error(
@@ -65,10 +70,10 @@ def test_what_keeps_workers_from_gpus_is_said_or_an_error(
         choose_device(ServeConfig.model_validate(values | {"device": "cuda"}), gpus)
 
 
-def test_deterministic_stays_on_the_cpu() -> None:
-    choice = choose_device(ServeConfig(deterministic=True), FoundGpus(count=2))
-    assert (choice.name, choice.num_gpus) == ("cpu", None)
-    assert "deterministic" in choice.reason
+@pytest.mark.parametrize("decode_page_size", [None, 64])
+def test_deterministic_runs_on_gpus(decode_page_size: int | None) -> None:
+    config = ServeConfig(deterministic=True, page_size=64, decode_page_size=decode_page_size)
+    assert choose_device(config, FoundGpus(count=2)) == DeviceChoice(name="cuda", num_gpus=2)
 
 
 def test_torch_is_asked_only_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

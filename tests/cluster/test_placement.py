@@ -102,9 +102,10 @@ def test_auto_is_the_dtype_that_the_machine_is_fast_in() -> None:
     assert {worker.dtype for worker in place(ServeConfig(dtype="float32"), 2)} == {"float32"}
 
 
-def test_deterministic_means_float32() -> None:
-    workers = place(ServeConfig(deterministic=True), 2)
-    assert {(worker.dtype, worker.deterministic) for worker in workers} == {("float32", True)}
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_deterministic_means_float32_on_a_cpu(device: str, dtype: str) -> None:
+    workers = place(ServeConfig(deterministic=True), 2, device=device)
+    assert {(worker.dtype, worker.deterministic) for worker in workers} == {(dtype, True)}
 
 
 def test_chosen_threads_win() -> None:

@@ -171,9 +171,9 @@ MakeModel = Callable[..., object]
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dtype": "bfloat16"}, "dtype is bfloat16: choose float32"),
+        ({"dtype": "bfloat16"}, "float32 on a CPU; dtype is bfloat16: choose float32"),
         ({"quantization": Quantization.INT8}, "quantization is int8: choose none"),
-        ({"kernels": "torch"}, r"needs the C\+\+ kernels, and kernels is torch"),
+        ({"kernels": "torch"}, r"needs the kernels in C\+\+ or Triton, and kernels is torch"),
     ],
 )
 def test_what_cannot_be_deterministic_is_refused(

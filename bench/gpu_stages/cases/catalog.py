@@ -17,4 +17,4 @@ TIMED = (
     *mixture_cases.CASES,
     *sampling_cases.CASES,
 )
-CHECKED = (*attention_cases.CHECKED, *TIMED)
+CHECKED = (*attention_cases.CHECKED, *matmul_cases.CHECKED, *TIMED)

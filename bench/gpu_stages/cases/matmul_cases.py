@@ -1,4 +1,4 @@
-"""Products with matrices in 8 and 4 bits, and the small ones of LoRA."""
+"""Products with matrices in 8 and 4 bits, the small ones of LoRA, and those of `deterministic`."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from gpu_stages.cases.kernel_case import KernelCase, NamedCase, Setting
 from pagewire.kernels.gpu.activation_quant import quantize_tokens
 from pagewire.kernels.gpu.fp8_matmul import fp8_matmul
+from pagewire.kernels.gpu.invariant_matmul import invariant_matmul
 from pagewire.kernels.gpu.lora_expand import lora_expand
 from pagewire.kernels.gpu.lora_segments import NO_ADAPTER, LoraSegments
 from pagewire.kernels.gpu.lora_shrink import lora_shrink
@@ -107,6 +108,20 @@ def lora_case(setting: Setting) -> KernelCase:
     )
 
 
+def invariant_case(setting: Setting) -> KernelCase:
+    """In the dtype of the scale; the stage of determinism measures its time."""
+    num_inputs, num_outputs = _gate_up_shape(setting)
+    x = setting.randn(setting.sizes.num_tokens, num_inputs)
+    weight, bias = setting.randn(num_outputs, num_inputs), setting.randn(num_outputs)
+    return KernelCase(
+        run=lambda: invariant_matmul(x, weight, bias, dtype=x.dtype),
+        expected=lambda: x.double() @ weight.double().T + bias.double(),
+        num_bytes=x.nbytes + weight.nbytes,
+        max_ratio=None,
+    )
+
+
+CHECKED = (NamedCase(name="matrix product, the same in every batch", make=invariant_case),)
 CASES = (
     # Against the rate of 16 bits, of which they must be so many times.
     NamedCase(

@@ -13,8 +13,19 @@ from pagewire.kernels.ops import AttentionBatch
 RAGGED = ((5, 5), (1, 40), (50, 66), (1, 1), (16, 16))
 
 
-def attend(case: PagedCase, *, window: int | None = None, tma: bool = False) -> Tensor:
-    return prefill_attention(case.q, case.pool, 1, case.batch, scale=0.3, window=window, tma=tma)
+def attend(
+    case: PagedCase, *, window: int | None = None, tma: bool = False, invariant: bool = False
+) -> Tensor:
+    return prefill_attention(
+        case.q,
+        case.pool,
+        1,
+        case.batch,
+        scale=0.3,
+        window=window,
+        tma=tma,
+        invariant=invariant,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -57,11 +68,20 @@ def test_pages_and_heads_of_a_real_model() -> None:
     assert_close(attend(case, tma=True), case.expected(None))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_chunked_prompt_attends_as_a_whole_one_to_the_bit(dtype: torch.dtype) -> None:
-    whole = PagedCase(Shape(rows=((60, 60),)), dtype)
-    expected = attend(whole)
-    for start, end in ((0, 25), (25, 26), (26, 60)):
+@pytest.mark.parametrize("window", [None, 20])
+def test_an_invariant_batch(window: int | None) -> None:
+    case = PagedCase(Shape(rows=((40, 70), (1, 40), (5, 5))), torch.float16)
+    assert_close(attend(case, window=window, invariant=True), case.expected(window))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("window", "quantized"), [(None, False), (20, False), (None, True)])
+def test_a_chunked_prompt_attends_as_a_whole_one_to_the_bit(
+    window: int | None, quantized: bool, dtype: torch.dtype
+) -> None:
+    whole = PagedCase(Shape(rows=((50, 50),), num_kv_heads=1), dtype, quantized=quantized)
+    expected = attend(whole, window=window, invariant=True)
+    for start, end in ((0, 25), (25, 26), (26, 49), (49, 50)):
         batch = AttentionBatch(
             cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32),
             context_lens=torch.tensor([end], dtype=torch.int32),
@@ -70,7 +90,9 @@ def test_a_chunked_prompt_attends_as_a_whole_one_to_the_bit(dtype: torch.dtype) 
             slots=whole.batch.slots[start:end],
             page_size=16,
         )
-        chunk = prefill_attention(whole.q[start:end], whole.pool, 1, batch, scale=0.3, window=None)
+        chunk = prefill_attention(
+            whole.q[start:end], whole.pool, 1, batch, scale=0.3, window=window, invariant=True
+        )
         assert torch.equal(chunk, expected[start:end])
 
 

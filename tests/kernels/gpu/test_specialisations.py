@@ -17,11 +17,12 @@ from pagewire.kernels.triton_ops import TritonOps, find_gpu
 DRAWN = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
 
 
-def runner(numbers: torch.dtype | None = None) -> ModelRunner:
+def runner(numbers: torch.dtype | None = None, *, deterministic: bool = False) -> ModelRunner:
     """`numbers`: of matrices; None: floats."""
     scale = replace(TINY, device=DEVICE, model=replace(TINY.model, max_model_len=200))
-    model = random_model(scale, numbers)
-    model.ops = TritonOps(find_gpu("cpu"))  # no recordings: every step launches its kernels
+    model = random_model(scale, numbers, deterministic=deterministic)
+    # No recordings: every step launches its kernels.
+    model.ops = TritonOps(find_gpu("cpu"), deterministic=deterministic)
     return runner_of(model, scale, num_pages=20)
 
 
@@ -62,6 +63,18 @@ def test_prompts_of_all_lengths_run_what_the_warm_up_has_compiled(
         for num_tokens in (3, 15, 16, 17, 33, 50):
             for contexts in ((60,), (58, 58, 64)):
                 model.launch(Batch(rows=rows(*contexts, num_tokens=num_tokens)))
+        assert device.specialisations == compiled
+
+
+def test_deterministic_steps_run_the_same_kernels_in_decode_and_prefill() -> None:
+    """Another kernel, or another specialisation of one, could sum in another order."""
+    model = runner(deterministic=True)
+    with unread_device() as device:
+        model.launch(Batch(rows=rows(20)))
+        compiled = set(device.specialisations)
+        assert any("_invariant_matmul_kernel" in key for key in compiled)
+        for contexts, num_tokens in (((60,), 50), ((58, 16, 64), 1), ((33,) * 16, 16), ((1,), 1)):
+            model.launch(Batch(rows=rows(*contexts, num_tokens=num_tokens)))
         assert device.specialisations == compiled
 
 

@@ -175,12 +175,6 @@ def test_without_triton_a_gpu_gets_plain_torch(monkeypatch: pytest.MonkeyPatch) 
         select_kernels("triton", "cuda")
 
 
-def test_a_gpu_is_not_deterministic() -> None:
-    for kernels in ("auto", "triton"):
-        with pytest.raises(KernelError, match=r"deterministic .*; serve on a CPU"):
-            select_kernels(kernels, "cuda", deterministic=True)
-
-
 def test_the_interpreter_is_refused_where_it_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(KernelError, match="wrong in bfloat16; choose dtype float32"):
         load_engine(tmp_path, dtype="bfloat16", kernels="triton")
