@@ -261,6 +261,18 @@ class ServeConfig(BaseSettings):
                 )
         return value
 
+    @field_validator("deterministic")
+    @classmethod
+    def _as_many_parts_of_a_sum(cls, value: bool, info: ValidationInfo) -> bool:
+        every = info.data.get("tensor_parallel_size")
+        for name in ("prefill_tensor_parallel_size", "decode_tensor_parallel_size"):
+            if value and info.data.get(name) not in (None, every):
+                raise ValueError(
+                    f"{name} is {info.data[name]}: ranks make parts of sums, of which all workers "
+                    "need as many; set tensor_parallel_size alone"
+                )
+        return value
+
     @property
     def kv_tls(self) -> TlsFiles | None:
         """The certificates of the workers, where KV pages are encrypted.

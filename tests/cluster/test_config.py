@@ -137,6 +137,14 @@ def test_deterministic_refuses_what_is_not(name: str, value: str, remedy: str) -
         load_config({"deterministic": True, name: value})
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_deterministic_refuses_ranks_that_sum_in_unlike_parts(role: str) -> None:
+    name = f"{role}_tensor_parallel_size"
+    with pytest.raises(ConfigError, match=rf"^deterministic .*{name} is 2: .*tensor_parallel_size"):
+        load_config({"deterministic": True, name: 2})
+    load_config({"deterministic": True, name: 2, "tensor_parallel_size": 2})
+
+
 def test_deterministic_is_for_gpus_too() -> None:
     for values in ({"device": "cuda"}, {"device": "cuda", "dtype": "bfloat16"}, {"device": "auto"}):
         assert load_config({"deterministic": True, "kernels": "triton", **values}).config
