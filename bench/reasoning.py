@@ -3,7 +3,8 @@
 Each variant of the server gets the same requests at the same times: all begin with the same
 instructions and are sampled as makers of reasoning models recommend. Measured are the KV use and
 the batch of the decode worker over time, the time until a request is complete and how far the
-slowest lag behind, and what quantisation, speculation and the prefix cache change.
+slowest lag behind, and what quantisation, speculation and the prefix cache change. Variants run
+one after the other, so what else the machine does disturbs all figures but the processor time.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from harness.figures import output_rate, percentile, tpots_s
 from harness.http_endpoint import open_http_endpoint
 from harness.load import Arrival, open_loop
+from harness.memory import cpu_seconds, process_tree
 from harness.plot import sparkline
 from harness.process import StartError, run_async
 from harness.prompts import TEXT, PromptSource
@@ -70,6 +72,7 @@ class Outcome:
     """One variant under the load. Times in seconds unless named otherwise."""
 
     output_tokens_per_s: float
+    cpu_ms_per_token: float  # processor time of the whole server by the number of output tokens
     ttft_p50_ms: float
     tpot_p50_ms: float | None
     tpot_p99_ms: float | None
@@ -110,11 +113,15 @@ async def run(options: Sequence[str], arrivals: Sequence[Arrival], workspace: Wo
             open_http_endpoint(running.url, SERVED_MODEL, sampling=SAMPLING) as endpoint,
             sampled(running.url, interval_s=SAMPLE_S) as samples,
         ):
+            before = cpu_seconds(process_tree(running.pid))
             streams = await open_loop(endpoint, arrivals)
-    return outcome(streams, samples)
+            cpu_s = cpu_seconds(process_tree(running.pid)) - before
+    return outcome(streams, samples, cpu_s=cpu_s)
 
 
-def outcome(streams: Sequence[StreamTimes], samples: Sequence[DecodeSample]) -> Outcome:
+def outcome(
+    streams: Sequence[StreamTimes], samples: Sequence[DecodeSample], *, cpu_s: float
+) -> Outcome:
     """The figures of one run. Raises ValueError when there are no streams or samples."""
     e2e = [stream.end - stream.sent for stream in streams]
     ends = sorted(stream.end for stream in streams)
@@ -124,6 +131,7 @@ def outcome(streams: Sequence[StreamTimes], samples: Sequence[DecodeSample]) -> 
     batches = [sample.running for sample in samples if sample.running]
     return Outcome(
         output_tokens_per_s=output_rate(streams),
+        cpu_ms_per_token=cpu_s * 1e3 / sum(stream.num_tokens for stream in streams),
         ttft_p50_ms=percentile([stream.ttft_s for stream in streams], 0.5) * 1e3,
         tpot_p50_ms=percentile(tpots, 0.5) * 1e3 if tpots else None,
         tpot_p99_ms=percentile(tpots, 0.99) * 1e3 if tpots else None,
@@ -141,13 +149,13 @@ def outcome(streams: Sequence[StreamTimes], samples: Sequence[DecodeSample]) -> 
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """All variants, one a row."""
-    header = ["variant", "output tok/s", "TTFT p50 (ms)", "TPOT p50", "TPOT p99 (ms)"]
-    header += ["E2E p50", "E2E p99 (s)", "last tenth", "KV pages, peak", "mean"]
+    header = ["variant", "output tok/s", "CPU ms a token", "TTFT p50 (ms)", "TPOT p50"]
+    header += ["TPOT p99 (ms)", "E2E p50", "E2E p99 (s)", "last tenth", "KV pages, peak", "mean"]
     header += ["batch, peak", "mean"]
     rows = []
     for name, each in outcomes.items():
-        values = [each.output_tokens_per_s, each.ttft_p50_ms, each.tpot_p50_ms, each.tpot_p99_ms]
-        values += [each.e2e_p50, each.e2e_p99]
+        values = [each.output_tokens_per_s, each.cpu_ms_per_token, each.ttft_p50_ms]
+        values += [each.tpot_p50_ms, each.tpot_p99_ms, each.e2e_p50, each.e2e_p99]
         kv = [f"{each.kv_peak} of {each.kv_total}", number(each.kv_mean)]
         batch = [str(each.batch_peak), number(each.batch_mean)]
         rows.append([name, *map(number, values), f"{each.last_tenth:.0%}", *kv, *batch])

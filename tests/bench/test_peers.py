@@ -73,10 +73,11 @@ def test_stragglers_and_kv_of_a_reasoning_load() -> None:
         )
         for at, used in enumerate((0, 5, 1))
     ]
-    outcome = reasoning.outcome(streams, samples)
+    outcome = reasoning.outcome(streams, samples, cpu_s=0.4)
     assert outcome.e2e_p50 == 6.0 and outcome.e2e_p99 == 11.0
     assert outcome.last_tenth == pytest.approx(1 / 11)
     assert (outcome.kv_peak, outcome.kv_mean, outcome.kv_total) == (5, 2.0, 10)
+    assert outcome.cpu_ms_per_token == pytest.approx(20.0)
     assert outcome.batch_peak == 5 and outcome.batch_mean == 3.0
     assert "cached" in reasoning.plots("default", outcome)
     assert "default" in reasoning.table({"default": outcome})

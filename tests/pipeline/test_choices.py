@@ -96,7 +96,7 @@ def test_choices_beside_a_draft_model_are_the_same(
 ) -> None:
     """Both models write the pages of each choice, in pools with not a page more than needed."""
     model = saved_model("llama")
-    draft = save_noisy(model.reference, tmp_path, noise=0.01)
+    draft = save_noisy(model.reference, tmp_path, noise=0.001)
     prompt, params, n = make_prompt(length), sampled(40), 3
     demand = PageDemand(num_prompt_tokens=length, max_tokens=40, n=n)
 
