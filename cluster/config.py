@@ -186,7 +186,7 @@ class ServeConfig(BaseSettings):
         description="of a prefill worker's pages: with more that wait for room no prompt starts",
     )
     max_waiting_handoffs: int = Field(
-        default=16, ge=0, description="that a full decode worker lets wait; it refuses the others"
+        default=16, ge=1, description="that a full decode worker lets wait; it refuses the youngest"
     )
     otlp_endpoint: str | None = Field(
         default=None,

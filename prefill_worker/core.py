@@ -333,7 +333,7 @@ class PrefillCore:
 
     def _open(self, sequence: PrefillSequence, now: float) -> list[Effect]:
         """Begin the hand-off. Pages out of the cache are complete and can leave at once."""
-        messages = sequence.sender.open(now)
+        messages = sequence.sender.open(now, age_s=now - sequence.submitted)
         messages += sequence.sender.on_computed(sequence.num_computed, now)
         return self._carry_out(sequence, messages)
 

@@ -605,6 +605,7 @@ class Prefill(_message.Message):
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes, valid for one hand-off to `decode`"""
     decode: _builtins.bytes
@@ -621,6 +622,8 @@ class Prefill(_message.Message):
     """How many of token_ids, the last ones, are output: an earlier attempt has sampled them, and this
     one continues behind them. With one choice only.
     """
+    age_s: _builtins.float
+    """For how long the router has had the request, when this was sent: earlier attempts included."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -642,10 +645,11 @@ class Prefill(_message.Message):
         seconds_left: _builtins.float = ...,
         n: _builtins.int | None = ...,
         num_output_tokens: _builtins.int = ...,
+        age_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "decode", b"decode", "n", b"n", "num_output_tokens", b"num_output_tokens", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "age_s", b"age_s", "cache_salt", b"cache_salt", "decode", b"decode", "n", b"n", "num_output_tokens", b"num_output_tokens", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015

@@ -330,7 +330,7 @@ class Lifecycle:
             repoint = commands.repoint(assigned, held)
             return [SendCommand(command=pb.WorkerCommand(route=route, repoint=repoint))]
         self._add_time(Part.QUEUE, now - self._enqueued_at)
-        prefill = commands.prefill(self.request, assigned, self._output, now)
+        prefill = commands.prefill(self.request, assigned, self._output, now, self._arrived_at)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
 
     def _on_parked(self, assigned: Assignment, parked: pb.Parked, now: float) -> list[Effect]:

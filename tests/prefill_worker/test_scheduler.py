@@ -43,6 +43,7 @@ def sequence(
         ),
         addresses=(),
         arrived=arrived,
+        submitted=arrived,
         deadline=deadline,
         priority=priority,
     )
