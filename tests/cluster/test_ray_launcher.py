@@ -60,7 +60,8 @@ def test_an_actor_that_nobody_waits_for_is_never_placed(monkeypatch: pytest.Monk
         class Method:
             async def _placed(self) -> int:
                 placing.set()
-                return await asyncio.get_running_loop().create_future()
+                pid: int = await asyncio.get_running_loop().create_future()
+                return pid
 
             def remote(self, *_: object) -> Any:
                 return self._placed()
