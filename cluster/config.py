@@ -177,7 +177,7 @@ class ServeConfig(BaseSettings):
     lease_s: float = Field(
         default=10.0,
         gt=0,
-        description="a prompt, or the room for it, is kept so long when its hand-off has failed",
+        description="when a hand-off has failed: room is kept so long, a prompt while it is wanted",
     )
     max_parked_share: float = Field(
         default=0.5,

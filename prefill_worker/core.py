@@ -67,8 +67,9 @@ class PrefillCore:
         """Without a `hasher` nothing is cached; `answer_s` and `send_s`: see Sender.is_stalled.
 
         With `stream_layers` the KV of a prompt's last chunk leaves by groups of layers while they
-        are computed, otherwise at the end of the step. `lease_s` is how long a prompt stays parked.
-        While more than `max_parked_share` of the pages wait for decode workers, no prompt starts.
+        are computed, otherwise at the end of the step. `lease_s` is how long a prompt stays parked
+        while its router says nothing of it. While more than `max_parked_share` of the pages wait
+        for decode workers, no prompt starts.
         Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
         require_slot(layout, slot_bytes)
@@ -113,6 +114,9 @@ class PrefillCore:
                 return self._on_prefill(key, command, now)
             case "repoint":
                 return self._on_repoint(key, command, now)
+            case "renew_lease":
+                self._on_renew_lease(key, command.route.sender, now)
+                return []
             case "abort":
                 return self._on_abort(key, command.route.sender)
             case "kv_snapshot":
@@ -181,6 +185,12 @@ class PrefillCore:
         if not sequence.first_tokens:
             return effects
         return [*first_tokens(sequence), *effects, *self._finish(sequence, now)]
+
+    def _on_renew_lease(self, key: AttemptKey, router: bytes, now: float) -> None:
+        """The router has no decode worker for the prompt yet, and still wants it."""
+        sequence = self._attempts.get(key)
+        if sequence is not None and sequence.is_parked and sequence.route.sender == router:
+            sequence.lease_until = now + self._lease_s
 
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         sequence = self._attempts.get(key)
