@@ -27,6 +27,7 @@ from pagewire.kv_transfer.messages import (
 )
 from pagewire.prefill_worker.events import first_tokens, parked, sealed
 from pagewire.prefill_worker.layer_groups import layer_group_ends
+from pagewire.prefill_worker.outgoing_frames import OutgoingFrames
 from pagewire.prefill_worker.prompts import PromptReader, addresses
 from pagewire.prefill_worker.refusals import PASSING, REFUSALS
 from pagewire.prefill_worker.scheduler import Chunk, PrefillScheduler
@@ -36,7 +37,7 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
 from pagewire.worker.attempts import Attempts
 from pagewire.worker.cache_reports import CacheReports
-from pagewire.worker.effects import Connect, Disconnect, Effect, Send, SendFrame
+from pagewire.worker.effects import Connect, Disconnect, Effect, Send
 from pagewire.worker.events import failed, logprobs_message, page_counts, step_failed
 from pagewire.worker.identity import AttemptKey, CommandError, finish_reason
 from pagewire.worker.interval import Interval
@@ -96,7 +97,7 @@ class PrefillCore:
         self._attempts: Attempts[PrefillSequence] = Attempts()
         self._batch: list[Chunk] = []  # the step that runs now
         self._orphans = OrphanedPages(pool)
-        self._sending: dict[tuple[AttemptKey, int], tuple[Sender, tuple[int, ...]]] = {}
+        self._outgoing = OutgoingFrames(pool)
         self._standstill = Standstill()
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -251,7 +252,7 @@ class PrefillCore:
                 sequence.sender.on_peer_lost()
                 if not sequence.is_parked:
                     effects += self._park(sequence, pb.FAILURE_CODE_PEER_LOST, text, now)
-        for sender, _ in self._sending.values():
+        for sender in self._outgoing.senders:
             if sender.id.receiver == peer:
                 sender.on_peer_lost()
         return effects
@@ -275,11 +276,8 @@ class PrefillCore:
 
         `gathered` is when its checksum was made, where that is known.
         """
-        key = AttemptKey.of(frame.id)
-        sender, pages = self._sending.pop((key, frame.seq))
-        self.pool.unpin(pages)
-        messages = sender.on_sent(frame.seq, checksum, now, gathered)
-        sequence = self._attempts.get(key)
+        messages = self._outgoing.end(frame).on_sent(frame.seq, checksum, now, gathered)
+        sequence = self._attempts.get(AttemptKey.of(frame.id))
         if sequence is not None:
             return self._carry_out(sequence, messages)
         return [Send(message=message) for message in messages]
@@ -289,8 +287,9 @@ class PrefillCore:
 
         While one of its frames is being sent, Closed will follow that frame anyway.
         """
-        key = AttemptKey.of(message.id)
-        if not isinstance(message, Refused) or any(item == key for item, _ in self._sending):
+        if not isinstance(message, Refused):
+            return []
+        if self._outgoing.has_any_of(AttemptKey.of(message.id)):
             return []
         return [Send(message=Closed(id=message.id.reply()))]
 
@@ -443,14 +442,14 @@ class PrefillCore:
                 stalled[sequence.sender.id.receiver] = None
                 text = "the hand-off made no progress and was given up"
                 effects += self._park(sequence, pb.FAILURE_CODE_STALLED, text, now)
-        for sender, _ in self._sending.values():
+        for sender in self._outgoing.senders:
             if self._is_stalled(sender, now):
                 stalled[sender.id.receiver] = None
         return [*effects, *(Disconnect(peer=peer) for peer in stalled)]
 
     def _forgive(self, seconds: float, now: float) -> None:
         """This process stood still for so long: no decode worker and no router could reach it."""
-        senders = {sender for sender, _ in self._sending.values()}
+        senders = set(self._outgoing.senders)
         for sequence in self._attempts:
             senders.add(sequence.sender)
             if sequence.lease_until is not None:
@@ -473,12 +472,12 @@ class PrefillCore:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left: no attempt, no step, no frame that is being sent."""
-        return not (len(self._attempts) or self._batch or self._sending)
+        return not (len(self._attempts) or self._batch or len(self._outgoing))
 
     def has_handoff(self, peer: bytes) -> bool:
         """Whether a hand-off to the decode worker `peer` is under way, or a frame of one."""
         senders = [sequence.sender for sequence in self._attempts]
-        senders += [sender for sender, _ in self._sending.values()]
+        senders += self._outgoing.senders
         return any(sender.is_open and sender.id.receiver == peer for sender in senders)
 
     def check_integrity(self) -> None:
@@ -520,11 +519,7 @@ class PrefillCore:
         for message in messages:
             match message:
                 case Frame():
-                    first = message.first_page
-                    pages = sequence.pages[first : first + message.num_pages]
-                    self.pool.pin(pages)
-                    self._sending[sequence.key, message.seq] = (sequence.sender, pages)
-                    effects.append(SendFrame(frame=message, page_table=sequence.pages))
+                    effects.append(self._outgoing.begin(sequence, message))
                 case Seal():
                     effects += [Send(message=message), sealed(sequence)]
                 case _:

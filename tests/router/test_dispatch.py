@@ -106,6 +106,18 @@ def test_projections_are_settled_as_the_request_advances() -> None:
     assert not any(core.counts().values())
 
 
+def test_workers_are_told_for_how_long_a_request_has_waited() -> None:
+    """Since it came, not since its last attempt began: by that decode workers order their queue."""
+    core = running_core()
+    core.submit(make_request(), 1.0)
+    (prefill,) = bodies(core.on_event(attached(D.incarnation), 3.5))
+    assert prefill.prefill.age_s == 2.5
+    core.on_worker_lost(P.incarnation, 4.0)
+    core.on_registered(registration("prefill-1", pb.ROLE_PREFILL), 5.0)
+    (prefill,) = bodies(core.on_event(attached(D.incarnation, attempt=2), 6.0))
+    assert prefill.prefill.age_s == 5.0
+
+
 def test_each_attempt_has_its_own_ticket() -> None:
     core = running_core()
     first = core.submit(make_request("first"), 0.0)[0]
