@@ -177,7 +177,7 @@ class ServeConfig(BaseSettings):
     lease_s: float = Field(
         default=10.0,
         gt=0,
-        description="a prompt, or the room for it, is kept so long when its hand-off has failed",
+        description="when a hand-off has failed: room is kept so long, a prompt while it is wanted",
     )
     max_parked_share: float = Field(
         default=0.5,
@@ -186,7 +186,7 @@ class ServeConfig(BaseSettings):
         description="of a prefill worker's pages: with more that wait for room no prompt starts",
     )
     max_waiting_handoffs: int = Field(
-        default=16, ge=0, description="that a full decode worker lets wait; it refuses the others"
+        default=16, ge=1, description="that a full decode worker lets wait; it refuses the youngest"
     )
     otlp_endpoint: str | None = Field(
         default=None,

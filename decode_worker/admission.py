@@ -1,10 +1,16 @@
 """Whom a decode worker has promised room, and who waits for it. Pure.
 
-The sum of all promises never exceeds the pool. A promise outlives the loss of the prefill worker
-for a time: the attempt that follows finds its room, and the pages that had come, where they were.
+The sum of all promises never exceeds the pool. Room goes to the oldest request, by the time that
+its router took it in, and nobody passes it who needs less. So do the places in which requests wait:
+when all are taken, an older one takes that of the youngest, which is refused. Whoever is refused
+comes back older than all that came meanwhile, so nobody is refused for ever.
+
+A promise outlives the loss of the prefill worker for a time: the attempt that follows finds its
+room, and the pages that had come, where they were.
 """
 
-from collections import deque
+import math
+from bisect import insort_right
 from collections.abc import Iterator
 
 from pagewire.decode_worker.request import DecodeRequest
@@ -14,7 +20,7 @@ from pagewire.worker.identity import AttemptKey
 
 
 class Admission:
-    """Reserves pages for requests: first come, first served, but for those promised before."""
+    """Reserves pages for requests: the oldest first, but for those promised before."""
 
     def __init__(
         self,
@@ -25,13 +31,18 @@ class Admission:
         max_waiting: int,
         lease_s: float,
     ) -> None:
-        """`lease_s` is how long a promise is held for another attempt."""
+        """At least one request may wait: `max_waiting`. Raises ValueError.
+
+        `lease_s` is how long a promise is held for another attempt.
+        """
+        if max_waiting < 1:
+            raise ValueError(f"max_waiting is {max_waiting}; one must be able to wait for its turn")
         self._pool = pool
         self._cache = cache
         self._page_size = page_size
         self._max_waiting = max_waiting
         self._lease_s = lease_s
-        self._waiting: deque[DecodeRequest] = deque()  # opened, not reserved yet
+        self._waiting: list[DecodeRequest] = []  # opened, not reserved yet; the oldest first
         self._held: dict[AttemptKey, DecodeRequest] = {}  # promised, and no hand-off is under way
 
     @property
@@ -42,16 +53,21 @@ class Admission:
     def num_held(self) -> int:
         return len(self._held)
 
-    def wait(self, request: DecodeRequest) -> None:
-        """The hand-off has begun. Who takes a promise over stands before all others."""
-        if self._held.pop(request.key, None) is None:
-            self._waiting.append(request)
-        else:
-            self._waiting.appendleft(request)
+    def wait(self, request: DecodeRequest, since: float) -> None:
+        """The hand-off has begun of a request that came to its router at `since`, by this clock.
 
-    def is_refused(self, request: DecodeRequest) -> bool:
-        """Whether a request that has just come cannot even wait."""
-        return len(self._waiting) > self._max_waiting and self._waiting[-1] is request
+        Who takes a promise over stands before all others.
+        """
+        is_successor = self._held.pop(request.key, None) is not None
+        request.waits_since = -math.inf if is_successor else since
+        insort_right(self._waiting, request, key=lambda item: item.waits_since)
+
+    def refused(self) -> DecodeRequest | None:
+        """Who cannot even wait: the youngest, when there are more than may."""
+        if len(self._waiting) <= self._max_waiting:
+            return None
+        youngest = self._waiting[-1]
+        return None if youngest.waits_since == -math.inf else youngest
 
     def admit(self) -> Iterator[tuple[DecodeRequest, int]]:
         """Reserve for those who wait, while there is room; with the sender's pages that are here.
@@ -68,7 +84,7 @@ class Admission:
             reserved = self._cache.reserve(request.page_keys, num_pages, unit=unit)
             if reserved is None:
                 return
-            self._waiting.popleft()
+            del self._waiting[0]
             request.pages = list(reserved.hits)
             request.reservation = reserved.reservation
             yield request, request.receiver.on_reserved(len(reserved.hits))

@@ -55,8 +55,8 @@ class DecodeCore:
         """`closing_s` bounds the wait for the sender of a hand-off that was given up.
 
         `renew_s` is how often the sender of one that is under way is told that it is, `lease_s` how
-        long the Reservation of one that has lost its sender is held for another attempt. While
-        `max_waiting_handoffs` wait for room, those that come are refused.
+        long the Reservation of one that has lost its sender is held for another attempt. At most
+        `max_waiting_handoffs` wait for room, and one may: the youngest of more are refused.
 
         Without a `hasher` nothing is cached, without `speculation` nothing is drafted.
         """

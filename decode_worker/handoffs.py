@@ -150,7 +150,7 @@ class Handoffs:
         """A message that names its sender truly; a Frame's payload lies in its slot or pages."""
         match message:
             case Open():
-                return self._on_open(message)
+                return self._on_open(message, now)
             case Frame():
                 return self._on_frame(message)
             case Seal():
@@ -225,7 +225,7 @@ class Handoffs:
                 )
         return [*effects, *self.admit_waiting()]
 
-    def _on_open(self, message: Open) -> list[Effect]:
+    def _on_open(self, message: Open, now: float) -> list[Effect]:
         request = self._addressee(message.id)
         if request is None:
             refusal = Refused(id=message.id.reply(), reason=RefuseReason.UNKNOWN_TICKET)
@@ -238,11 +238,10 @@ class Handoffs:
             return [Send(message=Refused(id=message.id.reply(), reason=reason))]
         if reason is not None:
             return self._fail(request, reason)
-        self._admission.wait(request)
+        self._admission.wait(request, now - message.age_ms / 1000)
         effects = self.admit_waiting()
-        if self._admission.is_refused(request):
-            return [*effects, *self._fail(request, RefuseReason.FULL)]
-        return effects
+        refused = self._admission.refused()
+        return [*effects, *(self._fail(refused, RefuseReason.FULL) if refused else [])]
 
     def _on_frame(self, frame: Frame) -> list[Effect]:
         holder = SlotHolder(AttemptKey.of(frame.id), frame.id.sender)

@@ -30,6 +30,7 @@ class DecodeRequest:
     sequences: list[DecodeSequence] = field(default_factory=list)  # those that have not ended
     # From Open on, or before that an earlier attempt's; the sequences take their parts of it.
     reservation: Reservation | None = None
+    waits_since: float = 0.0  # seconds on the worker's clock: by it those that wait for room stand
     held_until: float | None = None  # while the Reservation waits for a hand-off to begin
     pages: list[int] = field(default_factory=list)  # of the prompt, until the hand-off is complete
     renewed_at: float = 0.0  # seconds on the worker's clock, when the sender was told to go on

@@ -17,6 +17,7 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_BYTES = 512  # of one value
 MAX_ITEMS = 32  # of one array
 ID_BYTES = 16  # incarnations, tickets, digests
+MAX_AGE_S = 1_000_000  # eleven days; no request waits for so long
 
 
 class MessageError(ValueError):
@@ -79,6 +80,7 @@ class Open:
     num_prompt_tokens: int = _uint()
     layout: KVLayout = field(metadata={"layout": True})  # of P's pages, and so of the frames
     prefix_hash: bytes = _bytes()  # of the prompt's token ids
+    age_ms: int = _uint(1000 * MAX_AGE_S + 1)  # for how long the router has had the request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from pagewire.kv_transfer.messages import (
 )
 from pagewire.prefill_worker.events import first_tokens, parked, sealed
 from pagewire.prefill_worker.layer_groups import layer_group_ends
+from pagewire.prefill_worker.outgoing_frames import OutgoingFrames
 from pagewire.prefill_worker.prompts import PromptReader, addresses
 from pagewire.prefill_worker.refusals import PASSING, REFUSALS
 from pagewire.prefill_worker.scheduler import Chunk, PrefillScheduler
@@ -36,7 +37,7 @@ from pagewire.proto import worker_pb2 as pb
 from pagewire.proto.page_hash import PageHasher
 from pagewire.worker.attempts import Attempts
 from pagewire.worker.cache_reports import CacheReports
-from pagewire.worker.effects import Connect, Disconnect, Effect, Send, SendFrame
+from pagewire.worker.effects import Connect, Disconnect, Effect, Send
 from pagewire.worker.events import failed, logprobs_message, page_counts, step_failed
 from pagewire.worker.identity import AttemptKey, CommandError, finish_reason
 from pagewire.worker.interval import Interval
@@ -67,8 +68,9 @@ class PrefillCore:
         """Without a `hasher` nothing is cached; `answer_s` and `send_s`: see Sender.is_stalled.
 
         With `stream_layers` the KV of a prompt's last chunk leaves by groups of layers while they
-        are computed, otherwise at the end of the step. `lease_s` is how long a prompt stays parked.
-        While more than `max_parked_share` of the pages wait for decode workers, no prompt starts.
+        are computed, otherwise at the end of the step. `lease_s` is how long a prompt stays parked
+        while its router says nothing of it. While more than `max_parked_share` of the pages wait
+        for decode workers, no prompt starts.
         Raises LayoutError when not even one layer of a page fits in `slot_bytes`.
         """
         require_slot(layout, slot_bytes)
@@ -95,7 +97,7 @@ class PrefillCore:
         self._attempts: Attempts[PrefillSequence] = Attempts()
         self._batch: list[Chunk] = []  # the step that runs now
         self._orphans = OrphanedPages(pool)
-        self._sending: dict[tuple[AttemptKey, int], tuple[Sender, tuple[int, ...]]] = {}
+        self._outgoing = OutgoingFrames(pool)
         self._standstill = Standstill()
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -113,6 +115,9 @@ class PrefillCore:
                 return self._on_prefill(key, command, now)
             case "repoint":
                 return self._on_repoint(key, command, now)
+            case "renew_lease":
+                self._on_renew_lease(key, command.route.sender, now)
+                return []
             case "abort":
                 return self._on_abort(key, command.route.sender)
             case "kv_snapshot":
@@ -182,6 +187,12 @@ class PrefillCore:
             return effects
         return [*first_tokens(sequence), *effects, *self._finish(sequence, now)]
 
+    def _on_renew_lease(self, key: AttemptKey, router: bytes, now: float) -> None:
+        """The router has no decode worker for the prompt yet, and still wants it."""
+        sequence = self._attempts.get(key)
+        if sequence is not None and sequence.is_parked and sequence.route.sender == router:
+            sequence.lease_until = now + self._lease_s
+
     def _on_abort(self, key: AttemptKey, router: bytes) -> list[Effect]:
         sequence = self._attempts.get(key)
         if sequence is None:
@@ -241,7 +252,7 @@ class PrefillCore:
                 sequence.sender.on_peer_lost()
                 if not sequence.is_parked:
                     effects += self._park(sequence, pb.FAILURE_CODE_PEER_LOST, text, now)
-        for sender, _ in self._sending.values():
+        for sender in self._outgoing.senders:
             if sender.id.receiver == peer:
                 sender.on_peer_lost()
         return effects
@@ -265,11 +276,8 @@ class PrefillCore:
 
         `gathered` is when its checksum was made, where that is known.
         """
-        key = AttemptKey.of(frame.id)
-        sender, pages = self._sending.pop((key, frame.seq))
-        self.pool.unpin(pages)
-        messages = sender.on_sent(frame.seq, checksum, now, gathered)
-        sequence = self._attempts.get(key)
+        messages = self._outgoing.end(frame).on_sent(frame.seq, checksum, now, gathered)
+        sequence = self._attempts.get(AttemptKey.of(frame.id))
         if sequence is not None:
             return self._carry_out(sequence, messages)
         return [Send(message=message) for message in messages]
@@ -279,8 +287,9 @@ class PrefillCore:
 
         While one of its frames is being sent, Closed will follow that frame anyway.
         """
-        key = AttemptKey.of(message.id)
-        if not isinstance(message, Refused) or any(item == key for item, _ in self._sending):
+        if not isinstance(message, Refused):
+            return []
+        if self._outgoing.has_any_of(AttemptKey.of(message.id)):
             return []
         return [Send(message=Closed(id=message.id.reply()))]
 
@@ -333,7 +342,7 @@ class PrefillCore:
 
     def _open(self, sequence: PrefillSequence, now: float) -> list[Effect]:
         """Begin the hand-off. Pages out of the cache are complete and can leave at once."""
-        messages = sequence.sender.open(now)
+        messages = sequence.sender.open(now, age_s=now - sequence.submitted)
         messages += sequence.sender.on_computed(sequence.num_computed, now)
         return self._carry_out(sequence, messages)
 
@@ -433,14 +442,14 @@ class PrefillCore:
                 stalled[sequence.sender.id.receiver] = None
                 text = "the hand-off made no progress and was given up"
                 effects += self._park(sequence, pb.FAILURE_CODE_STALLED, text, now)
-        for sender, _ in self._sending.values():
+        for sender in self._outgoing.senders:
             if self._is_stalled(sender, now):
                 stalled[sender.id.receiver] = None
         return [*effects, *(Disconnect(peer=peer) for peer in stalled)]
 
     def _forgive(self, seconds: float, now: float) -> None:
         """This process stood still for so long: no decode worker and no router could reach it."""
-        senders = {sender for sender, _ in self._sending.values()}
+        senders = set(self._outgoing.senders)
         for sequence in self._attempts:
             senders.add(sequence.sender)
             if sequence.lease_until is not None:
@@ -463,12 +472,12 @@ class PrefillCore:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left: no attempt, no step, no frame that is being sent."""
-        return not (len(self._attempts) or self._batch or self._sending)
+        return not (len(self._attempts) or self._batch or len(self._outgoing))
 
     def has_handoff(self, peer: bytes) -> bool:
         """Whether a hand-off to the decode worker `peer` is under way, or a frame of one."""
         senders = [sequence.sender for sequence in self._attempts]
-        senders += [sender for sender, _ in self._sending.values()]
+        senders += self._outgoing.senders
         return any(sender.is_open and sender.id.receiver == peer for sender in senders)
 
     def check_integrity(self) -> None:
@@ -510,11 +519,7 @@ class PrefillCore:
         for message in messages:
             match message:
                 case Frame():
-                    first = message.first_page
-                    pages = sequence.pages[first : first + message.num_pages]
-                    self.pool.pin(pages)
-                    self._sending[sequence.key, message.seq] = (sequence.sender, pages)
-                    effects.append(SendFrame(frame=message, page_table=sequence.pages))
+                    effects.append(self._outgoing.begin(sequence, message))
                 case Seal():
                     effects += [Send(message=message), sealed(sequence)]
                 case _:

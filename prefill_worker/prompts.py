@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pagewire.engine.token_history import TokenHistory
 from pagewire.kv_transfer.layout import KVLayout
-from pagewire.kv_transfer.messages import HandoffId
+from pagewire.kv_transfer.messages import MAX_AGE_S, HandoffId
 from pagewire.prefill_worker.sender import Sender
 from pagewire.prefill_worker.sequence import PrefillSequence
 from pagewire.proto import worker_pb2 as pb
@@ -34,6 +34,8 @@ class PromptReader:
             body, vocab_size=self.vocab_size, max_model_len=self.max_model_len
         )
         prompt_end = len(token_ids) - body.num_output_tokens
+        if not 0 <= body.age_s <= MAX_AGE_S:
+            raise CommandError(f"age_s is {body.age_s}; it must be 0 to {MAX_AGE_S}")
         num_pages = self.layout.num_pages(len(token_ids))
         if num_pages > self.num_pages:
             raise CommandError(
@@ -53,6 +55,7 @@ class PromptReader:
             page_keys=self.hasher.keys(token_ids, body.cache_salt) if self.hasher else (),
             addresses=addresses(body),
             arrived=now,
+            submitted=now - body.age_s,
             deadline=now + body.seconds_left,
             priority=body.priority,
         )

@@ -22,7 +22,16 @@ from enum import Enum, auto
 
 from pagewire.kv_transfer.checksum import digest_of
 from pagewire.kv_transfer.layout import FrameRange, KVLayout, plan_frames
-from pagewire.kv_transfer.messages import Closed, Frame, Grant, HandoffId, Message, Open, Seal
+from pagewire.kv_transfer.messages import (
+    MAX_AGE_S,
+    Closed,
+    Frame,
+    Grant,
+    HandoffId,
+    Message,
+    Open,
+    Seal,
+)
 from pagewire.prefill_worker.exposed_time import ExposedTime
 from pagewire.worker.interval import Interval
 
@@ -87,8 +96,11 @@ class Sender:
         """Whether the peer has room for the prompt."""
         return self._is_accepted
 
-    def open(self, now: float) -> list[Message]:
-        """The first chunk is scheduled: ask the decode worker for a Reservation."""
+    def open(self, now: float, *, age_s: float = 0.0) -> list[Message]:
+        """The first chunk is scheduled: ask the decode worker for a Reservation.
+
+        `age_s` is for how long the router has had the request.
+        """
         if self.state is not SenderState.QUEUED:
             return []
         self.state = SenderState.STREAMING
@@ -100,6 +112,7 @@ class Sender:
                 num_prompt_tokens=self._num_prompt_tokens,
                 layout=self._layout,
                 prefix_hash=self._prefix_hash,
+                age_ms=int(1000 * min(age_s, MAX_AGE_S)),
             )
         ]
 

@@ -29,7 +29,8 @@ class PrefillSequence:
     sender: Sender
     addresses: tuple[tuple[str, bytes], ...]  # transports of the decode worker
     page_keys: tuple[PageKey, ...] = ()  # of the prompt's full pages; empty: nothing is shared
-    arrived: float  # seconds on the worker's clock, as is the deadline
+    arrived: float  # seconds on the worker's clock, as the next two are
+    submitted: float  # when the router took the request in
     deadline: float  # when the router gives the request up
     priority: int  # lower runs first
     started: float | None = None  # when the first chunk was scheduled; None: not yet

@@ -510,6 +510,7 @@ class WorkerCommand(_message.Message):
     ABORT_FIELD_NUMBER: _builtins.int
     STOP_CHOICE_FIELD_NUMBER: _builtins.int
     REPOINT_FIELD_NUMBER: _builtins.int
+    RENEW_LEASE_FIELD_NUMBER: _builtins.int
     KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def route(self) -> Global___Route: ...
@@ -534,6 +535,10 @@ class WorkerCommand(_message.Message):
         """to a prefill worker"""
 
     @_builtins.property
+    def renew_lease(self) -> Global___RenewLease:
+        """to a prefill worker"""
+
+    @_builtins.property
     def kv_snapshot(self) -> Global___KvSnapshot: ...
     def __init__(
         self,
@@ -545,13 +550,14 @@ class WorkerCommand(_message.Message):
         abort: Global___Abort | None = ...,
         stop_choice: Global___StopChoice | None = ...,
         repoint: Global___Repoint | None = ...,
+        renew_lease: Global___RenewLease | None = ...,
         kv_snapshot: Global___KvSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "repoint", b"repoint", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "renew_lease", b"renew_lease", "repoint", b"repoint", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "repoint", b"repoint", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "attach", b"attach", "body", b"body", "hello", b"hello", "kv_snapshot", b"kv_snapshot", "prefill", b"prefill", "renew_lease", b"renew_lease", "repoint", b"repoint", "route", b"route", "stop_choice", b"stop_choice"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort", "stop_choice", "repoint", "kv_snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prefill", "attach", "abort", "stop_choice", "repoint", "renew_lease", "kv_snapshot"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -605,6 +611,7 @@ class Prefill(_message.Message):
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes, valid for one hand-off to `decode`"""
     decode: _builtins.bytes
@@ -621,6 +628,8 @@ class Prefill(_message.Message):
     """How many of token_ids, the last ones, are output: an earlier attempt has sampled them, and this
     one continues behind them. With one choice only.
     """
+    age_s: _builtins.float
+    """For how long the router has had the request, when this was sent: earlier attempts included."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -642,10 +651,11 @@ class Prefill(_message.Message):
         seconds_left: _builtins.float = ...,
         n: _builtins.int | None = ...,
         num_output_tokens: _builtins.int = ...,
+        age_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache_salt", b"cache_salt", "decode", b"decode", "n", b"n", "num_output_tokens", b"num_output_tokens", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "age_s", b"age_s", "cache_salt", b"cache_salt", "decode", b"decode", "n", b"n", "num_output_tokens", b"num_output_tokens", "priority", b"priority", "sampling", b"sampling", "seconds_left", b"seconds_left", "ticket", b"ticket", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -744,6 +754,25 @@ class Repoint(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Repoint: _TypeAlias = Repoint  # noqa: Y015
+
+@_typing.final
+class RenewLease(_message.Message):
+    """Keep the prompt that is parked as this attempt: there is no decode worker for it yet. Sent once a
+    second; what is not parked needs no lease.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLease: _TypeAlias = RenewLease  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):

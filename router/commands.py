@@ -43,9 +43,12 @@ def attach(
 
 
 def prefill(
-    request: Request, assignment: Assignment, output: Sequence[int], now: float
+    request: Request, assignment: Assignment, output: Sequence[int], now: float, arrived_at: float
 ) -> pb.Prefill:
-    """For the prefill worker, once the decode worker expects it."""
+    """For the prefill worker, once the decode worker expects it.
+
+    `now`, and `arrived_at`, when the router took the request in, are seconds on the router's clock.
+    """
     return pb.Prefill(
         token_ids=(*request.token_ids, *output),
         num_output_tokens=len(output),
@@ -55,6 +58,7 @@ def prefill(
         transports=_transports(assignment),
         priority=request.priority,
         seconds_left=request.deadline - now,
+        age_s=now - arrived_at,
         cache_salt=request.cache_salt,
         n=request.n,
     )

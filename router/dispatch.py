@@ -251,8 +251,8 @@ class DispatchCore:
     def _repoint_parked(self) -> list[Effect]:
         """Send what is parked to decode workers that have not failed it already.
 
-        What finds none waits until one comes or it is repeated, or until its lease at the prefill
-        worker has run out. So does what a decode worker holds a Reservation for: in all likelihood
+        What finds none waits until one comes or it is repeated; its lease at the prefill worker is
+        renewed meanwhile. So does what a decode worker holds a Reservation for: in all likelihood
         the prefill worker is about to be found lost, and the Reservation is for its successor.
         """
         effects: list[Effect] = []
@@ -274,7 +274,7 @@ class DispatchCore:
             if not repointed:
                 lifecycle.failed_decodes.clear()
                 repointed = self._repoint_if_possible(lifecycle)
-            effects += repointed
+            effects += repointed or lifecycle.renew_lease(now)
         return effects
 
     def _repoint_if_possible(self, lifecycle: Lifecycle) -> list[Effect]:

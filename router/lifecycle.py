@@ -27,6 +27,7 @@ loss of D, when D says so (for a reason that may pass), and when P says so (Park
     PREFILLING, HANDOFF  D says that P is lost        PARKED      nothing: D holds the Reservation
     PARKED               Parked                       PARKED      Abort to D if it holds one
     PARKED               FirstToken                   PARKED      delivers token 0
+    PARKED               a second passes              PARKED      RenewLease to P
     PREFILLING, HANDOFF  it fails, P knows nothing    RETRYING    Abort to both
     not DECODING         P says: not parked           RETRYING    Abort to D
     not DECODING         P lost before Sealed         RETRYING    nothing: D holds the Reservation
@@ -86,6 +87,7 @@ _PASSING = frozenset(
 )
 
 _FULL_PAUSE_S = 1.0  # until a decode worker that was full is asked again
+_RENEW_S = 1.0  # between two words to a prefill worker that its prompt is still wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +148,7 @@ class Lifecycle:
         self.num_dispatches = 0  # attempts that began with the prompt, not with a Repoint
         self.failed_decodes: set[bytes] = set()  # decode workers to which a hand-off has failed
         self.repeat_at = 0.0  # seconds on the router's clock, when these may be asked again
+        self._renewed_at = 0.0  # likewise, when its prefill worker was last told to keep the prompt
         self.error: RequestFailed | None = None  # why it is PARKED or RETRYING
         self.queue_deadline = request.queue_deadline  # seconds on the router's clock
         self.logs = tuple(TokenLog() for _ in range(request.n))  # by choice
@@ -212,6 +215,15 @@ class Lifecycle:
         self.state = State.HANDOFF if self._has_first_token else State.PREFILLING
         self._reported -= _HANDOFF_PARTS
         return self._attach(assignment)
+
+    def renew_lease(self, now: float) -> list[Effect]:
+        """It stays PARKED: whoever has the prompt shall keep it."""
+        assert self.state is State.PARKED and self.assignment is not None
+        if now - self._renewed_at < _RENEW_S:
+            return []
+        self._renewed_at = now
+        route = self._prefill_route(self.assignment)
+        return [SendCommand(command=pb.WorkerCommand(route=route, renew_lease=pb.RenewLease()))]
 
     def on_event(self, event: pb.WorkerEvent, now: float) -> list[Effect]:
         """An event of a worker, addressed to this request."""
@@ -330,7 +342,7 @@ class Lifecycle:
             repoint = commands.repoint(assigned, held)
             return [SendCommand(command=pb.WorkerCommand(route=route, repoint=repoint))]
         self._add_time(Part.QUEUE, now - self._enqueued_at)
-        prefill = commands.prefill(self.request, assigned, self._output, now)
+        prefill = commands.prefill(self.request, assigned, self._output, now, self._arrived_at)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
 
     def _on_parked(self, assigned: Assignment, parked: pb.Parked, now: float) -> list[Effect]:

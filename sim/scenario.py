@@ -72,6 +72,6 @@ def random_scenario(
         queue_deadline_s=deadline_s / 2,
         costs=random.choice((BALANCED, SLOW_STEPS, SLOW_FRAMES)),
         faults=faults,
-        max_waiting_handoffs=random.choice((0, 1, 16)),
+        max_waiting_handoffs=random.choice((1, 2, 16)),
         runs_ahead=random.choice((False, True)),
     )

@@ -1,6 +1,7 @@
 """What runs in the process of a rank behind the first: `python -m pagewire.worker.rank_process`.
 
-It does what rank 0 says on its standard input, which is a socket, and ends when that ends.
+It does what rank 0 says on its standard input, which is a socket, and ends when that ends; or, if
+it is stopped then, by the kernel.
 """
 
 import logging
@@ -21,6 +22,7 @@ from pagewire.engine.step_memory import StepMemory
 from pagewire.kv_transfer.layout import LayoutError
 from pagewire.worker.config import WorkerConfig
 from pagewire.worker.load import join_ranks, load_worker_engine
+from pagewire.worker.parent_death import end_with_parent
 from pagewire.worker.step_messages import (
     STARTED,
     Copies,
@@ -75,6 +77,7 @@ def _tell_nobody(num_layers: int) -> None:
 
 def main() -> None:
     """Arguments: CONFIG as JSON, the rank, the store's path; on a CPU the pools' descriptor."""
+    end_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     config = WorkerConfig.from_json(sys.argv[1])
     rank, store_path = int(sys.argv[2]), sys.argv[3]

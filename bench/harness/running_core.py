@@ -53,6 +53,7 @@ def _hand_off(
         num_prompt_tokens=len(prompt),
         layout=layout,
         prefix_hash=prefix_hash(prompt),
+        age_ms=0,
     )
     grant = _grant(core.on_message(PREFILL, opening, 0.0))
     frame = Frame(

@@ -103,7 +103,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         ("lease_s", 0),
         ("max_parked_share", 0),
         ("max_parked_share", 1.1),
-        ("max_waiting_handoffs", -1),
+        ("max_waiting_handoffs", 0),
         ("hang_timeout_s", 0),
         ("step_timeout_s", 0),
         ("host", ""),

@@ -18,6 +18,8 @@ from handoff_pair import (
     sampling,
     stop_command,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pagewire.decode_worker.core import DecodeCore
 from pagewire.kv_transfer.messages import (
@@ -61,19 +63,31 @@ def take_over(core: DecodeCore, request_id: str, *, now: float = 0.0) -> None:
     attach(core, request_id, attempt=2, prefill=SUCCESSOR, held_attempt=1, now=now)
 
 
-def open_handoff(
-    core: DecodeCore, request_id: str, *, attempt: int = 1, prefill: bytes = PREFILL
-) -> list[Message]:
-    """What the decode worker answers to Open, but for its credit."""
-    id = HandoffId(request_id=request_id, attempt=attempt, sender=prefill, receiver=DECODE)
-    message = Open(
-        id=id,
+def opening(
+    request_id: str, *, attempt: int = 1, prefill: bytes = PREFILL, age_s: float = 0.0
+) -> Open:
+    return Open(
+        id=HandoffId(request_id=request_id, attempt=attempt, sender=prefill, receiver=DECODE),
         ticket=TICKET,
         num_prompt_tokens=len(PROMPT),
         layout=LAYOUT,
         prefix_hash=prefix_hash(PROMPT),
+        age_ms=int(1000 * age_s),
     )
-    effects = core.on_message(prefill, message, 0.0)
+
+
+def open_handoff(
+    core: DecodeCore,
+    request_id: str,
+    *,
+    attempt: int = 1,
+    prefill: bytes = PREFILL,
+    age_s: float = 0.0,
+    now: float = 0.0,
+) -> list[Message]:
+    """What the decode worker answers to Open, but for its credit."""
+    message = opening(request_id, attempt=attempt, prefill=prefill, age_s=age_s)
+    effects = core.on_message(prefill, message, now)
     return [message for message in sent(effects) if not isinstance(message, Grant)]
 
 
@@ -137,21 +151,67 @@ def test_as_many_wait_as_may_and_the_next_is_refused() -> None:
 
 
 def test_the_router_is_told_that_there_is_no_room() -> None:
-    core = full_core(max_waiting_handoffs=0)
+    core = full_core(max_waiting_handoffs=1)
+    begin(core, "waiting")
     attach(core, "late")
-    id = HandoffId(request_id="late", attempt=1, sender=PREFILL, receiver=DECODE)
-    opening = Open(
-        id=id,
-        ticket=TICKET,
-        num_prompt_tokens=len(PROMPT),
-        layout=LAYOUT,
-        prefix_hash=prefix_hash(PROMPT),
-    )
-    assert failures(core.on_message(PREFILL, opening, 0.0)) == [pb.FAILURE_CODE_FULL]
+    effects = core.on_message(PREFILL, opening("late"), 0.0)
+    assert failures(effects) == [pb.FAILURE_CODE_FULL]
+
+
+def test_one_must_be_able_to_wait() -> None:
+    with pytest.raises(ValueError, match="max_waiting is 0"):
+        decode_core(max_waiting_handoffs=0)
+
+
+def test_who_is_older_takes_the_place_of_the_youngest() -> None:
+    """By the time that a router has had it, however late it comes here."""
+    core = full_core(max_waiting_handoffs=2)
+    for name, age_s in (("young", 1.0), ("old", 3.0)):
+        attach(core, name)
+        assert open_handoff(core, name, age_s=age_s) == []
+    attach(core, "between")
+    (refused,) = open_handoff(core, "between", age_s=2.0)
+    assert isinstance(refused, Refused)
+    assert (refused.id.request_id, refused.reason) == ("young", RefuseReason.FULL)
+    assert accepted(core.on_command(abort_command(DECODE, "first"), 0.0)) == ["old"]
+    assert accepted(core.on_command(abort_command(DECODE, "old"), 0.0)) == ["between"]
+
+
+def test_age_counts_from_when_it_was_told() -> None:
+    core = full_core()
+    for name, age_s, now in (("first come", 0.0, 10.0), ("older", 5.0, 12.0), ("last", 0.0, 13.0)):
+        attach(core, name, now=now)
+        assert open_handoff(core, name, age_s=age_s, now=now) == []
+    order = ["older", "first come", "last"]
+    for before, name in zip(["first", *order], order, strict=False):
+        assert accepted(core.on_command(abort_command(DECODE, before), 14.0)) == [name]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 9)), max_size=30))
+def test_nobody_who_waits_is_younger_than_one_who_was_refused(
+    requests: list[tuple[int, int]],
+) -> None:
+    """Unless he came after it. So who is refused passes all that came since when he asks again."""
+    core = full_core(max_waiting_handoffs=3)
+    submitted: dict[str, float] = {}
+    waiting: set[str] = set()
+    now = 0.0
+    for index, (pause, age_s) in enumerate(requests):
+        now += pause
+        name = f"request {index}"
+        submitted[name] = now - age_s
+        waiting.add(name)
+        attach(core, name, now=now)
+        for answer in open_handoff(core, name, age_s=age_s, now=now):
+            assert isinstance(answer, Refused)
+            waiting.remove(answer.id.request_id)
+            youngest = submitted[answer.id.request_id]
+            assert all(submitted[other] <= youngest for other in waiting)
+        assert len(waiting) <= 3
 
 
 def test_nobody_is_refused_for_whom_there_is_room() -> None:
-    core = decode_core(num_pages=6, max_waiting_handoffs=0)
+    core = decode_core(num_pages=6, max_waiting_handoffs=1)
     for name in ("first", "second"):
         assert isinstance(begin(core, name)[0], Accepted)
 

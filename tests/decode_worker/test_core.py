@@ -78,6 +78,7 @@ def opening(request_id: str = "request", prompt: Sequence[int] = PROMPT) -> Open
         num_prompt_tokens=len(prompt),
         layout=LAYOUT,
         prefix_hash=prefix_hash(prompt),
+        age_ms=0,
     )
 
 

@@ -23,6 +23,7 @@ OPEN = Open(
     num_prompt_tokens=NUM_TOKENS,
     layout=LAYOUT,
     prefix_hash=PREFIX_HASH,
+    age_ms=0,
 )
 
 

@@ -1,5 +1,6 @@
 """PrefillCore: what it refuses, what it forgets, and what it tells the router."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -80,6 +81,13 @@ def computed() -> PrefillCore:
     return core
 
 
+def aged(age_s: float) -> pb.WorkerCommand:
+    """A command for a request that its router has had for so long."""
+    command = prefill_command(PROMPT)
+    command.prefill.age_s = age_s
+    return command
+
+
 @pytest.mark.parametrize(
     ("command", "text"),
     [
@@ -91,6 +99,9 @@ def computed() -> PrefillCore:
         (prefill_command([1] * 255), "255 prompt tokens and max_tokens 3 exceed"),
         (prefill_command([1], ticket=b"short"), "ticket is not 16 bytes"),
         (prefill_command([1] * 250, params=sampling(max_tokens=1)), "16 pages .* has 4"),
+        (aged(-0.1), "age_s is -0.1"),
+        (aged(math.nan), "age_s is nan"),
+        (aged(1e9), "age_s is 1000000000.0; it must be 0 to 1000000"),
         (attach_command([1]), "a prefill worker takes no attach"),
     ],
 )
@@ -102,6 +113,16 @@ def test_a_command_that_cannot_be_carried_out_fails(command: pb.WorkerCommand, t
     assert re.search(text, answer.failed.message)
     assert (answer.route.sender, answer.route.receiver) == (PREFILL, ROUTER)
     check_nothing_is_left(core)
+
+
+def test_the_decode_worker_is_told_how_old_a_request_is() -> None:
+    """By now: what it has waited here counts, too."""
+    core = prefill_core()
+    core.on_command(aged(2.5), 10.0)
+    _, effects = core.next_batch(11.25)
+    (opening,) = [effect.message for effect in effects if isinstance(effect, Send)]
+    assert isinstance(opening, Open)
+    assert opening.age_ms == 3750
 
 
 def test_a_command_for_another_incarnation_is_dropped() -> None:

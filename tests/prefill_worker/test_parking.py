@@ -6,6 +6,7 @@ import pytest
 from handoff_pair import (
     DECODE,
     PREFILL,
+    ROUTER,
     abort_command,
     pass_time,
     prefill_command,
@@ -227,6 +228,35 @@ def test_a_refusal_for_want_of_room_parks_the_prompt() -> None:
     assert sent(core.on_command(repoint_command(), 1.0)) == ["Open 2"]
     assert finish_handoff(core) == 3
     check_nothing_is_left(core)
+
+
+def renew_command(attempt: int = 1, sender: bytes = ROUTER) -> pb.WorkerCommand:
+    to_attempt = route(PREFILL, attempt=attempt, sender=sender)
+    return pb.WorkerCommand(route=to_attempt, renew_lease=pb.RenewLease())
+
+
+def test_a_router_that_still_waits_renews_the_lease() -> None:
+    core = parked(now=0.0)
+    for second in range(1, 60):
+        assert core.on_command(renew_command(), float(second)) == []
+        assert pass_time(core, float(second), second + 1.0) == []
+    assert failure(pass_time(core, 60.0, 69.5)) == pb.FAILURE_CODE_NOT_PARKED
+    check_nothing_is_left(core)
+
+
+def test_nobody_else_renews_a_lease() -> None:
+    core = parked(now=0.0)
+    core.on_command(renew_command(sender=b"x" * 16), 9.0)
+    core.on_command(renew_command(attempt=2), 9.0)
+    assert failure(pass_time(core, 9.0, 10.5)) == pb.FAILURE_CODE_NOT_PARKED
+
+
+def test_what_is_not_parked_has_no_lease() -> None:
+    core = started(prefill_core(max_batch_tokens=64))
+    core.on_command(renew_command(), 0.0)
+    assert pass_time(core, 0.0, 3.0) == []
+    core.on_batch_done(StepResult(tokens=((7,),)), 3.0)
+    assert core.state().parked_pages == 3
 
 
 def test_a_lease_does_not_run_while_the_process_stands_still() -> None:

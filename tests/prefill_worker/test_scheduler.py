@@ -49,6 +49,7 @@ def sequence(
         ),
         addresses=(),
         arrived=arrived,
+        submitted=arrived,
         deadline=deadline,
         priority=priority,
     )

@@ -106,6 +106,18 @@ def test_projections_are_settled_as_the_request_advances() -> None:
     assert not any(core.counts().values())
 
 
+def test_workers_are_told_for_how_long_a_request_has_waited() -> None:
+    """Since it came, not since its last attempt began: by that decode workers order their queue."""
+    core = running_core()
+    core.submit(make_request(), 1.0)
+    (prefill,) = bodies(core.on_event(attached(D.incarnation), 3.5))
+    assert prefill.prefill.age_s == 2.5
+    core.on_worker_lost(P.incarnation, 4.0)
+    core.on_registered(registration("prefill-1", pb.ROLE_PREFILL), 5.0)
+    (prefill,) = bodies(core.on_event(attached(D.incarnation, attempt=2), 6.0))
+    assert prefill.prefill.age_s == 5.0
+
+
 def test_each_attempt_has_its_own_ticket() -> None:
     core = running_core()
     first = core.submit(make_request("first"), 0.0)[0]
@@ -464,8 +476,30 @@ def test_what_is_parked_waits_for_a_decode_worker_that_joins() -> None:
     core.submit(make_request(), 0.0)
     core.on_event(attached(D.incarnation), 0.0)
     assert commands(core.on_worker_lost(D.incarnation, 1.0)) == []
-    assert core.tick(1.25) == []
+    assert commands(core.tick(1.25)) == [("renew_lease", "request", P.incarnation)]
     assert commands(core.on_registered(E, 2.0)) == [("attach", "request", E.incarnation)]
+
+
+def test_what_is_parked_is_kept_for_as_long_as_no_decode_worker_is_there() -> None:
+    """One that starts again with a large model takes longer than a lease lasts."""
+    core = running_core()
+    core.submit(make_request(), 0.0)
+    core.on_event(attached(D.incarnation), 0.0)
+    core.on_worker_lost(D.incarnation, 1.0)
+    renewals: list[float] = []
+    for quarter in range(5, 125):
+        now = quarter / 4
+        core.on_event(heartbeat(P.incarnation), now)
+        for command in bodies(core.tick(now)):
+            assert command.HasField("renew_lease")
+            assert (command.route.receiver, command.route.attempt) == (P.incarnation, 1)
+            renewals.append(now)
+    assert renewals == [1.25 + second for second in range(30)]
+    (attach,) = bodies(core.on_registered(E, 32.0))
+    assert attach.HasField("attach")
+    (repoint,) = bodies(core.on_event(attached(E.incarnation, attempt=2), 32.0))
+    assert repoint.repoint.held_attempt == 1
+    assert core.tick(33.0) == []
 
 
 def test_what_nobody_took_before_its_lease_ran_out_is_dispatched_again() -> None:

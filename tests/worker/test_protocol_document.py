@@ -38,6 +38,7 @@ OPEN = Open(
     num_prompt_tokens=NUM_TOKENS,
     layout=LAYOUT,
     prefix_hash=PREFIX,
+    age_ms=0,
 )
 GRANT = Grant(id=ID.reply(), slot=0, slot_generation=1)
 FRAME = Frame(
