@@ -99,8 +99,9 @@ class FollowerProcesses:
     def warm_up(self, max_rows: int) -> None:
         self._send(WarmUp(max_rows=max_rows).encode())
 
-    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
-        step = Step.of(arrays, num_threads=torch.get_num_threads(), by_layer=by_layer)
+    def run(self, arrays: StepArrays, *, by_layer: bool, is_fed: bool) -> None:
+        num_threads = torch.get_num_threads()
+        step = Step.of(arrays, num_threads=num_threads, by_layer=by_layer, is_fed=is_fed)
         self._send(step.encode())
 
     async def failure(self) -> None:
