@@ -47,7 +47,7 @@ class GpuPools:
         *,
         timeout: timedelta = _TIMEOUT,
     ) -> None:
-        """`device`: that of rank 0, as in `rank_device`, `timeout`: for another's pool."""
+        """`device`: that of rank 0, as in `rank_device`; `timeout`: for another's pool."""
         self._store = store
         self._rank = rank
         self._device = device
