@@ -80,6 +80,10 @@ class ModelRunner:
             if self.model.group.rank == 0:  # others have a part of the logits, and sample nothing
                 self._sampler.record(recorder, logits)
 
+    def close(self) -> None:
+        """Let go of what was recorded, once no step runs any more."""
+        self._steps.close()
+
     def warm_up_prompts(self, max_tokens: int) -> None:
         """Run prompts of up to so many tokens, so that no request waits for a GPU's compiler.
 

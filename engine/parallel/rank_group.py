@@ -54,7 +54,7 @@ class RankGroup(Protocol):
         """The smallest `value` of all ranks, however long some of them take to get here."""
 
     def abort(self) -> None:
-        """End what waits for a rank that is gone. From any thread; nothing is left of the group."""
+        """End what waits for a rank that is gone, whichever thread does; the group is void then."""
 
 
 class SingleRank:

@@ -4,12 +4,14 @@ NCCL asks for that. Here the ranks are threads, their sums go over gloo, and a s
 its graph.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar, cast
+from weakref import WeakSet
 
 import pytest
 from tiny_models import make_model
@@ -50,6 +52,7 @@ class Recorder:
     def __init__(self) -> None:
         self.num_made = 0
         self.shapes: list[tuple[int, ...]] = []  # of what replays returned
+        self.living: WeakSet[Recording] = WeakSet()
 
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
@@ -58,7 +61,9 @@ class Recorder:
 
     def record(self, step: Callable[[], Tensor]) -> Recording:
         self.num_made += 1
-        return _Watched(capture(step), self.shapes)
+        recording = _Watched(capture(step), self.shapes)
+        self.living.add(recording)
+        return recording
 
 
 class _NewPlans:
@@ -193,6 +198,17 @@ def test_ranks_record_and_replay_alike(tmp_path: Path, monkeypatch: pytest.Monke
     assert (logits[0], tokens) == (1, (1,))
     [part_of_logits] = recorders[1].shapes
     assert part_of_logits[0] == 1 and part_of_logits[1] < logits[1]
+
+
+def test_recordings_are_gone_before_the_group_that_they_hold_calls_of(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    recorder = Recorder()
+    runner = load(tmp_path, None, NoFollowers(), recorder)
+    runner.warm_up(MAX_ROWS)
+    assert len(recorder.living) == 2 + 2  # of steps, and of the choice of tokens, on one rank
+    runner.close()
+    gc.collect()
+    assert len(recorder.living) == 2
 
 
 @pytest.mark.parametrize("is_recordable", [False, True])
