@@ -79,12 +79,12 @@ def _obstacle(config: ServeConfig, num_gpus: int) -> str:
         return "quantization int4 has kernels on a CPU only; choose w4a16 for GPUs"
     workers, needed = config.prefill + config.decode, _num_ranks(config)
     if num_gpus < needed:
-        each, sizes = "one each", "prefill or decode"
+        each, fewer = "one each", "prefill or decode"
         if needed > workers:
-            each, sizes = "one for each rank", "prefill, decode or tensor_parallel_size"
+            each, fewer = "one for each rank", "prefill, decode or tensor_parallel_size"
         return (
             f"{workers} workers need {needed} GPUs, {each}, and torch can use {num_gpus}; lower "
-            f"{sizes}, show it more with CUDA_VISIBLE_DEVICES, or set device to cpu"
+            f"{fewer}, show it more with CUDA_VISIBLE_DEVICES, or set device to cpu"
         )
     return ""
 

@@ -88,7 +88,7 @@ async def _load(
     copies = copy_streams(config)
     shards = device_shards = None
     if parallel is not None:
-        caches = rank_caches(runner, parallel)
+        caches = await loop.run_in_executor(model_thread, rank_caches, runner, parallel)
         if copies:
             device_shards = DeviceShards(runner.layout, caches, copies)
         else:

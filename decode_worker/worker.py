@@ -1,7 +1,6 @@
 """The decode worker: the shared shell around DecodeCore, with frames coming in."""
 
 import asyncio
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,8 +28,6 @@ from pagewire.worker.interval import Interval
 from pagewire.worker.shell import WorkerShell
 from pagewire.worker.slot_frames import FrameWriterByPeer, SlotFrameWriter
 from pagewire.worker.slot_memory import DeviceSlots, HostSlots
-
-logger = logging.getLogger(__name__)
 
 
 class DecodeWorker(WorkerShell[DecodeCore]):
@@ -70,11 +67,6 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             lease_s=config.lease_s,
             max_waiting_handoffs=config.max_waiting_handoffs,
         )
-        if config.overlaps_steps and not runner.runs_ahead:
-            logger.info(
-                "decode steps are launched one at a time: tokens reach the other ranks by way of "
-                "the host"
-            )
         super().__init__(
             config=config,
             core=core,
@@ -82,7 +74,7 @@ class DecodeWorker(WorkerShell[DecodeCore]):
             model_thread=model_thread,
             on_state=on_state,
             failpoint=failpoint,
-            overlap_steps=config.overlaps_steps and runner.runs_ahead and speculation is None,
+            overlap_steps=config.overlaps_steps and speculation is None,
         )
         self._draft_model = draft_model
         if config.device != "cpu":

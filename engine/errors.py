@@ -4,7 +4,7 @@ EngineError
 ├── ModelError         the files of a model are missing, damaged or of a kind that is not supported
 ├── MemoryBudgetError  the KV cache does not fit in the memory that is free
 ├── KernelError        the kernels that were asked for cannot run here
-├── DeviceError        the device that was asked for is not there
+├── DeviceError        the device that was asked for is not there, or refuses what it is asked
 └── DeviceMemoryError  bytes of a KV cache were asked for that are not in host memory
 """
 
@@ -26,7 +26,7 @@ class KernelError(EngineError):
 
 
 class DeviceError(EngineError):
-    """The device that was asked for is not there."""
+    """The device that was asked for is not there, or refuses what it is asked."""
 
 
 class DeviceMemoryError(EngineError):

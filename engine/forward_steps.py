@@ -58,6 +58,10 @@ class ForwardSteps:
                 if logits is not None:
                     yield self._recorder, logits
 
+    def close(self) -> None:
+        """Let go of all recordings: a group of ranks, at its end, waits for those of its calls."""
+        self._recorded.clear()
+
     def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """The logits of a step, as `LlamaModel.forward`; void at the next step."""
         size = self._recordable_size(inputs) if on_layer is None else None

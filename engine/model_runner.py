@@ -12,7 +12,6 @@ from pagewire.engine.forward_steps import ForwardSteps
 from pagewire.engine.host_copies import to_device, wait_for
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.launched_step import LaunchedStep
-from pagewire.engine.logit_adjustments import UnreadTokens
 from pagewire.engine.models.llama import LlamaModel
 from pagewire.engine.parallel.rank_group import RankLost
 from pagewire.engine.parallel.tensor_parallel import Followers
@@ -81,6 +80,10 @@ class ModelRunner:
             if self.model.group.rank == 0:  # others have a part of the logits, and sample nothing
                 self._sampler.record(recorder, logits)
 
+    def close(self) -> None:
+        """Let go of what was recorded, once no step runs any more."""
+        self._steps.close()
+
     def warm_up_prompts(self, max_tokens: int) -> None:
         """Run prompts of up to so many tokens, so that no request waits for a GPU's compiler.
 
@@ -103,11 +106,6 @@ class ModelRunner:
     def execute(self, batch: Batch, on_layers_done: OnLayersDone | None = None) -> StepResult:
         """As `launch`, and wait for what was sampled. Raises LogitsError too, a ValueError."""
         return self.launch(batch, on_layers_done).wait()
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether a step may follow one whose tokens the host does not know: of one rank only."""
-        return self.model.group.size == 1
 
     @torch.inference_mode()
     def launch(
@@ -140,8 +138,8 @@ class ModelRunner:
         inputs = arrays.inputs()
         unread = feed(batch.rows, inputs.token_ids, previous)
         if unread is not None:
-            inputs = self._fed(inputs, unread)
-        logits = self._forward(arrays, inputs, batch, on_layers_done)
+            inputs = replace(inputs, token_ids=unread.tokens)
+        logits = self._forward(arrays, inputs, batch, on_layers_done, unread is not None)
         sampled = [
             (params, row.output_position + index, row.history)
             for row in batch.rows
@@ -175,31 +173,35 @@ class ModelRunner:
         arrays = prepare(batch.rows, self._limits, self._step_memory)
         return self._forward(arrays, arrays.inputs(), batch, on_layers_done)
 
-    def _fed(self, inputs: StepInputs, unread: UnreadTokens) -> StepInputs:
-        if not self.runs_ahead:
-            raise ValueError("rows follow others, whose tokens the other ranks do not know")
-        return replace(inputs, token_ids=unread.tokens)
-
     def _forward(
         self,
         arrays: StepArrays,
         inputs: StepInputs,
         batch: Batch,
         on_layers_done: OnLayersDone | None,
+        is_fed: bool = False,
     ) -> Tensor:
-        """`arrays`: those of the inputs, for other ranks."""
+        """`arrays`: those of the inputs, for other ranks. `is_fed`: see `run`."""
         on_layer = _at_ends(batch.layer_group_ends, on_layers_done)
         if self.model.group.size == 1:
             return self.run(inputs, on_layer)
-        self._followers.run(arrays, by_layer=on_layer is not None)
+        self._followers.run(arrays, by_layer=on_layer is not None, is_fed=is_fed)
         try:
-            return self.run(inputs, on_layer)
+            return self.run(inputs, on_layer, is_fed=is_fed)
         except (RuntimeError, ValueError, IndexError) as error:  # what torch and our checks raise
             raise RankLost(f"rank 0 failed within a step that others run: {error}") from error
 
     @torch.inference_mode()
-    def run(self, inputs: StepInputs, on_layer: OnLayersDone | None = None) -> Tensor:
-        """This rank's part of a step; returns what the model's `forward` returns."""
+    def run(
+        self, inputs: StepInputs, on_layer: OnLayersDone | None = None, *, is_fed: bool = False
+    ) -> Tensor:
+        """This rank's part of a step; returns what the model's `forward` returns.
+
+        `is_fed`: the tokens come from the step before, which rank 0 alone has sampled; other ranks
+        get them from its device.
+        """
+        if is_fed:
+            inputs = replace(inputs, token_ids=self.model.group.broadcast(inputs.token_ids))
         return self._steps.run(inputs, on_layer)
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from threading import Thread
 
 import torch
 
@@ -99,8 +100,9 @@ class FollowerProcesses:
     def warm_up(self, max_rows: int) -> None:
         self._send(WarmUp(max_rows=max_rows).encode())
 
-    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
-        step = Step.of(arrays, num_threads=torch.get_num_threads(), by_layer=by_layer)
+    def run(self, arrays: StepArrays, *, by_layer: bool, is_fed: bool) -> None:
+        num_threads = torch.get_num_threads()
+        step = Step.of(arrays, num_threads=num_threads, by_layer=by_layer, is_fed=is_fed)
         self._send(step.encode())
 
     async def failure(self) -> None:
@@ -150,8 +152,8 @@ class FollowerProcesses:
             await first_of(*(self._end_of(rank) for rank in range(1, self._size)))
         except RankLost:
             self._is_lost = True
-            if self._group is not None:
-                await asyncio.to_thread(self._group.abort)
+            if self._group is not None:  # beside all else: it may last until recordings are gone
+                Thread(target=self._group.abort, name="abort", daemon=True).start()
             raise
 
     async def _end_of(self, rank: int) -> None:

@@ -1,6 +1,5 @@
 """The engine that a WorkerConfig asks for, whole or as one rank of several."""
 
-from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
@@ -21,8 +20,6 @@ from pagewire.engine.parallel.rank_pools import RankPools
 from pagewire.engine.parallel.shared_pools import SharedPools
 from pagewire.engine.parallel.tensor_parallel import Followers, NoFollowers, TensorParallel
 from pagewire.worker.config import WorkerConfig
-
-_STORE_TIMEOUT = timedelta(seconds=60)  # for what another rank says as soon as it can
 
 
 def load_worker_engine(config: WorkerConfig, parallel: TensorParallel | None = None) -> ModelRunner:
@@ -82,7 +79,6 @@ def join_ranks(
     """
     size = config.tensor_parallel_size
     store = FileStore(store_path, size)
-    store.set_timeout(_STORE_TIMEOUT)
     pools: RankPools
     pools = _gpu_pools(config, rank, store) if memory is None else SharedPools(memory, size)
     group = join_group(store, rank, size, device=config.device, in_rank_order=config.deterministic)

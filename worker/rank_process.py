@@ -68,7 +68,7 @@ def follow(runner: ModelRunner, rank_zero: RankZero) -> None:
             case Step():
                 torch.set_num_threads(message.num_threads)
                 on_layer = _tell_nobody if message.by_layer else None
-                runner.run(message.inputs(memory), on_layer)
+                runner.run(message.inputs(memory), on_layer, is_fed=message.is_fed)
 
 
 def _tell_nobody(num_layers: int) -> None:

@@ -191,6 +191,7 @@ class WorkerShell(Handler, Generic[Core]):
         """Off the loop: the model may be in the middle of a step."""
         for thread in (self._model_thread, self.io_thread):
             await asyncio.to_thread(thread.shutdown)
+        self._runner.close()
 
     def inspect(self) -> pb.WorkerState:
         """The state, after a check of every page and slot."""

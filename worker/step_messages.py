@@ -52,22 +52,24 @@ class Step:
     """Take part in a step."""
 
     num_threads: int  # compute threads of each rank
-    by_layer: bool  # from no recording: see Followers
+    by_layer: bool  # this and the next: see Followers
+    is_fed: bool
     shape: StepShape
     arrays: tuple[bytes, ...]  # in the order of StepArrays.NAMES
 
     @classmethod
-    def of(cls, arrays: StepArrays, *, num_threads: int, by_layer: bool) -> "Step":
+    def of(cls, arrays: StepArrays, *, num_threads: int, by_layer: bool, is_fed: bool) -> "Step":
         return cls(
             num_threads=num_threads,
             by_layer=by_layer,
+            is_fed=is_fed,
             shape=arrays.shape,
             arrays=tuple(getattr(arrays, name).tobytes() for name in StepArrays.NAMES),
         )
 
     def encode(self) -> bytes:
-        shape = astuple(self.shape)
-        return _framed([_STEP, self.num_threads, self.by_layer, *shape, *self.arrays])
+        how = self.num_threads, self.by_layer, self.is_fed
+        return _framed([_STEP, *how, *astuple(self.shape), *self.arrays])
 
     def inputs(self, memory: StepMemory) -> StepInputs:
         """The step's inputs; void once `memory` is used for the next one."""
@@ -90,13 +92,14 @@ def decode(body: bytes) -> Message:
         if code == _COPIES:
             return Copies(copies=tuple(PageCopy(*pair) for pair in values))
         if code == _STEP:
-            num_threads, by_layer, *shape = values[:7]
+            num_threads, by_layer, is_fed, *shape = values[:8]
             names = (field.name for field in fields(StepShape))
             return Step(
                 num_threads=num_threads,
                 by_layer=by_layer,
+                is_fed=is_fed,
                 shape=StepShape(**dict(zip(names, shape, strict=True))),
-                arrays=values[7:],
+                arrays=values[8:],
             )
         if code == _WARM_UP:
             [max_rows] = values

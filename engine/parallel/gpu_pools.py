@@ -7,6 +7,7 @@ counts in a named file, which a rank that is killed would leave behind. A handle
 
 import weakref
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from pagewire.engine.cuda_runtime import CudaRuntime
 from pagewire.engine.errors import DeviceError, EngineError
 from pagewire.engine.parallel.nccl_ranks import rank_device
 from pagewire.engine.parallel.rank_group import RankLost
+
+_TIMEOUT = timedelta(seconds=60)  # all ranks take theirs once the slowest has loaded
 
 
 class ShareableMemory(Protocol):
@@ -35,12 +38,21 @@ class ShareableMemory(Protocol):
 class GpuPools:
     """Implements RankPools for one of the ranks, whose handles travel through their store."""
 
-    def __init__(self, store: Store, rank: int, device: str, memory: ShareableMemory) -> None:
-        """`device`: that of rank 0, as in `rank_device`."""
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        device: str,
+        memory: ShareableMemory,
+        *,
+        timeout: timedelta = _TIMEOUT,
+    ) -> None:
+        """`device`: that of rank 0, as in `rank_device`; `timeout`: for another's pool."""
         self._store = store
         self._rank = rank
         self._device = device
         self._memory = memory
+        self._timeout = timeout
 
     def reach(self, num_ranks: int) -> None:
         """Take what rank 0 needs on all devices, before any rank finds out how much is free.
@@ -75,8 +87,9 @@ class GpuPools:
 
     def _handle_of(self, rank: int) -> bytes:
         try:
+            self._store.wait([_key(rank)], self._timeout)
             return bytes.fromhex(self._store.get(_key(rank)).decode())
-        except RuntimeError as error:  # it is not there when the store's time is over
+        except RuntimeError as error:
             raise RankLost(f"rank {rank} has taken no KV cache: {error}") from error
 
 

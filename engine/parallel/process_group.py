@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import AllreduceOptions, GatherOptions, ReduceOp
+from torch.distributed import AllreduceOptions, BroadcastOptions, GatherOptions, ReduceOp
 from torch.distributed.distributed_c10d import Store
 
 from pagewire.engine.parallel.nccl_ranks import (
@@ -53,6 +53,7 @@ class ProcessGroup:
         """Make each kind of call once: in a graph no connection can be made."""
         self.all_reduce(torch.zeros(1, device=self._device))
         self.gather_columns(torch.zeros((1, 1), device=self._device), self.size)
+        self.broadcast(torch.zeros(1, device=self._device))
         self.barrier()
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -73,6 +74,13 @@ class ProcessGroup:
         options.rootRank = 0
         self._run(lambda: self._group.gather([parts] if parts else [], [padded], options))
         return torch.cat(parts, dim=1)[:, :num_columns].contiguous() if parts else x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        options = BroadcastOptions()
+        options.rootRank = 0
+        options.asyncOp = False
+        self._run(lambda: self._group.broadcast([x], options))
+        return x
 
     def barrier(self) -> None:
         wait_for(self.all_reduce(torch.zeros(1, device=self._device)))

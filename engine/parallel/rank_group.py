@@ -44,6 +44,9 @@ class RankGroup(Protocol):
         x: [num_rows, columns of this rank], which are `split_evenly` of num_columns.
         """
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The `x` of rank 0 on every rank, in the memory of its own `x`, of the same shape."""
+
     def barrier(self) -> None:
         """Return once all ranks are here."""
 
@@ -51,7 +54,7 @@ class RankGroup(Protocol):
         """The smallest `value` of all ranks, however long some of them take to get here."""
 
     def abort(self) -> None:
-        """End what waits for a rank that is gone. From any thread; nothing is left of the group."""
+        """End what waits for a rank that is gone, whichever thread does; the group is void then."""
 
 
 class SingleRank:
@@ -65,6 +68,9 @@ class SingleRank:
         return x
 
     def gather_columns(self, x: Tensor, num_columns: int) -> Tensor:
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
         return x
 
     def barrier(self) -> None:

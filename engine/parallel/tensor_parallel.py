@@ -19,11 +19,11 @@ class Followers(Protocol):
     def warm_up(self, max_rows: int) -> None:
         """Record decode steps of up to so many rows, as rank 0 now does."""
 
-    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
+    def run(self, arrays: StepArrays, *, by_layer: bool, is_fed: bool) -> None:
         """Take part in the step that rank 0 now begins, over what `arrays` hold.
 
         `by_layer`: layer after layer, since rank 0 reports them, and so from no recording. NCCL
-        wants a sum in a graph either on all ranks or on none.
+        wants a sum in a graph either on all ranks or on none. `is_fed`: see `ModelRunner.run`.
         """
 
 
@@ -36,7 +36,7 @@ class NoFollowers:
     def warm_up(self, max_rows: int) -> None:
         pass
 
-    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
+    def run(self, arrays: StepArrays, *, by_layer: bool, is_fed: bool) -> None:
         pass
 
 

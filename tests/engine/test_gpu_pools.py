@@ -73,7 +73,6 @@ def test_a_gpu_for_one_process_alone_says_so() -> None:
 
 
 def test_a_rank_that_takes_no_pool_is_lost() -> None:
-    store = HashStore()
-    store.set_timeout(timedelta(milliseconds=50))
+    pools = GpuPools(HashStore(), 0, "cuda", Memory(), timeout=timedelta(milliseconds=50))
     with pytest.raises(RankLost, match="rank 1 has taken no KV cache"):
-        GpuPools(store, 0, "cuda", Memory()).pool(1, NUM_BYTES)
+        pools.pool(1, NUM_BYTES)

@@ -4,12 +4,14 @@ NCCL asks for that. Here the ranks are threads, their sums go over gloo, and a s
 its graph.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import cast
+from typing import TypeVar, cast
+from weakref import WeakSet
 
 import pytest
 from tiny_models import make_model
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 
 from gpu_stages.eager_recording import capture
+from pagewire.engine.aggregated import generate
 from pagewire.engine.batch import Batch, BatchRow, PageCopy
 from pagewire.engine.load import load_engine
 from pagewire.engine.model_runner import ModelRunner
@@ -30,8 +33,11 @@ from pagewire.kernels.torch_ops import TorchOps
 from pagewire.worker.rank_process import RankZero, follow
 from pagewire.worker.step_messages import Copies, Message, Step, WarmUp, decode
 
+T = TypeVar("T")
+
 PAGE_SIZE, NUM_PAGES = 16, 6
 MAX_ROWS = 2
+TIMEOUT_S = 120.0
 ROW = BatchRow(request_id="", token_ids=[5], start=0, page_table=[1], sampling=SamplingParams())
 
 
@@ -46,6 +52,7 @@ class Recorder:
     def __init__(self) -> None:
         self.num_made = 0
         self.shapes: list[tuple[int, ...]] = []  # of what replays returned
+        self.living: WeakSet[Recording] = WeakSet()
 
     def plan_attention(
         self, batch: AttentionBatch, *, scale: float, window: int | None
@@ -54,7 +61,9 @@ class Recorder:
 
     def record(self, step: Callable[[], Tensor]) -> Recording:
         self.num_made += 1
-        return _Watched(capture(step), self.shapes)
+        recording = _Watched(capture(step), self.shapes)
+        self.living.add(recording)
+        return recording
 
 
 class _NewPlans:
@@ -108,8 +117,9 @@ class ThreadFollowers:
     def warm_up(self, max_rows: int) -> None:
         self.said.put(WarmUp(max_rows=max_rows).encode())
 
-    def run(self, arrays: StepArrays, *, by_layer: bool) -> None:
-        self.said.put(Step.of(arrays, num_threads=1, by_layer=by_layer).encode())
+    def run(self, arrays: StepArrays, *, by_layer: bool, is_fed: bool) -> None:
+        step = Step.of(arrays, num_threads=1, by_layer=by_layer, is_fed=is_fed)
+        self.said.put(step.encode())
 
     def messages(self) -> Iterator[Message]:
         while (message := self.said.get()) is not None:
@@ -149,29 +159,37 @@ def run_steps(runner: ModelRunner) -> tuple[list[int], list[int]]:
     return [recorded.tokens[0][0], reported.tokens[0][0]], layers
 
 
-def test_ranks_record_and_replay_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_model("llama", tmp_path)
-    monkeypatch.setattr(ProcessGroup, "is_recordable", True)
+def on_two_ranks(path: Path, lead: Callable[[ModelRunner], T]) -> tuple[T, list[Recorder]]:
+    """What `lead` returns for rank 0, which another follows."""
     store, followers = HashStore(), ThreadFollowers()
     recorders = [Recorder(), Recorder()]
 
-    def lead() -> tuple[list[int], list[int]]:
-        runner = load(tmp_path, join_group(store, 0, 2), followers, recorders[0])
+    def be_first() -> T:
+        runner = load(path, join_group(store, 0, 2), followers, recorders[0])
         try:
-            runner.warm_up(MAX_ROWS)
-            return run_steps(runner)
+            return lead(runner)
         finally:
             followers.said.put(None)
 
-    def be_led() -> None:
-        runner = load(tmp_path, join_group(store, 1, 2), NoFollowers(), recorders[1])
+    def be_second() -> None:
+        runner = load(path, join_group(store, 1, 2), NoFollowers(), recorders[1])
         follow(runner, cast(RankZero, followers))
 
     with ThreadPoolExecutor(2) as threads:
-        leading, following = threads.submit(lead), threads.submit(be_led)
-        following.result(timeout=120)
-        found = leading.result(timeout=120)
+        leading, following = threads.submit(be_first), threads.submit(be_second)
+        following.result(timeout=TIMEOUT_S)
+        return leading.result(timeout=TIMEOUT_S), recorders
 
+
+def test_ranks_record_and_replay_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model("llama", tmp_path)
+    monkeypatch.setattr(ProcessGroup, "is_recordable", True)
+
+    def lead(runner: ModelRunner) -> tuple[list[int], list[int]]:
+        runner.warm_up(MAX_ROWS)
+        return run_steps(runner)
+
+    found, recorders = on_two_ranks(tmp_path, lead)
     alone = load(tmp_path, None, NoFollowers(), Recorder())
     assert found == run_steps(alone) == ([found[0][0]] * 2, [1, 2])
     # Rank 0 also records the choice of tokens, for each number of rows.
@@ -180,3 +198,30 @@ def test_ranks_record_and_replay_alike(tmp_path: Path, monkeypatch: pytest.Monke
     assert (logits[0], tokens) == (1, (1,))
     [part_of_logits] = recorders[1].shapes
     assert part_of_logits[0] == 1 and part_of_logits[1] < logits[1]
+
+
+def test_recordings_are_gone_before_the_group_that_they_hold_calls_of(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    recorder = Recorder()
+    runner = load(tmp_path, None, NoFollowers(), recorder)
+    runner.warm_up(MAX_ROWS)
+    assert len(recorder.living) == 2 + 2  # of steps, and of the choice of tokens, on one rank
+    runner.close()
+    gc.collect()
+    assert len(recorder.living) == 2
+
+
+@pytest.mark.parametrize("is_recordable", [False, True])
+def test_steps_of_ranks_are_launched_before_tokens_are_read(
+    is_recordable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path)
+    monkeypatch.setattr(ProcessGroup, "is_recordable", is_recordable)
+    prompts = [(5, 9, 23, 9), tuple(range(40, 60))]
+    sampling = SamplingParams(max_tokens=8, temperature=1.5, seed=3, frequency_penalty=0.5)
+
+    found, _ = on_two_ranks(
+        tmp_path, lambda runner: generate(runner, prompts, sampling, overlapped=True)
+    )
+    alone = load(tmp_path, None, NoFollowers(), Recorder())
+    assert found == generate(alone, prompts, sampling)

@@ -39,7 +39,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def serving(
-    model: Path, sizes: dict[Role, int], page_sizes: dict[Role, int]
+    model: Path,
+    sizes: dict[Role, int],
+    page_sizes: dict[Role, int],
+    *,
+    overlap_steps: bool = False,
 ) -> AsyncIterator[tuple[Pipeline, dict[Role, "asyncio.Task[None]"]]]:
     """A router with one worker of each role, of so many ranks."""
     control = RouterControl()
@@ -61,7 +65,9 @@ async def serving(
             max_batch_tokens=128,
             slot_bytes=1 << 16,
             num_slots=4,
-            max_draft_tokens=8,  # so that some rows have several logits
+            # So that some rows have several logits, where steps are not launched ahead.
+            max_draft_tokens=0 if overlap_steps else 8,
+            overlap_steps=overlap_steps,
             prefix_cache_secret="5a" * KEY_BYTES,
         )
         tasks[role] = asyncio.create_task(run_worker(config, stop))
@@ -144,7 +150,10 @@ def test_pages_of_ranks_with_a_device_each_arrive(
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rank 0 reaches the pools of the others by copies, in a stream for each rank."""
+    """Rank 0 reaches the pools of the others by copies, in a stream for each rank.
+
+    And decode steps are launched before the tokens of those before are read, as on GPUs.
+    """
     inputs = prompts(1, 300)
     streams: list[HeldCopies] = []
 
@@ -157,10 +166,8 @@ def test_pages_of_ranks_with_a_device_each_arrive(
 
     async def run() -> list[list[int]]:
         sizes = {Role.PREFILL: prefill, Role.DECODE: decode}
-        async with serving(model, sizes, dict(zip(sizes, page_sizes, strict=True))) as (
-            cluster,
-            _,
-        ):
+        pages = dict(zip(sizes, page_sizes, strict=True))
+        async with serving(model, sizes, pages, overlap_steps=True) as (cluster, _):
             outputs = await asyncio.gather(*(cluster.generate(item, GREEDY) for item in inputs))
             return [tokens for tokens, _ in outputs]
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from socket import socketpair
+from threading import Event
 
 import pytest
 import torch
@@ -57,19 +58,19 @@ def test_one_that_cannot_start_is_noticed_at_once(monkeypatch: pytest.MonkeyPatc
 def test_when_one_ends_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On GPUs nothing else would end what waits for it, in a graph perhaps."""
 
+    aborted = Event()
+
     class Group(SingleRank):
-        is_aborted = False
-
         def abort(self) -> None:
-            self.is_aborted = True
+            aborted.set()
 
-    group, program = Group(), tmp_path / "rank"
+    program = tmp_path / "rank"
     # It says that it has started, and ends when it is told anything.
     program.write_text("#!/bin/sh\nprintf + >&0\nhead -c 1 >/dev/null\nexit 3\n")
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(
-        followers_module, "join_ranks", lambda *_, **__: TensorParallel(group=group)
+        followers_module, "join_ranks", lambda *_, **__: TensorParallel(group=Group())
     )
 
     async def run() -> None:
@@ -80,7 +81,7 @@ def test_when_one_ends_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch, tmp_
                 await followers.failure()
 
     asyncio.run(run())
-    assert group.is_aborted
+    assert aborted.wait(TIMEOUT_S)
 
 
 def test_none_starts_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,15 +57,18 @@ rows = st.builds(
     rows=st.lists(rows, min_size=1, max_size=4),
     num_threads=st.integers(1, 64),
     by_layer=st.booleans(),
+    is_fed=st.booleans(),
 )
 def test_a_step_has_the_inputs_that_rank_0_has(
-    rows: list[BatchRow], num_threads: int, by_layer: bool
+    rows: list[BatchRow], num_threads: int, by_layer: bool, is_fed: bool
 ) -> None:
     arrays = prepare(rows, LIMITS, memory())
     inputs = arrays.inputs()
-    message = sent(Step.of(arrays, num_threads=num_threads, by_layer=by_layer))
+    step = Step.of(arrays, num_threads=num_threads, by_layer=by_layer, is_fed=is_fed)
+    message = sent(step)
     assert isinstance(message, Step)
-    assert (message.num_threads, message.by_layer) == (num_threads, by_layer)
+    assert message.num_threads == num_threads
+    assert (message.by_layer, message.is_fed) == (by_layer, is_fed)
     found = message.inputs(memory())
     for mine, theirs in zip(tensors(inputs), tensors(found), strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
@@ -78,7 +81,7 @@ def test_a_device_is_not_asked_for_what_the_host_has_told_it() -> None:
     with unread_device() as device:
         arrays = prepare([row], LIMITS, StepMemory(torch.device(DEVICE)))
         arrays.inputs()
-        message = Step.of(arrays, num_threads=1, by_layer=False)
+        message = Step.of(arrays, num_threads=1, by_layer=False, is_fed=False)
         assert device.num_reads == 0
     assert message.inputs(memory()).token_ids.tolist() == [1]
 
