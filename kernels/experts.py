@@ -54,3 +54,16 @@ def route(scores: Tensor, top_k: int, *, renormalize: bool) -> Routing:
         return Routing(experts=experts, weights=chosen.softmax(dim=-1))
     weights, experts = scores.softmax(dim=-1).topk(top_k, dim=-1)
     return Routing(experts=experts, weights=weights)
+
+
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
+    """What the experts of each token made of it, added up: [num_tokens, hidden_size].
+
+    outputs: [num_tokens, top_k, hidden_size]; weights: float32 [num_tokens, top_k]. Adds one expert
+    after another in float32: the order of a reduction would depend on the number of tokens.
+    """
+    weighted = outputs * weights[..., None]
+    total = weighted[:, 0]
+    for rank in range(1, weighted.shape[1]):
+        total = total + weighted[:, rank]
+    return total.to(outputs.dtype)

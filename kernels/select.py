@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -122,8 +123,7 @@ def _triton(device: str, deterministic: bool, fp8: bool) -> SelectedOps:
             device=device,
             dtypes=(torch.int8, w4a16.DTYPE, *((w8a8.FP8,) if gpu.has_fp8 else ())),
         ),
-        # Its tiles have other sizes for other batches; the experts' matrices one by one have not.
-        group_experts=None if deterministic else group_experts,
+        group_experts=partial(group_experts, invariant=deterministic),
         explanation=f"Triton on {gpu.title}",
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pagewire.kernels.experts import Routing
+from pagewire.kernels.experts import Routing, weighted_sum
 from pagewire.kernels.ops import Activation, GroupedActivation, Linear, Ops, TokenActivation
 
 
@@ -39,7 +39,7 @@ class SortedExperts:
         outputs = torch.cat(list(self._run(x, by_expert // top_k, routing.experts)))
         by_token = torch.empty_like(outputs)
         by_token[by_expert] = outputs
-        return _weighted_sum(by_token.view(num_tokens, top_k, -1), routing.weights)
+        return weighted_sum(by_token.view(num_tokens, top_k, -1), routing.weights)
 
     def _run(self, x: Activation, tokens: Tensor, experts: Tensor) -> Iterator[Tensor]:
         """What each expert makes of its tokens, [its tokens, hidden_size]; none without any.
@@ -61,16 +61,3 @@ def _rows(x: Activation, rows: Tensor) -> Activation:
     if isinstance(x, TokenActivation):
         return TokenActivation(values=x.values[rows], scales=x.scales[rows])
     return x[rows]
-
-
-def _weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
-    """outputs: [num_tokens, top_k, hidden_size]; weights: float32 [num_tokens, top_k].
-
-    Adds one expert after another in float32: the order of a reduction would depend on the number
-    of tokens.
-    """
-    weighted = outputs * weights[..., None]
-    total = weighted[:, 0]
-    for rank in range(1, weighted.shape[1]):
-        total = total + weighted[:, rank]
-    return total.to(outputs.dtype)

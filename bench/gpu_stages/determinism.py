@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from pagewire.engine.batch import Batch, BatchRow
 from pagewire.engine.kv_cache import KVCache
 from pagewire.engine.model_runner import ModelRunner
 from pagewire.engine.sampling_params import SamplingParams
+from pagewire.kernels.experts import route
+from pagewire.kernels.gpu.grouped_experts import group_experts
 from pagewire.kernels.gpu.invariant_matmul import invariant_matmul
 from pagewire.kernels.ops import AttentionBatch, Ops
 from pagewire.kernels.select import Kernels, select_ops
@@ -31,6 +34,7 @@ def items(scale: Scale) -> Iterator[Item]:
     for dtype in (scale.dtype, "float32"):
         variant = replace(scale, dtype=dtype)
         yield Item(name=f"rows of a product, {dtype}", measure=partial(_rows, variant))
+        yield Item(name=f"experts, {dtype}", measure=partial(_experts, variant))
         yield Item(name=f"attention, {dtype}", measure=partial(_attention, variant))
         yield Item(name=f"model, {dtype}", measure=partial(_model, variant))
     for num_tokens in (scale.timed.num_rows, scale.timed.num_tokens):
@@ -55,6 +59,33 @@ def _rows(scale: Scale) -> Iterator[Measurement]:
         f"product of {min(BATCHES)} to {max(BATCHES)} tokens and of all in {scale.dtype}",
         torch.cat(parts),
         multiply(x),
+    )
+
+
+def _experts(scale: Scale) -> Iterator[Measurement]:
+    torch.manual_seed(0)
+    sizes, num_tokens = scale.mixture, sum(BATCHES)
+    size, hidden = sizes.intermediate_size, sizes.hidden_size
+    gate_up, down, x = (
+        torch.randn(*shape, device=scale.device).to(scale.torch_dtype)
+        for shape in (
+            (sizes.num_experts, 2 * size, hidden),
+            (sizes.num_experts, hidden, size),
+            (num_tokens, hidden),
+        )
+    )
+    scores = torch.randn(num_tokens, sizes.num_experts, device=scale.device)
+    experts = group_experts(gate_up.unbind(), down.unbind(), invariant=True)
+
+    def run(part: slice) -> Tensor:
+        return experts(x[part], route(scores[part], sizes.top_k, renormalize=True))
+
+    ends = [0, *accumulate(BATCHES)]
+    parts = [run(slice(start, end)) for start, end in pairwise(ends)]
+    yield _different(
+        f"experts of {min(BATCHES)} to {max(BATCHES)} tokens and of all in {scale.dtype}",
+        torch.cat(parts),
+        run(slice(None)),
     )
 
 
@@ -124,7 +155,7 @@ def _attention(scale: Scale) -> Iterator[Measurement]:
     )
     whole = prompt.attend(range(length))
     ends = (1, length // 3, length // 2 + 1, length)
-    chunks = [range(*each) for each in zip((0, *ends), ends, strict=False)]
+    chunks = [range(*each) for each in pairwise((0, *ends))]
     alone = torch.cat([prompt.attend(chunk) for chunk in chunks])
     yield _different(f"attention in chunks in {scale.dtype}", alone, whole)
     together = prompt.attend(*chunks)
@@ -160,7 +191,7 @@ def _model(scale: Scale) -> Iterator[Measurement]:
     together = _logits(runner, [row(place, 0) for place in range(num_rows)])
     yield _different(f"logits of prompts in one batch in {scale.dtype}", together, whole)
     cuts = (length // 4, length // 2 + 1)
-    for start, end in zip((0, *cuts), cuts, strict=False):
+    for start, end in pairwise((0, *cuts)):
         _logits(runner, [row(0, start, end)])
     chunked = _logits(runner, [row(0, cuts[-1])])
     yield _different(f"logits of a prompt in chunks in {scale.dtype}", chunked, whole[:1])

@@ -21,6 +21,7 @@ from pagewire.kernels.gpu.w8a8_matmul import SUMS
 _SMALL = Tile(tokens=16, outputs=64, inputs=128, launch=LaunchConfig(num_warps=4, num_stages=4))
 _LARGE = Tile(tokens=64, outputs=128, inputs=64, launch=LaunchConfig(num_warps=4, num_stages=3))
 _TILES = {tile.tokens: tile for tile in (_SMALL, _LARGE)}
+INVARIANT_TILE = _LARGE.tokens  # where a pair must have the same bits among any number of others
 
 
 def tile_size(num_pairs: int, num_experts: int) -> int:

@@ -54,10 +54,13 @@ def test_every_pair_is_in_a_tile_of_its_expert(experts: list[list[int]], tile: i
     assert sorted(found) == list(range(chosen.numel()))
 
 
-def experts_of(num_experts: int, size: int, dim: int, dtype: torch.dtype) -> GroupedExperts:
+def experts_of(
+    num_experts: int, size: int, dim: int, dtype: torch.dtype, *, invariant: bool = False
+) -> GroupedExperts:
     return group_experts(
         gate_up=(torch.randn(num_experts, 2 * size, dim) / dim**0.5).to(dtype).unbind(),
         down=(torch.randn(num_experts, dim, size) / size**0.5).to(dtype).unbind(),
+        invariant=invariant,
     )
 
 
@@ -78,8 +81,9 @@ def expected_sum(x: Tensor, logits: Tensor, experts: GroupedExperts, top_k: int)
     return out
 
 
+@pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_mixture_of_experts(dtype: torch.dtype) -> None:
+def test_mixture_of_experts(dtype: torch.dtype, invariant: bool) -> None:
     """One expert gets no token, and another all of them."""
     torch.manual_seed(0)
     num_tokens, num_experts, size, dim = 9, 4, 72, 160
@@ -87,7 +91,7 @@ def test_mixture_of_experts(dtype: torch.dtype) -> None:
     logits = torch.randn(num_tokens, num_experts)
     logits[:, 1] = 10
     logits[:, 3] = -10
-    experts = experts_of(num_experts, size, dim, dtype)
+    experts = experts_of(num_experts, size, dim, dtype, invariant=invariant)
     out = experts(x, routing_of(logits, 2))
     # Four results are rounded to the dtype one after another.
     assert_close(out, expected_sum(x, logits, experts, 2), 2 * TOLERANCE[dtype])
@@ -112,6 +116,18 @@ def test_a_token_does_not_depend_on_the_others() -> None:
     out = experts(x, routing_of(logits, 2))
     shuffled = experts(x[order], routing_of(logits[order], 2))
     assert torch.equal(shuffled, out[order])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_token_has_the_same_bits_among_any_number_of_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_tokens, num_experts = 100, 3
+    x, logits = torch.randn(num_tokens, 40).to(dtype), torch.randn(num_tokens, num_experts)
+    assert tile_size(2 * num_tokens, num_experts) != tile_size(2, num_experts)
+    experts = experts_of(num_experts, 24, 40, dtype, invariant=True)
+    together = experts(x, routing_of(logits, 2))
+    for part in (slice(0, 1), slice(1, 30), slice(97, 100)):
+        assert torch.equal(experts(x[part], routing_of(logits[part], 2)), together[part])
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -84,10 +84,11 @@ def test_a_prompt_is_run_without_waiting() -> None:
         assert device.num_reads == 1
 
 
-def test_a_mixture_of_experts_runs_without_waiting() -> None:
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_mixture_of_experts_runs_without_waiting(invariant: bool) -> None:
     matrices = [torch.empty(32, 16, dtype=torch.float16, device=DEVICE) for _ in range(4)]
     down = [torch.empty(16, 16, dtype=torch.float16, device=DEVICE) for _ in range(4)]
-    experts = group_experts(matrices, down)
+    experts = group_experts(matrices, down, invariant=invariant)
     with unread_device() as device:
         routing = route(torch.empty(5, 4, device=DEVICE), 2, renormalize=True)
         out = experts(torch.empty(5, 16, dtype=torch.float16, device=DEVICE), routing)
