@@ -173,7 +173,7 @@ def test_without_triton_a_gpu_gets_plain_torch(monkeypatch: pytest.MonkeyPatch) 
     assert selected.explanation == "plain torch: triton is not installed"
     with pytest.raises(KernelError, match="triton is not installed; pip install triton"):
         select_kernels("triton", "cuda")
-    with pytest.raises(KernelError, match="deterministic needs .* triton is not installed"):
+    with pytest.raises(KernelError, match=r"deterministic needs .* triton is not installed"):
         select_kernels("auto", "cuda", deterministic=True)
 
 
