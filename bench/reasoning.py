@@ -154,8 +154,8 @@ def table(outcomes: dict[str, Outcome]) -> str:
     header += ["batch, peak", "mean"]
     rows = []
     for name, each in outcomes.items():
-        values = [each.output_tokens_per_s, each.cpu_ms_per_token, each.ttft_p50_ms]
-        values += [each.tpot_p50_ms, each.tpot_p99_ms, each.e2e_p50, each.e2e_p99]
+        values: list[float | None] = [each.output_tokens_per_s, each.cpu_ms_per_token]
+        values += [each.ttft_p50_ms, each.tpot_p50_ms, each.tpot_p99_ms, each.e2e_p50, each.e2e_p99]
         kv = [f"{each.kv_peak} of {each.kv_total}", number(each.kv_mean)]
         batch = [str(each.batch_peak), number(each.batch_mean)]
         rows.append([name, *map(number, values), f"{each.last_tenth:.0%}", *kv, *batch])
