@@ -46,6 +46,11 @@ def test_pages_on_a_gpu_are_said_to_go_through_host_memory() -> None:
     assert "pinned" not in kinds("tcp")[1]
 
 
+def test_pages_on_several_gpus_always_do() -> None:
+    choice = create_transports("tcp", ME, Nobody(), "127.0.0.1", device="cuda", num_devices=4)
+    assert choice.explanation.endswith("; pages of 4 GPUs go through pinned host memory")
+
+
 def test_shm_alone() -> None:
     assert kinds("shm")[0] == ["shm"]
 
