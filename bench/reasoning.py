@@ -33,7 +33,7 @@ from peers.pagewire_server import SERVED_MODEL, PagewireServer
 from peers.workspace import Workspace
 
 SEED = 1
-SAMPLE_S = 0.25
+SAMPLE_S = 1.0
 PLOT_WIDTH = 72
 # Sampled, since a small model that is greedy soon repeats itself; with a seed, so that variants of
 # the same weights write the same.

@@ -262,9 +262,14 @@ def compare(
 
 
 def measure(
-    quantizations: Sequence[Quantization], *, with_model: bool, num_rounds: int, max_tokens: int
+    quantizations: Sequence[Quantization],
+    *,
+    dtype: str,
+    with_model: bool,
+    num_rounds: int,
+    max_tokens: int,
 ) -> list[Result]:
-    path, dtype = resolve_model(None), default_dtype("cpu")
+    path = resolve_model(None)
     tokenizer = load_tokenizer(path)
     results = []
     for quantization in quantizations:
@@ -329,6 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of 48 tokens, int8 alone")
     parser.add_argument("--quantization", type=Quantization, action="append")
+    parser.add_argument("--dtype", default=default_dtype("cpu"))
     parser.add_argument("--draft-model", action="store_true", help="the model in int4 drafts, too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the result to this file")
@@ -336,6 +342,7 @@ def main() -> None:
     quantizations = arguments.quantization or [Quantization.NONE, Quantization.INT8]
     results = measure(
         [Quantization.INT8] if arguments.quick else quantizations,
+        dtype=arguments.dtype,
         with_model=arguments.draft_model,
         num_rounds=1 if arguments.quick else arguments.rounds,
         max_tokens=QUICK_TOKENS if arguments.quick else MAX_MODEL_LEN,
