@@ -54,7 +54,7 @@ class DispatchCore:
         self._make_ticket = make_ticket
         self._page_secret = page_secret
         self._live: dict[str, Lifecycle] = {}
-        self._queue: list[Lifecycle] = []  # by priority, then first come, first served
+        self._queue: list[Lifecycle] = []  # as `_rank` has it, then first come, first served
         self._parked: dict[str, Lifecycle] = {}  # in the order in which they wait
         self._promised: dict[str, _Projection] = {}  # pages, by request
         self._prefilling: dict[str, _Projection] = {}  # tokens that may not be computed yet
@@ -83,7 +83,7 @@ class DispatchCore:
         lifecycle.enqueue(now)
         self._live[request.request_id] = lifecycle
         self._budget.deposit()
-        insort_right(self._queue, lifecycle, key=_priority)
+        insort_right(self._queue, lifecycle, key=_rank)
         return self._dispatch_waiting()
 
     def cancel(self, request_id: str, reason: str) -> list[Effect]:
@@ -215,6 +215,7 @@ class DispatchCore:
             elif lifecycle.state is State.QUEUED and now > lifecycle.queue_deadline:
                 error = lifecycle.error or _timed_out("waiting for room")
                 effects += self._after(lifecycle, lifecycle.fail(error))
+        self._age_queued(now)
         return [*effects, *self._repeat_parked(now)]
 
     # --- Shared -----------------------------------------------------------------------------------
@@ -225,8 +226,14 @@ class DispatchCore:
             return _give_up(lifecycle)
         lifecycle.enqueue(now)
         self.retries["dispatch"] += 1
-        insort_left(self._queue, lifecycle, key=_priority)
+        insort_left(self._queue, lifecycle, key=_rank)
         return []
+
+    def _age_queued(self, now: float) -> None:
+        """So nobody starves: whoever has aged waits only for those that came before it."""
+        for lifecycle in self._queue:
+            lifecycle.age(now)
+        self._queue.sort(key=_rank)
 
     def _release(self, route: pb.Route) -> SendCommand:
         """To a prefill worker that parks the prompt of a request which is over."""
@@ -398,8 +405,9 @@ class DispatchCore:
             member.num_projected_pages -= projection.amount
 
 
-def _priority(lifecycle: Lifecycle) -> int:
-    return lifecycle.request.priority
+def _rank(lifecycle: Lifecycle) -> tuple[int, float]:
+    """Aged requests by their arrival, then the others by priority."""
+    return (0, lifecycle.arrived_at) if lifecycle.has_aged else (1, lifecycle.request.priority)
 
 
 def _give_up(lifecycle: Lifecycle) -> list[Effect]:

@@ -158,7 +158,8 @@ class Lifecycle:
         self._has_first_token = False  # of the prefill worker
         self._unfinished = set(range(request.n))  # choices
         self._is_sealed = False  # from then on the decode worker answers for the attempt
-        self._arrived_at = 0.0  # seconds on the router's clock
+        self.arrived_at = 0.0  # seconds on the router's clock
+        self.has_aged = False  # waited for so long that it goes before everybody younger
         self._enqueued_at = 0.0  # likewise
         self._times: dict[Part, float] = {}  # seconds, not delivered yet
         self._reported: set[Part] = set()  # by the workers
@@ -192,12 +193,18 @@ class Lifecycle:
     def enqueue(self, now: float) -> None:
         """Wait for a pair: for the first time, or again and for as long."""
         if self.state is State.RETRYING:
-            self.queue_deadline = now + self.request.queue_deadline - self._arrived_at
+            self.queue_deadline = now + self.request.queue_deadline - self.arrived_at
         else:
             assert self.state is State.ADMITTED, f"enqueued while {self.state.name}"
-            self._arrived_at = now
+            self.arrived_at = now
         self.state = State.QUEUED
         self._enqueued_at = now
+
+    def age(self, now: float) -> None:
+        """Look how much of its time in the queue is over: from half of it on it has aged."""
+        assert self.state is State.QUEUED, f"ages while {self.state.name}"
+        if now - self._enqueued_at >= self.queue_deadline - now:
+            self.has_aged = True
 
     def dispatch(self, assignment: Assignment) -> list[Effect]:
         """A pair has room: the decode worker learns of the hand-off first."""
@@ -342,7 +349,7 @@ class Lifecycle:
             repoint = commands.repoint(assigned, held)
             return [SendCommand(command=pb.WorkerCommand(route=route, repoint=repoint))]
         self._add_time(Part.QUEUE, now - self._enqueued_at)
-        prefill = commands.prefill(self.request, assigned, self._output, now, self._arrived_at)
+        prefill = commands.prefill(self.request, assigned, self._output, now, self.arrived_at)
         return [SendCommand(command=pb.WorkerCommand(route=route, prefill=prefill))]
 
     def _on_parked(self, assigned: Assignment, parked: pb.Parked, now: float) -> list[Effect]:

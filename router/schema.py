@@ -90,6 +90,7 @@ def _absent(value: object) -> None:
 
 
 Text = Annotated[str, AfterValidator(_well_formed)]
+Salt = Annotated[str, Field(max_length=128, pattern=r"^[^@/\\\x00]*$")]
 Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenBiases = Annotated[
@@ -140,7 +141,7 @@ class GenerationRequest(RequestModel):
     stop_token_ids: Annotated[list[int], FailFast()] = []
     ignore_eos: bool = False
     priority: int = Field(0, ge=-100, le=100)  # as in vLLM: lower runs first
-    cache_salt: Text = Field("", max_length=256)
+    cache_salt: Salt = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
     ledger: bool = False  # of Pagewire: report in the usage where the time went

@@ -49,7 +49,7 @@ REFUSED: dict[str, list[Any]] = {
     "include_stop_str_in_output": [True],
     "skip_special_tokens": [False],
     "priority": [-101, 101, 1.5, "1", True],
-    "cache_salt": [5, True, ["x"], "x" * 257],
+    "cache_salt": [5, True, ["x"], "x" * 129, "a@b", "a/b", "a\\b", "a\0b", "\ud800"],
     "ledger": [1, "true", {}, []],
     "kv_transfer_params": [{}],
     "bootstrap_room": [1],

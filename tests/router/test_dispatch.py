@@ -136,6 +136,20 @@ def test_the_queue_is_ordered_by_priority_then_arrival() -> None:
     assert attached_in_order == ["urgent", "first", "second", "idle"]
 
 
+def test_who_has_waited_for_half_of_its_time_goes_before_everybody_younger() -> None:
+    core = running_core(max_queued=4)
+    core.tick(0.0)  # later ones see that the router stood still, not its workers
+    fill(core)
+    core.submit(make_request("idle", priority=1, queue_deadline=30.0), 0.0)
+    core.submit(make_request("urgent", priority=-1, queue_deadline=44.0), 14.0)
+    core.tick(14.0)
+    core.submit(make_request("younger", priority=-1, queue_deadline=45.0), 15.0)
+    core.tick(15.0)
+    effects = core.cancel("large", "test")
+    attached_in_order = [name for body, name, _ in commands(effects) if body == "attach"]
+    assert attached_in_order == ["idle", "urgent", "younger"]
+
+
 def test_what_does_not_fit_waits_in_order() -> None:
     core = running_core(max_queued=3)
     fill(core)
