@@ -4,40 +4,15 @@ The device is the CPU, and makes its copies when a test says so.
 """
 
 import asyncio
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from greedy_prompts import SAMPLING, expected, prompts, tokens_of
 from held_copies import HeldCopies
-from pipeline import Pipeline, pipeline, request, tcp
-from tiny_models import VOCAB_SIZE
+from pipeline import pipeline, request, tcp
 
-from pagewire.engine.aggregated import generate
-from pagewire.engine.load import load_engine
-from pagewire.engine.sampling_params import SamplingParams
-from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role
-
-NUM_TOKENS = 6
-SAMPLING = pb.SamplingParams(max_tokens=NUM_TOKENS, top_p=1.0)
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    source = random.Random(2)
-    return [[source.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
-
-
-def expected(path: Path, inputs: Sequence[Sequence[int]]) -> list[list[int]]:
-    runner = load_engine(path, dtype="float32", num_pages=64, num_threads=1)
-    return generate(runner, inputs, SamplingParams(max_tokens=NUM_TOKENS))
-
-
-async def tokens_of(cluster: Pipeline, inputs: Sequence[Sequence[int]]) -> list[list[int]]:
-    results = await asyncio.gather(*(cluster.generate(prompt, SAMPLING) for prompt in inputs))
-    await cluster.until_idle()
-    return [tokens for tokens, _ in results]
 
 
 @pytest.mark.parametrize("roles", [(Role.PREFILL,), (Role.DECODE,), tuple(Role)])

@@ -5,32 +5,25 @@ The devices are the CPU: UCX finds out for itself that their memory is the host'
 
 import asyncio
 import logging
-import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from greedy_prompts import SAMPLING, expected, prompts, tokens_of
 from held_copies import HeldCopies
-from pipeline import Pipeline, pipeline
-from tiny_models import VOCAB_SIZE
+from pipeline import pipeline
 
-from pagewire.engine.aggregated import generate
-from pagewire.engine.load import load_engine
-from pagewire.engine.sampling_params import SamplingParams
 from pagewire.kv_transfer.select import probe
 from pagewire.kv_transfer.transport import Handler, Transport
 from pagewire.kv_transfer.ucx import UcxTransport
 from pagewire.kv_transfer.ucx_library import UcxLibrary
 from pagewire.prefill_worker.worker import PrefillWorker
-from pagewire.proto import worker_pb2 as pb
 from pagewire.worker.config import Role
 
 pytestmark = pytest.mark.skipif(not probe().usable, reason="ucxx is not installed")
 
-NUM_TOKENS = 6
-SAMPLING = pb.SamplingParams(max_tokens=NUM_TOKENS, top_p=1.0)
 LOOPBACK = "127.0.0.1"
 
 
@@ -66,22 +59,6 @@ def ways(caplog: pytest.LogCaptureFixture) -> list[str]:
         for record in caplog.records
         if record.name == "pagewire.kv_transfer.ucx"
     ]
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    source = random.Random(2)
-    return [[source.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
-
-
-def expected(path: Path, inputs: Sequence[Sequence[int]]) -> list[list[int]]:
-    runner = load_engine(path, dtype="float32", num_pages=64, num_threads=1)
-    return generate(runner, inputs, SamplingParams(max_tokens=NUM_TOKENS))
-
-
-async def tokens_of(cluster: Pipeline, inputs: Sequence[Sequence[int]]) -> list[list[int]]:
-    results = await asyncio.gather(*(cluster.generate(prompt, SAMPLING) for prompt in inputs))
-    await cluster.until_idle()
-    return [tokens for tokens, _ in results]
 
 
 def run(path: Path, copies: dict[Role, HeldCopies], decode: dict[str, Any]) -> None:
